@@ -1,0 +1,1 @@
+"""Records what a rollout engine sampled, scores it with the trainer, and says where they differ."""

@@ -1,0 +1,63 @@
+"""The errors driftgate raises on purpose, one class per boundary.
+
+    DriftgateError            500
+    ├── RequestError          400   the agent's or the caller's request is wrong
+    ├── NotFoundError         404   no such trajectory, step, trace or route
+    ├── UpstreamError         502   the engine refused, died or answered nonsense
+    ├── StorageError          503   the store cannot take or give a record now
+    │   └── FormatError       500   bytes on disk are not what FORMAT.md says
+    └── TeacherError          500   the trainer cannot score these traces
+
+A message names the value, the limit and the fix. What the user got wrong in plain Python calls is a
+``ValueError``; what we got wrong is an ``assert``.
+"""
+
+__all__ = [
+    "DriftgateError",
+    "FormatError",
+    "NotFoundError",
+    "RequestError",
+    "StorageError",
+    "TeacherError",
+    "UpstreamError",
+]
+
+
+class DriftgateError(Exception):
+    """Base of every error that driftgate raises on purpose; ``status`` is its HTTP status."""
+
+    status = 500
+
+
+class RequestError(DriftgateError):
+    """The caller sent something that cannot be served as it is."""
+
+    status = 400
+
+
+class NotFoundError(DriftgateError):
+    """The named thing does not exist (or not yet)."""
+
+    status = 404
+
+
+class UpstreamError(DriftgateError):
+    """The engine could not be reached or did not answer as an engine does."""
+
+    status = 502
+
+
+class StorageError(DriftgateError):
+    """The store cannot take or give a record now."""
+
+    status = 503
+
+
+class FormatError(StorageError):
+    """Bytes on disk do not follow FORMAT.md."""
+
+    status = 500
+
+
+class TeacherError(DriftgateError):
+    """The trainer cannot score these traces."""
