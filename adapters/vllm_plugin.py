@@ -1,13 +1,14 @@
 """A plugin for vLLM's own process: routed experts for streaming clients, and on CPU.
 
-vLLM 0.29 returns ``routed_experts`` in JSON answers and leaves them out of streams, and its CPU experts
-do not offer their choices for capture. This plugin mends both, inside the engine, without touching a
-number: streams end with one more chunk that carries the routes, and the CPU experts report the ids they
-select. vLLM loads it by itself from the entry point group ``vllm.general_plugins`` where driftgate is
-installed beside vLLM, in every process, possibly twice: ``register`` may be called again.
+vLLM 0.29 returns ``routed_experts`` in JSON answers and leaves them out of streams, and its CPU
+experts do not offer their choices for capture. This plugin mends both, inside the engine, without
+touching a number: streams end with one more chunk that carries the routes, and the CPU experts
+report the ids they select. vLLM loads it by itself from the entry point group
+``vllm.general_plugins`` where driftgate is installed beside vLLM, in every process, possibly
+twice: ``register`` may be called again.
 
-The extra chunk is sent only to a request whose body says ``"driftgate_routes": true``, so a client that
-talks to the engine directly sees the stream that vLLM would have sent.
+The extra chunk is sent only to a request whose body says ``"driftgate_routes": true``, so a client
+that talks to the engine directly sees the stream that vLLM would have sent.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def _tee(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pass what the ``result_generator`` argument yields by ``keep``.
 
-    It is the only asynchronous iterator among the arguments, by position in one vLLM, by name in another.
+    It is the only asynchronous iterator among the arguments, by position in one vLLM, by name in
+    another.
     """
     if "result_generator" in kwargs:
         return args, kwargs | {"result_generator": _observe(kwargs["result_generator"], keep)}
@@ -132,9 +134,7 @@ def routes_event(head: dict[str, Any], routes: dict[int, Any], object_name: str)
 def _report_cpu_routes() -> None:
     """Let vLLM's CPU experts hand the ids they select to the engine's own capture."""
     try:
-        module = importlib.import_module(
-            "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
-        )
+        module = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
         experts = module.CPUUnquantizedExperts
         select = experts._select_experts
     except (ImportError, AttributeError) as error:
@@ -153,4 +153,3 @@ def _report_cpu_routes() -> None:
     select_and_report.__driftgate__ = True  # type: ignore[attr-defined]
     experts._select_experts = select_and_report
     experts.supports_routing_replay_capture = lambda self: True
-

@@ -1,23 +1,25 @@
 """A tool-using agent on the OpenAI SDK that knows nothing of driftgate.
 
-It takes its endpoint from ``OPENAI_BASE_URL`` like any other. Its tools are real (they read a folder and
-calculate), its conversations have several turns, some are streamed, and the last may sample two answers.
-A tiny random model never decides to call a tool by itself, so the tool turn forces the choice; every other
-turn samples freely.
+It takes its endpoint from ``OPENAI_BASE_URL`` like any other. Its tools are real (they read a
+folder and calculate), its conversations have several turns, some are streamed, and the last may
+sample two answers. A tiny random model never decides to call a tool by itself, so the tool turn
+forces the choice; every other turn samples freely.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import operator
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
 
-__all__ = ["Task", "run"]
+__all__ = ["Task", "run", "tasks"]
 
 MAX_TOKENS = 48
 """Enough for drift statistics, little enough for a CPU."""
@@ -161,3 +163,41 @@ def _tool(name: str, arguments: dict[str, Any], workspace: Path) -> str:
         apply = OPERATORS[arguments["op"]]
         return str(apply(int(arguments["left"]), int(arguments["right"])))
     raise KeyError(f"there is no tool named {name}")
+
+
+def tasks(count: int) -> list[Task]:
+    """``count`` different runs: every second one streams, every third samples two last answers."""
+    questions = ["What is in the workspace?", "What is the product?", "Where do I start?"]
+    return [
+        Task(
+            question=f"{questions[number % 3]} This is run {number}.",
+            tool=("list_files", "calculate")[number % 2],
+            follow_ups=("Say it in other words.", "And what would you do next?"),
+            seed=number + 1,
+            stream=number % 2 == 1,
+            last_n=2 if number % 3 == 2 else 1,
+        )
+        for number in range(count)
+    ]
+
+
+def main() -> None:
+    """Run ``--runs`` conversations, three at a time."""
+    parser = argparse.ArgumentParser(description="A tool-using agent on the OpenAI SDK.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--runs", type=int, default=6)
+    parser.add_argument("--workspace", type=Path, default=Path())
+    options = parser.parse_args()
+    chosen = tasks(options.runs)
+    # The first run is repeated word for word, seed included: the engine's own noise floor.
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        for _ in pool.map(
+            lambda task: run(task, model=options.model, workspace=options.workspace),
+            [*chosen, chosen[0]],
+        ):
+            print(".", end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

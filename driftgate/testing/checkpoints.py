@@ -6,7 +6,7 @@ template, in the Hugging Face layout that vLLM, transformers and the teacher loa
 
 What is special about them, and why:
 
-- ``initializer_range`` 0.2 and norm weights ``1 + 0.3 * randn``: a flat distribution or norms of 1.0
+- ``initializer_range`` 0.2 and norm weights ``1 + 0.3 * randn``: flat distributions or norms of 1.0
   would hide wrong numbers.
 - The model speaks *words*: hidden channel 0 is a constant that no layer writes to, and the head's
   column 0 turns it into a bias against every token that is not a whole word with its leading space.
@@ -59,7 +59,7 @@ SPLIT_PATTERN = (
 
 BIAS_CHANNEL = 0
 NON_WORD_WEIGHT = -240.0
-"""Head weight on the constant channel, which is 0.04 to 0.1 after the last norm: -10 to -24 nats."""
+"""Head weight on the constant channel, which is 0.04 to 0.1 after the last norm: -10 to -24."""
 END_WEIGHT = 50.0
 """Lifts ``<|im_end|>`` by 2 to 5 nats, to one or two per cent a token."""
 

@@ -1,6 +1,7 @@
 """A real vLLM on CPU as a child process, for the demo and the end-to-end tests.
 
-The engine listens on loopback only, reads nothing from the network, and ends with the ``with`` block.
+The engine listens on loopback only, reads nothing from the network, and ends with the ``with``
+block.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from driftgate.errors import UpstreamError
 __all__ = ["EngineProcess", "free_port", "process_log", "start_vllm", "stop", "wait_for_http"]
 
 START_TIMEOUT_S = 240.0
-"""vLLM is ready in about 40 s on two idle cores; two engines that start at once, in CI, take longer."""
+"""vLLM is ready in about 30 s on two idle cores; a busy machine takes longer."""
 
 STOP_TIMEOUT_S = 15.0
 """vLLM's API server waits for its engine process, which ends within seconds."""
@@ -75,21 +76,25 @@ def wait_for_http(
     timeout_s: float,
     progress: Callable[[float], None] | None = None,
 ) -> None:
-    """Return when ``url`` answers 200. Raises UpstreamError with the log's end if the child died."""
+    """Return when ``url`` answers 200; UpstreamError with the log's end if the child died."""
     started = time.monotonic()
     while (waited := time.monotonic() - started) < timeout_s:
         if process.poll() is not None:
             raise UpstreamError(
                 f"{process.args!s} exited with {process.returncode}; the end of {log}:\n{tail(log)}"
             )
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            with urllib.request.urlopen(url, timeout=2) as answer:
-                if answer.status == 200:
-                    return
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError),
+            urllib.request.urlopen(url, timeout=2) as answer,
+        ):
+            if answer.status == 200:
+                return
         if progress is not None:
             progress(waited)
         time.sleep(POLL_S)
-    raise UpstreamError(f"{url} did not answer in {timeout_s:.0f} s; the end of {log}:\n{tail(log)}")
+    raise UpstreamError(
+        f"{url} did not answer in {timeout_s:.0f} s; the end of {log}:\n{tail(log)}"
+    )
 
 
 def tail(log: Path, lines: int = 30) -> str:
@@ -117,7 +122,7 @@ def launch_vllm(
     port: int | None = None,
     extra: tuple[str, ...] = (),
 ) -> EngineProcess:
-    """Start vLLM on ``checkpoint`` and return at once; see ``wait_for_http`` for its ``/health``."""
+    """Start vLLM on ``checkpoint`` and return at once; wait for its ``/health`` yourself."""
     port = port or free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
