@@ -242,7 +242,6 @@ def _read_columns(payload: bytes, directory: Sequence[_Column], start: int) -> d
         free = column.offset + column.length
         if start + free > len(payload):
             raise FormatError(f"column {column}: ends after the payload of {len(payload)} bytes")
-        flat = np.frombuffer(payload[:0] if not column.length else payload, np.uint8)
-        data = flat[start + column.offset : start + free] if column.length else flat
+        data = np.frombuffer(payload, np.uint8)[start + column.offset : start + free]
         columns[column.name] = data.view(dtype).reshape(column.shape)
     return columns

@@ -42,8 +42,8 @@ def score_hidden(
 ) -> Scored:
     """Score ``targets_N`` (int64 ids) under ``head(hidden)``, the logits in the model's own dtype.
 
-    ``head`` is the model's own ``lm_head`` (its bias, tied weights and soft caps are then right by
-    construction). The logits are widened to float32 before anything else, as engines do.
+    ``head`` is the model's own ``lm_head``, so that a bias and tied or sharded weights are right by
+    construction. The logits are widened to float32 before anything else, as engines do.
     """
     logprobs, entropy, scaled = [], [], []
     for start in range(0, len(targets_N), chunk):

@@ -1,0 +1,211 @@
+"""What driftgate must know about a Hugging Face model: its routers, its traps, its files.
+
+Router choices are read by forward hooks on the router modules, because ``output_router_logits``
+computes an auxiliary loss over every layer, omits dense layers, and ``topk(router_logits)`` is not how
+DeepSeek, GLM or MiniMax choose. Hooks also work after FSDP's ``fully_shard``, where the library's own
+recorder silently returns nothing. Nothing here imports torch: modules and tensors come in.
+
+Shape letters: ``S`` positions fed, ``N`` positions kept, ``E`` experts, ``K`` experts per token,
+``L`` MoE layers in the order of their absolute numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from driftgate.errors import TeacherError
+from driftgate.trace import Reason, Routes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Routed", "RouterTap", "checkpoint_digest", "inspect_model"]
+
+F32 = npt.NDArray[np.float32]
+
+ROUTER_CLASS = re.compile(r"Top[Kk]Router$")
+LAYER_NAME = re.compile(r"\.layers\.(\d+)\.")
+UINT8_EXPERTS = 256
+"""Up to this many experts an id fits one byte; engines choose the same."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Routed:
+    """The experts that a forward chose at the positions that were asked for."""
+
+    routes: Routes
+    """[N, L, K] expert ids in the order in which the router returned them."""
+    margins: F32 | None
+    """[N, L] how far the last chosen expert's probability is above the first one that was not chosen;
+    None where the router does not choose by its softmax."""
+    layer_ids: tuple[int, ...]
+    """[L] absolute layer numbers, ascending."""
+    ordered: bool
+    """Every row here is in descending order of the router's softmax."""
+
+
+class RouterTap:
+    """Reads the router choices of a model's forwards of one sequence each (batch of 1).
+
+    ``model`` may be sharded; a model without routers gives ``None`` from every ``capture``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [
+            (_layer(name), module)
+            for name, module in model.named_modules()
+            if ROUTER_CLASS.search(_class_name(module))
+        ]
+        self._routers = sorted(found, key=lambda item: item[0])
+        self.layer_ids = tuple(layer for layer, _ in self._routers)
+        if len(set(self.layer_ids)) != len(self.layer_ids):
+            raise TeacherError(f"two routers claim one layer: {self.layer_ids}")
+
+    @contextmanager
+    def capture(self, rows: Tensor) -> Iterator[_Capture]:
+        """Hook every router for one forward and keep the choices at ``rows`` (int64 positions)."""
+        capture = _Capture(rows, self.layer_ids)
+        handles = [
+            module.register_forward_hook(capture.hook(slot))
+            for slot, (_, module) in enumerate(self._routers)
+        ]
+        try:
+            yield capture
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Capture:
+    """The choices of one forward; ``result`` once it has run."""
+
+    def __init__(self, rows: Tensor, layer_ids: tuple[int, ...]) -> None:
+        self._rows = rows
+        self._layer_ids = layer_ids
+        self._chosen: dict[int, Tensor] = {}
+        self._margins: dict[int, Tensor] = {}
+        self._ordered = True
+        self._experts = 0
+
+    def hook(self, slot: int) -> Any:
+        def record(_module: object, _args: object, output: object) -> None:
+            logits_SE, indices_SK = _router_output(output)
+            assert slot not in self._chosen, "a router ran twice in one forward"
+            self._experts = logits_SE.shape[-1]
+            self._keep(slot, logits_SE[self._rows], indices_SK[self._rows])
+
+        return record
+
+    def _keep(self, slot: int, logits_NE: Tensor, indices_NK: Tensor) -> None:
+        probs_NE = logits_NE.float().softmax(-1)
+        chosen_NK = probs_NE.gather(-1, indices_NK)
+        others_NE = probs_NE.scatter(-1, indices_NK, -1.0)
+        self._chosen[slot] = indices_NK
+        self._margins[slot] = chosen_NK.amin(-1) - others_NE.amax(-1)
+        self._ordered &= bool((chosen_NK[:, :-1] >= chosen_NK[:, 1:]).all())
+
+    def result(self) -> Routed | None:
+        """The choices, or None for a model without routers. Raises ``TeacherError`` if one was missed."""
+        if not self._layer_ids:
+            return None
+        missed = [layer for slot, layer in enumerate(self._layer_ids) if slot not in self._chosen]
+        if missed:
+            raise TeacherError(f"no router choices came from layers {missed}: fused or skipped routers?")
+        slots = range(len(self._layer_ids))
+        dtype = np.uint8 if self._experts <= UINT8_EXPERTS else np.uint16
+        routes = np.stack([self._chosen[slot].cpu().numpy() for slot in slots], axis=1)
+        margins = np.stack([self._margins[slot].cpu().numpy() for slot in slots], axis=1)
+        return Routed(
+            routes=routes.astype(dtype),
+            # A chosen expert below one that was passed over: this router does not go by its softmax.
+            margins=margins if (margins >= 0).all() else None,
+            layer_ids=self._layer_ids,
+            ordered=self._ordered,
+        )
+
+
+def _class_name(module: nn.Module) -> str:
+    """``fully_shard`` puts its own class in front and keeps the model's in the bases."""
+    name = type(module).__name__
+    return name.removeprefix("FSDP") if name.startswith("FSDP") else name
+
+
+def _layer(name: str) -> int:
+    match = LAYER_NAME.search(f".{name}")
+    if match is None:
+        raise TeacherError(f"router {name!r} does not say its layer (expected …layers.<n>.…)")
+    return int(match.group(1))
+
+
+def _router_output(output: object) -> tuple[Tensor, Tensor]:
+    """``(logits [S, E], indices [S, K])`` of transformers >= 5.19; older layouts differ and are refused."""
+    if not isinstance(output, tuple) or len(output) != 3:
+        raise TeacherError("the router does not return (logits, weights, indices): transformers >= 5.19?")
+    logits, weights, indices = output
+    shapes = (tuple(logits.shape), tuple(weights.shape), tuple(indices.shape))
+    if len(shapes[0]) != 2 or shapes[1] != shapes[2] or shapes[0][0] != shapes[2][0]:
+        raise TeacherError(f"router output has shapes {shapes}, expected [S, E], [S, K], [S, K]")
+    if indices.is_floating_point() or shapes[2][1] >= shapes[0][1]:
+        raise TeacherError(f"router indices have dtype {indices.dtype} and K={shapes[2][1]}")
+    return logits, indices
+
+
+def inspect_model(model: nn.Module) -> list[Reason]:
+    """Findings that change the model's numbers, empty for a model that is as its checkpoint means it.
+
+    Finds rotary frequencies that went through a narrower type: ``model.to(bfloat16)`` also casts the
+    ``inv_freq`` buffer, which ``from_pretrained(dtype=bfloat16)`` leaves in float32.
+    """
+    findings = []
+    for name, module in model.named_modules():
+        inv_freq = getattr(module, "inv_freq", None)
+        if inv_freq is None or not hasattr(module, "config"):
+            continue
+        seen = _rotary_fault(module, inv_freq)
+        if seen is not None:
+            findings.append(
+                Reason(
+                    code="rotary_inv_freq_cast",
+                    detail=f"{name}.inv_freq {seen}",
+                    fix="load with from_pretrained(dtype=…); never cast a whole model with .to(dtype)",
+                )
+            )
+    return findings
+
+
+def _rotary_fault(module: nn.Module, inv_freq: Tensor) -> str | None:
+    """What is wrong with a rotary buffer, or None. Types that depend on the length are not recomputed."""
+    kind = str(inv_freq.dtype).removeprefix("torch.")
+    if kind != "float32":
+        return f"is {kind}, not float32"
+    if getattr(module, "rope_type", None) != "default":
+        return None
+    wanted, _ = module.compute_default_rope_parameters(module.config)  # type: ignore[operator]
+    error = ((inv_freq.cpu() - wanted.cpu()).abs() / wanted.cpu()).max().item()
+    return None if error == 0.0 else f"differs from its float32 value by {error:.1e} (relative)"
+
+
+def checkpoint_digest(model_dir: Path | str) -> str:
+    """16 hex digits over ``config.json`` and every ``*.safetensors`` file's bytes, in order of names.
+
+    Raises ``TeacherError`` where the directory holds no safetensors weights.
+    """
+    root = Path(model_dir)
+    weights = sorted(root.glob("*.safetensors"))
+    if not weights or not (root / "config.json").is_file():
+        raise TeacherError(f"{root} holds no checkpoint: config.json and *.safetensors are needed")
+    total = hashlib.sha256()
+    for path in [root / "config.json", *weights]:
+        with path.open("rb") as file:
+            total.update(f"{path.name}\0".encode())
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]

@@ -1,0 +1,378 @@
+"""The answers of driftgate's API, declared once for gateway, client, command line and OpenAPI.
+
+Every shape here is a value: no file, no socket, no torch. The gateway fills them, ``driftgate.Client``
+decodes into them, ``driftgate.render`` draws them, and ``/api/openapi.json`` is derived from them, so the
+four cannot disagree.
+
+JSON has no NaN and no infinity: a number that is not finite is ``null``, and ``undefined`` beside the
+metrics says why each ``null`` is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from driftgate.trace import CallIntent, CallOutcome, Comparable, Engine, Reward, TraceMeta, Trainer
+
+__all__ = [
+    "ApiError",
+    "CallView",
+    "CellView",
+    "Cells",
+    "ChoiceView",
+    "Coverage",
+    "DriftEvent",
+    "ErrorBody",
+    "FloorView",
+    "Interval",
+    "Kind",
+    "Measures",
+    "MintRequest",
+    "Minted",
+    "MismatchView",
+    "ReasonCount",
+    "RewardRequest",
+    "RoutesView",
+    "ScoreView",
+    "StepDetail",
+    "StepMismatch",
+    "StepView",
+    "TokenView",
+    "TraceView",
+    "TrajectoryDetail",
+    "TrajectoryItem",
+    "TrajectoryPage",
+    "WorstView",
+]
+
+Kind = Literal["drift", "noise_floor"]
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong and what to do about it."""
+
+    code: str
+    """Stable identifier, e.g. ``not_found``."""
+    message: str
+    fix: str
+
+
+class ApiError(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of every answer with a status of 400 or more."""
+
+    error: ErrorBody
+
+
+class TrajectoryItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent run, in counts."""
+
+    trajectory: str
+    steps: int
+    choices: int
+    complete: bool
+    """Every call has all its traces and no trace misses anything."""
+    scored: int
+    """Traces with a drift score by at least one trainer."""
+    captured: int
+    """Traces stored."""
+    models: list[str]
+    started_ns: int
+    """Wall clock, ns since the epoch."""
+    ended_ns: int
+    reward: float | None = None
+    gaps: list[str] = []
+    """In words, each thing that is not there and why."""
+
+
+class TrajectoryPage(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of trajectories, newest first."""
+
+    items: list[TrajectoryItem]
+    next: str | None = None
+    """Pass it as ``before`` to get the next page; null on the last one."""
+
+
+class MintRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ask for a trajectory; an empty body is one too."""
+
+    trajectory: str | None = None
+    """Name it yourself, or leave it out and get a new id."""
+
+
+class Minted(msgspec.Struct, frozen=True, kw_only=True):
+    """A trajectory to run an agent in: set its ``OPENAI_BASE_URL`` or its API key, either is enough."""
+
+    trajectory: str
+    key: str
+    """Sent as the agent's API key, it names the trajectory at the gateway's plain ``/v1``."""
+    base_url: str
+    """``…/t/{trajectory}/v1``: as base URL it names the trajectory whatever the key is."""
+
+
+class RewardRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The reward of a trajectory; the last one given counts."""
+
+    value: float
+    source: str = ""
+    """Who says so: a verifier's name, a person."""
+
+
+class Measures(msgspec.Struct, frozen=True, kw_only=True):
+    """Metrics by their METRICS name."""
+
+    metrics: dict[str, float | int | None]
+    undefined: dict[str, str] = {}
+    """Why a metric is null, by name."""
+
+
+class RouterMeasures(msgspec.Struct, frozen=True, kw_only=True):
+    """Router metrics by their METRICS name; vectors are by layer."""
+
+    metrics: dict[str, Any]
+    undefined: dict[str, str] = {}
+
+
+class WorstView(msgspec.Struct, frozen=True, kw_only=True):
+    """The token with the largest |log ratio|, in its text."""
+
+    trace_id: str
+    step: int
+    choice: int
+    token_index: int
+    """0-based within the response."""
+    position: int | None
+    """0-based in prompt + response; null where the prompt's length is unknown."""
+    token_id: int
+    log_ratio: float | None
+    """``logp_train - logp_rollout``, nats."""
+    train_logprob: float | None
+    rollout_logprob: float | None
+    text: str | None = None
+    """The token's own text; null where the engine gave none."""
+    before: str = ""
+    after: str = ""
+
+
+class ScoreView(msgspec.Struct, frozen=True, kw_only=True):
+    """One trainer's verdict on one trace."""
+
+    trace_id: str
+    trajectory: str
+    step: int
+    choice: int
+    model: str
+    kind: Kind
+    engine: Engine | Trainer
+    engine_digest: str
+    trainer: Engine | Trainer
+    trainer_digest: str
+    temperature: float
+    """Transform of the trainer's logits that the numbers were computed under."""
+    comparable: Comparable
+    """Read this before the numbers."""
+    measures: Measures | None
+    """Null when nothing could be compared."""
+    at_requested_temperature: Measures | None = None
+    router: RouterMeasures | None = None
+    router_reason: str | None = None
+    worst: WorstView | None = None
+    one_pass: bool = False
+    forward_s: float = 0.0
+    scored_ns: int
+
+
+class DriftEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One score as it arrives."""
+
+    cursor: int
+    """Pass it as ``after`` (or ``Last-Event-ID``) to go on behind this event."""
+    score: ScoreView
+
+
+class RoutesView(msgspec.Struct, frozen=True, kw_only=True):
+    """Expert ids: always their shape, the array itself on request."""
+
+    shape: list[int]
+    dtype: str
+    npy_base64: str | None = None
+    """A ``.npy`` file (no pickle) in base64; only with ``routes=1``."""
+
+
+class TokenView(msgspec.Struct, frozen=True, kw_only=True):
+    """One sampled token."""
+
+    index: int
+    position: int | None
+    token_id: int
+    text: str | None
+    """Null where the engine gave no text; U+FFFD stands for part of a character."""
+    bytes_base64: str | None = None
+    """The exact bytes where they are not valid UTF-8 by themselves."""
+    rollout_logprob: float | None = None
+    train_logprob: float | None = None
+    """Under the score's ``temperature``."""
+    log_ratio: float | None = None
+    entropy: float | None = None
+    """Nats, of the trainer's distribution at T = 1."""
+
+
+class TraceView(msgspec.Struct, frozen=True, kw_only=True):
+    """One stored answer in full."""
+
+    meta: TraceMeta
+    request: msgspec.Raw
+    """The agent's request body."""
+    response: msgspec.Raw
+    """This choice as the agent got it."""
+    prompt_ids: list[int] | None
+    tokens: list[TokenView]
+    routes: RoutesView | None = None
+    trainer_routes: RoutesView | None = None
+    score: ScoreView | None = None
+    """The latest drift score."""
+
+
+class StepDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """One step with each of its choices in full."""
+
+    trajectory: str
+    step: int
+    choices: list[TraceView]
+
+
+class CallView(msgspec.Struct, frozen=True, kw_only=True):
+    """One call of the agent and what became of it."""
+
+    intent: CallIntent
+    state: str
+    outcome: CallOutcome | None = None
+
+
+class ChoiceView(msgspec.Struct, frozen=True, kw_only=True):
+    """One stored answer, in brief."""
+
+    meta: TraceMeta
+    prompt_len: int | None
+    response_len: int | None
+    has_routes: bool
+    size_bytes: int
+    """On disk."""
+    scores: list[ScoreView] = []
+
+
+class StepView(msgspec.Struct, frozen=True, kw_only=True):
+    """One step: its calls (several when the agent retried) and its answers."""
+
+    step: int
+    calls: list[CallView]
+    choices: list[ChoiceView]
+
+
+class TrajectoryDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent run, step by step."""
+
+    trajectory: TrajectoryItem
+    steps: list[StepView]
+    reward: Reward | None = None
+
+
+class Coverage(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of what was asked the numbers speak for, in traces and calls."""
+
+    captured: int
+    """Traces stored."""
+    scored: int
+    """Of those, with a drift score (by the asked trainer, where one was asked for)."""
+    missing: int
+    """Of those, with something missing in the capture."""
+    open: int
+    """Calls that have neither a trace nor an outcome."""
+
+
+class ReasonCount(msgspec.Struct, frozen=True, kw_only=True):
+    """A reason with how many scores give it; ``detail`` is of the first of them."""
+
+    code: str
+    detail: str
+    fix: str
+    scores: int
+
+
+class Interval(msgspec.Struct, frozen=True, kw_only=True):
+    """A 95 % interval by cluster bootstrap over trajectories."""
+
+    low: float
+    high: float
+
+
+class FloorView(msgspec.Struct, frozen=True, kw_only=True):
+    """A side against itself: drift below this says nothing."""
+
+    side: Literal["engine", "trainer"]
+    n_tokens: int
+    n_seqs: int
+    measures: Measures
+    router: RouterMeasures | None = None
+
+
+class CellView(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything known about one pair (engine, trainer); fingerprints are never mixed in a number."""
+
+    engine: Engine | Trainer
+    engine_digest: str
+    trainer: Engine | Trainer
+    trainer_digest: str
+    model: str
+    kind: Kind
+    n_tokens: int
+    n_seqs: int
+    few: bool
+    """Fewer than 30 sequences: read the numbers as an anecdote."""
+    scored: int
+    """Scores folded into this cell."""
+    captured: int
+    """Traces of this engine and model."""
+    comparable: dict[str, int]
+    """Scores by verdict: ``yes``, ``converted``, ``no``."""
+    reasons: list[ReasonCount]
+    measures: Measures
+    router: RouterMeasures | None = None
+    router_reason: str | None = None
+    worst: WorstView | None = None
+    intervals: dict[str, Interval] = {}
+    """By metric; empty where there are too few trajectories to tell."""
+    floors: list[FloorView] = []
+
+
+class Cells(msgspec.Struct, frozen=True, kw_only=True):
+    """The matrix."""
+
+    items: list[CellView]
+
+
+class StepMismatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One scored trace of a trajectory."""
+
+    score: ScoreView
+    tokens: list[TokenView] | None = None
+    """Only with ``tokens=1``."""
+
+
+class CellMismatch(msgspec.Struct, frozen=True, kw_only=True):
+    """A trajectory under one (engine, trainer): as a whole and per step."""
+
+    whole: CellView
+    steps: list[StepMismatch]
+
+
+class MismatchView(msgspec.Struct, frozen=True, kw_only=True):
+    """Would the trainer see the policy that produced this trajectory, and if not, where?"""
+
+    trajectory: str
+    capture: Literal["COMPLETE", "INCOMPLETE_CAPTURE"]
+    gaps: list[str]
+    coverage: Coverage
+    cells: list[CellMismatch]
+    """One for each (engine, trainer); empty before anything is scored."""

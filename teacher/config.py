@@ -1,0 +1,54 @@
+"""Settings of the teacher, validated once at start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+__all__ = ["BackendName", "TeacherConfig"]
+
+BackendName = Literal["reference", "fsdp"]
+
+
+class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What to score with what. Raises ``ValueError`` for settings that cannot work."""
+
+    store: str
+    """Directory of the store that the gateway writes."""
+    model: str
+    """Directory of the trainer's checkpoint."""
+    backend: BackendName = "reference"
+    """``reference``: one process, the oracle. ``fsdp``: torch ``fully_shard`` over ``nproc`` processes."""
+    nproc: int = 1
+    """Processes of the ``fsdp`` backend on this machine."""
+    follow: bool = False
+    """Keep scoring as traces arrive; else stop when nothing is left."""
+    served_model: str | None = None
+    """Score only traces of this served model name; None scores every trace in the store."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of the weights; ``auto`` is the checkpoint's own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: CUDA where there is one."""
+    attention: str = "sdpa"
+    """transformers' attention implementation."""
+    experts: str = "eager"
+    """transformers' MoE implementation (``eager``, ``grouped_mm``, ``batched_mm``)."""
+    max_tokens: int | None = None
+    """Longest sequence that fits this machine; longer ones get a score that says so. None: the
+    model's own limit."""
+    noise_floor_trajectories: int = 2
+    """The trainer scores the first so many trajectories twice, as its own noise floor."""
+    lease_s: float = 120.0
+    """A trajectory leased by a worker that died is free again after this many seconds."""
+
+    def __post_init__(self) -> None:
+        if not (Path(self.model) / "config.json").is_file():
+            raise ValueError(f"model={self.model!r} is no checkpoint directory (no config.json)")
+        if self.nproc < 1 or (self.backend == "reference" and self.nproc != 1):
+            raise ValueError(f"nproc={self.nproc}: reference is one process, fsdp at least one")
+        if self.lease_s < 1 or self.noise_floor_trajectories < 0:
+            raise ValueError("lease_s must be at least 1 and noise_floor_trajectories at least 0")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError(f"max_tokens={self.max_tokens} leaves no room for a prompt and a response")
