@@ -1,9 +1,10 @@
 """What driftgate must know about a Hugging Face model: its routers, its traps, its files.
 
 Router choices are read by forward hooks on the router modules, because ``output_router_logits``
-computes an auxiliary loss over every layer, omits dense layers, and ``topk(router_logits)`` is not how
-DeepSeek, GLM or MiniMax choose. Hooks also work after FSDP's ``fully_shard``, where the library's own
-recorder silently returns nothing. Nothing here imports torch: modules and tensors come in.
+computes an auxiliary loss over every layer, omits dense layers, and ``topk(router_logits)`` is not
+how DeepSeek, GLM or MiniMax choose. Hooks also work after FSDP's ``fully_shard``, where the
+library's own recorder silently returns nothing. Nothing here imports torch: modules and tensors
+come in.
 
 Shape letters: ``S`` positions fed, ``N`` positions kept, ``E`` experts, ``K`` experts per token,
 ``L`` MoE layers in the order of their absolute numbers.
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,9 @@ __all__ = ["Routed", "RouterTap", "checkpoint_digest", "inspect_model"]
 F32 = npt.NDArray[np.float32]
 
 ROUTER_CLASS = re.compile(r"Top[Kk]Router$")
-LAYER_NAME = re.compile(r"\.layers\.(\d+)\.")
+LAYER_NAME = re.compile(r"\.layers\.(\d+)(?:\.|$)")
+ROTARY_TOLERANCE = 1e-6
+"""Relative; a device may round a power differently, a cast to 16 bits errs by 1e-4 or more."""
 UINT8_EXPERTS = 256
 """Up to this many experts an id fits one byte; engines choose the same."""
 
@@ -45,8 +48,8 @@ class Routed:
     routes: Routes
     """[N, L, K] expert ids in the order in which the router returned them."""
     margins: F32 | None
-    """[N, L] how far the last chosen expert's probability is above the first one that was not chosen;
-    None where the router does not choose by its softmax."""
+    """[N, L] router logit of the last chosen expert minus that of the first not chosen, at least 0;
+    None where the router does not choose the highest of its softmax."""
     layer_ids: tuple[int, ...]
     """[L] absolute layer numbers, ascending."""
     ordered: bool
@@ -63,7 +66,7 @@ class RouterTap:
         found = [
             (_layer(name), module)
             for name, module in model.named_modules()
-            if ROUTER_CLASS.search(_class_name(module))
+            if ROUTER_CLASS.search(type(module).__name__)
         ]
         self._routers = sorted(found, key=lambda item: item[0])
         self.layer_ids = tuple(layer for layer, _ in self._routers)
@@ -94,6 +97,7 @@ class _Capture:
         self._chosen: dict[int, Tensor] = {}
         self._margins: dict[int, Tensor] = {}
         self._ordered = True
+        self._by_softmax = True
         self._experts = 0
 
     def hook(self, slot: int) -> Any:
@@ -110,33 +114,36 @@ class _Capture:
         chosen_NK = probs_NE.gather(-1, indices_NK)
         others_NE = probs_NE.scatter(-1, indices_NK, -1.0)
         self._chosen[slot] = indices_NK
-        self._margins[slot] = chosen_NK.amin(-1) - others_NE.amax(-1)
+        self._by_softmax &= bool((chosen_NK.amin(-1) >= others_NE.amax(-1)).all())
         self._ordered &= bool((chosen_NK[:, :-1] >= chosen_NK[:, 1:]).all())
+        # The gap of the logits is that of the log-probabilities, whatever the number of experts.
+        gap_N = logits_NE.gather(-1, indices_NK).float().amin(-1) - (
+            logits_NE.scatter(-1, indices_NK, float("-inf")).float().amax(-1)
+        )
+        self._margins[slot] = gap_N.clamp_min_(
+            0.0
+        )  # below 0 only where the softmax rounds to a tie
 
     def result(self) -> Routed | None:
-        """The choices, or None for a model without routers. Raises ``TeacherError`` if one was missed."""
+        """The choices, or None for a model without routers. Raises ``TeacherError`` if one was
+        missed."""
         if not self._layer_ids:
             return None
         missed = [layer for slot, layer in enumerate(self._layer_ids) if slot not in self._chosen]
         if missed:
-            raise TeacherError(f"no router choices came from layers {missed}: fused or skipped routers?")
+            raise TeacherError(
+                f"no router choices came from layers {missed}: fused or skipped routers?"
+            )
         slots = range(len(self._layer_ids))
         dtype = np.uint8 if self._experts <= UINT8_EXPERTS else np.uint16
         routes = np.stack([self._chosen[slot].cpu().numpy() for slot in slots], axis=1)
         margins = np.stack([self._margins[slot].cpu().numpy() for slot in slots], axis=1)
         return Routed(
-            routes=routes.astype(dtype),
-            # A chosen expert below one that was passed over: this router does not go by its softmax.
-            margins=margins if (margins >= 0).all() else None,
+            routes=cast(Routes, routes.astype(dtype)),
+            margins=margins if self._by_softmax else None,
             layer_ids=self._layer_ids,
             ordered=self._ordered,
         )
-
-
-def _class_name(module: nn.Module) -> str:
-    """``fully_shard`` puts its own class in front and keeps the model's in the bases."""
-    name = type(module).__name__
-    return name.removeprefix("FSDP") if name.startswith("FSDP") else name
 
 
 def _layer(name: str) -> int:
@@ -147,9 +154,12 @@ def _layer(name: str) -> int:
 
 
 def _router_output(output: object) -> tuple[Tensor, Tensor]:
-    """``(logits [S, E], indices [S, K])`` of transformers >= 5.19; older layouts differ and are refused."""
+    """``(logits [S, E], indices [S, K])`` of transformers >= 5.19; older layouts differ and are
+    refused."""
     if not isinstance(output, tuple) or len(output) != 3:
-        raise TeacherError("the router does not return (logits, weights, indices): transformers >= 5.19?")
+        raise TeacherError(
+            "the router does not return (logits, weights, indices): transformers >= 5.19?"
+        )
     logits, weights, indices = output
     shapes = (tuple(logits.shape), tuple(weights.shape), tuple(indices.shape))
     if len(shapes[0]) != 2 or shapes[1] != shapes[2] or shapes[0][0] != shapes[2][0]:
@@ -160,10 +170,11 @@ def _router_output(output: object) -> tuple[Tensor, Tensor]:
 
 
 def inspect_model(model: nn.Module) -> list[Reason]:
-    """Findings that change the model's numbers, empty for a model that is as its checkpoint means it.
+    """Findings that change the model's numbers, empty for a model that is as its checkpoint means
+    it.
 
-    Finds rotary frequencies that went through a narrower type: ``model.to(bfloat16)`` also casts the
-    ``inv_freq`` buffer, which ``from_pretrained(dtype=bfloat16)`` leaves in float32.
+    Finds rotary frequencies that went through a narrower type: ``model.to(bfloat16)`` also casts
+    the ``inv_freq`` buffer, which ``from_pretrained(dtype=bfloat16)`` leaves in float32.
     """
     findings = []
     for name, module in model.named_modules():
@@ -176,14 +187,15 @@ def inspect_model(model: nn.Module) -> list[Reason]:
                 Reason(
                     code="rotary_inv_freq_cast",
                     detail=f"{name}.inv_freq {seen}",
-                    fix="load with from_pretrained(dtype=…); never cast a whole model with .to(dtype)",
+                    fix="load with from_pretrained(dtype=…), never cast a model with .to(dtype)",
                 )
             )
     return findings
 
 
 def _rotary_fault(module: nn.Module, inv_freq: Tensor) -> str | None:
-    """What is wrong with a rotary buffer, or None. Types that depend on the length are not recomputed."""
+    """What is wrong with a rotary buffer, or None. Types that depend on the length are not
+    recomputed."""
     kind = str(inv_freq.dtype).removeprefix("torch.")
     if kind != "float32":
         return f"is {kind}, not float32"
@@ -191,11 +203,16 @@ def _rotary_fault(module: nn.Module, inv_freq: Tensor) -> str | None:
         return None
     wanted, _ = module.compute_default_rope_parameters(module.config)  # type: ignore[operator]
     error = ((inv_freq.cpu() - wanted.cpu()).abs() / wanted.cpu()).max().item()
-    return None if error == 0.0 else f"differs from its float32 value by {error:.1e} (relative)"
+    return (
+        None
+        if error <= ROTARY_TOLERANCE
+        else f"differs from its float32 value by {error:.1e} (relative)"
+    )
 
 
 def checkpoint_digest(model_dir: Path | str) -> str:
-    """16 hex digits over ``config.json`` and every ``*.safetensors`` file's bytes, in order of names.
+    """16 hex digits over ``config.json`` and every ``*.safetensors`` file's bytes, in order of
+    names.
 
     Raises ``TeacherError`` where the directory holds no safetensors weights.
     """

@@ -1,11 +1,11 @@
 """The answers of driftgate's API, declared once for gateway, client, command line and OpenAPI.
 
-Every shape here is a value: no file, no socket, no torch. The gateway fills them, ``driftgate.Client``
-decodes into them, ``driftgate.render`` draws them, and ``/api/openapi.json`` is derived from them, so the
-four cannot disagree.
+Every shape here is a value: no file, no socket, no torch. The gateway fills them,
+``driftgate.Client`` decodes into them, ``driftgate.render`` draws them, and ``/api/openapi.json``
+is derived from them, so the four cannot disagree.
 
-JSON has no NaN and no infinity: a number that is not finite is ``null``, and ``undefined`` beside the
-metrics says why each ``null`` is one.
+JSON has no NaN and no infinity: a number that is not finite is ``null``, and ``undefined`` beside
+the metrics says why each ``null`` is one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from driftgate.trace import CallIntent, CallOutcome, Comparable, Engine, Reward,
 __all__ = [
     "ApiError",
     "CallView",
+    "CellMismatch",
     "CellView",
     "Cells",
     "ChoiceView",
@@ -34,6 +35,7 @@ __all__ = [
     "MismatchView",
     "ReasonCount",
     "RewardRequest",
+    "RouterMeasures",
     "RoutesView",
     "ScoreView",
     "StepDetail",
@@ -66,24 +68,32 @@ class ApiError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrajectoryItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One agent run, in counts."""
+    """One agent run, with its coverage."""
 
     trajectory: str
     steps: int
     choices: int
+    """Traces that can exist: the captured ones and the missing ones."""
     complete: bool
-    """Every call has all its traces and no trace misses anything."""
-    scored: int
-    """Traces with a drift score by at least one trainer."""
+    """Every call has all its traces and none of them misses anything."""
     captured: int
-    """Traces stored."""
+    """Traces in the store."""
+    scorable: int
+    """Of those, the ones with prompt ids, response ids and logprobs."""
+    scored: int
+    """Of those, the ones with a drift score by at least one trainer."""
+    missing: int
+    """Traces that a call should have and has not."""
+    open_calls: int
+    """Calls with neither a trace nor an outcome."""
+    failed_calls: int
     models: list[str]
     started_ns: int
     """Wall clock, ns since the epoch."""
     ended_ns: int
-    reward: float | None = None
-    gaps: list[str] = []
-    """In words, each thing that is not there and why."""
+    reward: float | None
+    gaps: list[str]
+    """In words, each reason why it is not complete."""
 
 
 class TrajectoryPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +112,7 @@ class MintRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Minted(msgspec.Struct, frozen=True, kw_only=True):
-    """A trajectory to run an agent in: set its ``OPENAI_BASE_URL`` or its API key, either is enough."""
+    """A trajectory to run an agent in, by its base URL or by its API key: either is enough."""
 
     trajectory: str
     key: str
@@ -245,9 +255,17 @@ class StepDetail(msgspec.Struct, frozen=True, kw_only=True):
 class CallView(msgspec.Struct, frozen=True, kw_only=True):
     """One call of the agent and what became of it."""
 
-    intent: CallIntent
-    state: str
-    outcome: CallOutcome | None = None
+    call_id: str
+    step: int
+    model: str
+    retry: int
+    state: Literal["open", "done", "failed", "cancelled", "capture_failed"]
+    intent: CallIntent | None
+    outcome: CallOutcome | None
+    choices: int
+    """Traces it should have; 0 while none has arrived."""
+    captured: int
+    started_ns: int
 
 
 class ChoiceView(msgspec.Struct, frozen=True, kw_only=True):
@@ -257,9 +275,10 @@ class ChoiceView(msgspec.Struct, frozen=True, kw_only=True):
     prompt_len: int | None
     response_len: int | None
     has_routes: bool
+    scorable: bool
     size_bytes: int
     """On disk."""
-    scores: list[ScoreView] = []
+    scores: list[ScoreView]
 
 
 class StepView(msgspec.Struct, frozen=True, kw_only=True):
@@ -279,24 +298,25 @@ class TrajectoryDetail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Coverage(msgspec.Struct, frozen=True, kw_only=True):
-    """How much of what was asked the numbers speak for, in traces and calls."""
+    """How much of what was asked the numbers speak for."""
 
     captured: int
     """Traces stored."""
+    scorable: int
+    """Of those, the ones that a trainer can score."""
     scored: int
     """Of those, with a drift score (by the asked trainer, where one was asked for)."""
     missing: int
-    """Of those, with something missing in the capture."""
+    """Traces that a call should have and has not."""
     open: int
-    """Calls that have neither a trace nor an outcome."""
+    """Calls with neither a trace nor an outcome."""
 
 
 class ReasonCount(msgspec.Struct, frozen=True, kw_only=True):
-    """A reason with how many scores give it; ``detail`` is of the first of them."""
+    """A reason of ``comparable`` and how many scores give it."""
 
     code: str
-    detail: str
-    fix: str
+    meaning: str
     scores: int
 
 
@@ -318,7 +338,7 @@ class FloorView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CellView(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything known about one pair (engine, trainer); fingerprints are never mixed in a number."""
+    """Everything known about one pair (engine, trainer): no number mixes fingerprints."""
 
     engine: Engine | Trainer
     engine_digest: str
@@ -326,23 +346,27 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     trainer_digest: str
     model: str
     kind: Kind
+    trajectories: int
     n_tokens: int
+    """Tokens behind ``measures``, or behind ``all_measures`` where nothing is comparable."""
     n_seqs: int
     few: bool
-    """Fewer than 30 sequences: read the numbers as an anecdote."""
+    """Fewer than 30 trajectories: intervals come out too narrow."""
     scored: int
-    """Scores folded into this cell."""
+    """Scores of this cell."""
     captured: int
     """Traces of this engine and model."""
     comparable: dict[str, int]
     """Scores by verdict: ``yes``, ``converted``, ``no``."""
     reasons: list[ReasonCount]
-    measures: Measures
+    measures: Measures | None
+    """Over the comparable scores; null where there is none."""
+    all_measures: Measures | None
+    """Over every score with numbers, comparable or not: evidence of what is wrong, not drift."""
     router: RouterMeasures | None = None
-    router_reason: str | None = None
     worst: WorstView | None = None
     intervals: dict[str, Interval] = {}
-    """By metric; empty where there are too few trajectories to tell."""
+    """Of ``measures``, by metric; empty where there are too few trajectories to tell."""
     floors: list[FloorView] = []
 
 

@@ -1,1 +1,36 @@
-"""storage"""
+"""Append-only segments (the truth) and a SQLite index (derived): FORMAT.md."""
+
+from driftgate.storage.leases import Leases
+from driftgate.storage.reader import Reader
+from driftgate.storage.records import Record
+from driftgate.storage.recovery import rebuild_index
+from driftgate.storage.rows import (
+    CallRow,
+    CellRow,
+    Counts,
+    Lease,
+    RebuildReport,
+    ScoreRow,
+    TraceRow,
+    TrajectoryRow,
+)
+from driftgate.storage.segments import read_segment
+from driftgate.storage.writer import Writer, WriterStats
+
+__all__ = [
+    "CallRow",
+    "CellRow",
+    "Counts",
+    "Lease",
+    "Leases",
+    "Reader",
+    "RebuildReport",
+    "Record",
+    "ScoreRow",
+    "TraceRow",
+    "TrajectoryRow",
+    "Writer",
+    "WriterStats",
+    "read_segment",
+    "rebuild_index",
+]

@@ -1,7 +1,7 @@
 """Bytes of records and payloads, as FORMAT.md specifies them: pure, no files, no clocks.
 
-Refuses every length, count and shape that is over a limit before it allocates for it. Knows nothing of
-traces and scores (``driftgate.storage.records``) or of files (``driftgate.storage.segments``).
+Refuses every length, count and shape that is over a limit before it allocates for it. Knows nothing
+of traces and scores (``driftgate.storage.records``) or of files (``driftgate.storage.segments``).
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 MARKER = b"\xd9REC"
-"""Starts every record. Not ASCII at its head, so it is rare in text and JSON and a search for it is cheap."""
+"""Starts every record. Not ASCII at its head, so it is rare in text and JSON and a search for it is
+cheap."""
 
 MAX_FRAME_BYTES = 1 << 30
-"""256k tokens of 94 layers x 8 experts in uint16 are 385 MB; twice that fits, a length gone wild does not."""
+"""256k tokens of 94 layers x 8 experts in uint16 are 385 MB; twice that fits, a length gone wild
+does not."""
 
 MAX_PAYLOAD_BYTES = 1 << 30
 """The same, before compression: bounds what one bad record can make a reader allocate."""
@@ -174,7 +176,8 @@ def pack_record(kind: int, payload: bytes, *, time_ns: int) -> bytes:
 
 
 def parse_header(data: bytes | memoryview) -> Header | None:
-    """The header at the start of ``data``; None where no record can start (short, marker, limits)."""
+    """The header at the start of ``data``; None where no record can start (short, marker,
+    limits)."""
     if len(data) < HEADER_BYTES:
         return None
     marker, kind, flags, reserved, frame, payload, time_ns = _HEADER.unpack_from(data)
@@ -186,14 +189,12 @@ def parse_header(data: bytes | memoryview) -> Header | None:
     return Header(kind, frame, payload, time_ns, crc)
 
 
-def whole(header: Header, record: bytes | memoryview) -> bool:
-    """Whether ``record`` has all its bytes and the CRC that ``header`` says."""
-    if len(record) < header.record_bytes:
+def whole(header: Header, head: bytes, frame: bytes) -> bool:
+    """Whether ``frame`` has all its bytes and, with ``head``, the CRC that ``header`` says."""
+    if len(frame) != header.frame_bytes:
         return False
-    view = memoryview(record)
-    crc: int = google_crc32c.value(bytes(view[: _HEADER.size]))
-    frame = view[HEADER_BYTES : header.record_bytes]
-    return bool(google_crc32c.extend(crc, bytes(frame)) == header.crc)
+    crc = google_crc32c.extend(google_crc32c.value(head[: _HEADER.size]), frame)
+    return bool(crc == header.crc)
 
 
 def unpack_frame(header: Header, frame: bytes | memoryview) -> bytes:

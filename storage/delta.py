@@ -1,9 +1,9 @@
 """A trace as the difference to another trace of its trajectory, and back, bit for bit. Pure.
 
-A step's prompt, routes and request body extend those of the step before, and the samples of one call share
-their prompt, so only the rest is stored (FORMAT.md, *Trace*). Nothing is assumed equal: every id, route
-cell and byte that is left out was compared. ``resolve`` is linear in the size of the result however deep
-the chain of bases is.
+A step's prompt, routes and request body extend those of the step before, and the samples of one
+call share their prompt, so only the rest is stored (FORMAT.md, *Trace*). Nothing is assumed equal:
+every id, route cell and byte that is left out was compared. ``resolve`` is linear in the size of
+the result however deep the chain of bases is.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from driftgate.trace import F32, I32, Routes, Trace, TraceMeta
 __all__ = ["MAX_DEPTH", "Delta", "StoredTrace", "TraceHead", "diff", "resolve", "trace_bytes"]
 
 MAX_DEPTH = 64
-"""Links from a record to its full record: bounds how many records one read touches and how many traces one
-damaged record takes with it, as key frames do in video. A full record every 64 steps costs about 3 %."""
+"""Links from a record to its full record: bounds how many records one read touches and how many
+traces one damaged record takes with it, as key frames do in video. A full record every 64 steps
+costs about 3 %."""
 
 MIN_SAVED_SHARE = 0.25
-"""A delta that saves less than this share of the arrays and the request is not worth depending on another
-record: the prefix is as good as broken, and a full record starts a new chain."""
+"""A delta that saves less than this share of the arrays and the request is not worth depending on
+another record: the prefix is as good as broken, and a full record starts a new chain."""
 
 MAX_PATCHED_SHARE = 0.5
-"""With more differing cells than this a patch (index + cell) is no smaller than the rows themselves."""
+"""With more differing cells than this a patch (index + cell) is no smaller than the rows
+themselves."""
+
+MAX_IDS = 1 << 24
+"""Ids, and route rows, of one resolved trace: 16 times the longest contexts in use. Checked before
+a record's own claim about them is allocated."""
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,19 +106,19 @@ def diff(
 
 
 def resolve(chain: Sequence[StoredTrace], base: Trace | None = None) -> Trace:
-    """The trace of ``chain[0]``. ``chain[i + 1]`` is the base of ``chain[i]``; ``base`` that of the last.
+    """The trace of ``chain[0]``. ``chain[i + 1]`` is the base of ``chain[i]``; ``base`` that of the
+    last.
 
     FormatError where a record takes more from its base than that has.
     """
     newest = chain[0].head
     prompt_len, response_len = newest.prompt_len or 0, newest.response_len or 0
-    ids = np.empty(_count_ids(chain), np.int32)
-    _fill_ids(ids, chain, base)
-    if len(ids) != prompt_len + response_len:
-        raise FormatError(
-            f"trace {newest.meta.trace_id}: {len(ids)} ids for {prompt_len} + {response_len}"
-        )
     first = chain[0]
+    count = len(first.ids) + (newest.delta.ids if newest.delta else 0)
+    if count != prompt_len + response_len or not 0 <= prompt_len <= count <= MAX_IDS:
+        raise _broken(first, f"{count} ids for {prompt_len} + {response_len}")
+    ids = np.empty(count, np.int32)
+    _fill_ids(ids, chain, base)
     return Trace(
         meta=newest.meta,
         prompt_ids=None if newest.prompt_len is None else ids[:prompt_len],
@@ -151,7 +157,8 @@ def _against(
 def _shared_rows(
     routes: Routes | None, base: Routes | None, ids: int
 ) -> tuple[int, I32 | None, Routes | None]:
-    """Rows to take from the base, and gaps and values of the cells in them that differ (None: none do)."""
+    """Rows to take from the base, and gaps and values of the cells in them that differ (None: none
+    do)."""
     if routes is None or base is None:
         return 0, None, None
     if routes.dtype != base.dtype or routes.shape[1:] != base.shape[1:]:
@@ -225,11 +232,6 @@ def _broken(stored: StoredTrace, what: str) -> FormatError:
     return FormatError(f"trace {stored.head.meta.trace_id}: {what}")
 
 
-def _count_ids(chain: Sequence[StoredTrace]) -> int:
-    delta = chain[0].head.delta
-    return len(chain[0].ids) + (delta.ids if delta else 0)
-
-
 def _fill_ids(out: I32, chain: Sequence[StoredTrace], base: Trace | None) -> None:
     """Write the newest record's ids, walking down the chain only as far as ids come from there."""
     need = len(out)
@@ -254,13 +256,16 @@ def _base_ids(chain: Sequence[StoredTrace], base: Trace | None) -> I32:
 
 
 def _routes(chain: Sequence[StoredTrace], base: Trace | None) -> Routes | None:
-    """The newest record's routes: suffixes from the newest down, then patches from the oldest up."""
+    """The newest record's routes: suffixes from the newest down, then patches from the oldest
+    up."""
     first = chain[0]
     if first.routes is None:
         return None
     delta = first.head.delta
     if delta is None or not delta.rows:
         return first.routes
+    if not 0 <= delta.rows <= MAX_IDS:
+        raise _broken(first, f"{delta.rows} shared route rows")
     out = np.empty((delta.rows + len(first.routes), *first.routes.shape[1:]), first.routes.dtype)
     need, needs = len(out), []
     for stored in chain:
@@ -293,7 +298,8 @@ def _fill_base_rows(out: Routes, stored: StoredTrace, base: Trace | None) -> Non
 
 
 def _patch(rows: Routes, stored: StoredTrace) -> None:
-    """Overwrite the cells of ``rows`` [n, L, K] that this record changed; later cells are not wanted."""
+    """Overwrite the cells of ``rows`` [n, L, K] that this record changed; later cells are not
+    wanted."""
     if stored.patch_gaps is None or stored.patch_cells is None or not len(rows):
         return
     layers, experts = rows.shape[1:]

@@ -1,7 +1,9 @@
-"""What a store holds, as payloads and back: traces, scores, call intents and outcomes, rewards. Pure.
+"""What a store holds, as payloads and back: traces, scores, call intents and outcomes, rewards.
+Pure.
 
 Refuses values that would not come back as they are: arrays of other dtypes than the schema's, and
-non-finite numbers in JSON (JSON has none, and they would silently become null). Arrays may hold NaN.
+non-finite numbers in JSON (JSON has none, and they would silently become null). Arrays may hold
+NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +18,17 @@ import numpy as np
 from driftgate.errors import FormatError
 from driftgate.storage.codec import Array, Payload, pack_payload
 from driftgate.storage.delta import StoredTrace, TraceHead
-from driftgate.trace import F32, I32, CallIntent, CallOutcome, Reward, Routes, Score, ScoreMeta, Trace
+from driftgate.trace import (
+    F32,
+    I32,
+    CallIntent,
+    CallOutcome,
+    Reward,
+    Routes,
+    Score,
+    ScoreMeta,
+    Trace,
+)
 
 __all__ = [
     "Kind",
@@ -79,7 +91,8 @@ def twin_key(trace: Trace) -> str | None:
 
 
 def encode_trace(stored: StoredTrace) -> bytes:
-    """Payload of a trace record. ValueError where an array or a number is not as the schema says."""
+    """Payload of a trace record. ValueError where an array or a number is not as the schema
+    says."""
     _expect("ids", stored.ids, "int32", 1)
     _expect("logprobs", stored.logprobs, "float32", 1)
     _expect("token_offsets", stored.token_offsets, "int32", 1)
@@ -118,7 +131,8 @@ def decode_trace(payload: Payload) -> StoredTrace:
 
 
 def encode_score(score: Score, *, seq: int) -> bytes:
-    """Payload of a score record. ValueError where an array or a number is not as the schema says."""
+    """Payload of a score record. ValueError where an array or a number is not as the schema
+    says."""
     _expect("logprobs", score.logprobs, "float32", 1)
     _expect("entropy", score.entropy, "float32", 1)
     _expect("logprobs_at_temperature", score.logprobs_at_temperature, "float32", 1)
@@ -154,7 +168,10 @@ def encode_small(record: Small) -> tuple[Kind, bytes]:
 
 def decode_small(kind: int, payload: Payload) -> Small:
     """Inverse of ``encode_small``."""
-    return head_of(payload, _SMALL_TYPES[kind])
+    type_ = _SMALL_TYPES.get(kind)
+    if type_ is None:
+        raise FormatError(f"unknown record kind {kind}")
+    return head_of(payload, type_)
 
 
 def head_of(payload: Payload, type_: type[T]) -> T:
@@ -180,20 +197,23 @@ def _json(value: msgspec.Struct) -> bytes:
 def _expect(name: str, array: Array | None, dtype: str, ndim: int) -> None:
     if array is not None and (array.dtype.name != dtype or array.ndim != ndim):
         raise ValueError(
-            f"{name} is {array.dtype.name}{list(array.shape)}; it must be {dtype} of {ndim} dimension"
+            f"{name} is {array.dtype.name}{list(array.shape)}; it must be {dtype} with {ndim} axis"
         )
 
 
 def _expect_routes(routes: Array | None) -> None:
     if routes is not None and (routes.dtype.name not in ("uint8", "uint16") or routes.ndim != 3):
         raise ValueError(
-            f"routes are {routes.dtype.name}{list(routes.shape)}; they must be uint8 or uint16 [rows, L, K]"
+            f"routes are {routes.dtype.name}{list(routes.shape)}; "
+            "they must be uint8 or uint16 [rows, L, K]"
         )
 
 
 def _typed(column: Array | None, dtype: str, ndim: int) -> Array | None:
     if column is not None and (column.dtype.name != dtype or column.ndim != ndim):
-        raise FormatError(f"column is {column.dtype.name}{list(column.shape)}, not {dtype} x {ndim}")
+        raise FormatError(
+            f"column is {column.dtype.name}{list(column.shape)}, not {dtype} x {ndim}"
+        )
     return column
 
 

@@ -20,15 +20,20 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     """Directory of the trainer's checkpoint."""
     backend: BackendName = "reference"
-    """``reference``: one process, the oracle. ``fsdp``: torch ``fully_shard`` over ``nproc`` processes."""
+    """``reference``: one process, the oracle. ``fsdp``: torch ``fully_shard`` over ``nproc``
+    processes."""
     nproc: int = 1
     """Processes of the ``fsdp`` backend on this machine."""
     follow: bool = False
     """Keep scoring as traces arrive; else stop when nothing is left."""
     served_model: str | None = None
     """Score only traces of this served model name; None scores every trace in the store."""
+    weight_version: str | None = None
+    """Policy version of the checkpoint, as the engine's calls name theirs; None: unknown."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the weights; ``auto`` is the checkpoint's own."""
+    train_dtype: str | None = None
+    """Precision that the training job computes in; scores in another one are marked as such."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
     attention: str = "sdpa"
@@ -51,4 +56,6 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.lease_s < 1 or self.noise_floor_trajectories < 0:
             raise ValueError("lease_s must be at least 1 and noise_floor_trajectories at least 0")
         if self.max_tokens is not None and self.max_tokens < 2:
-            raise ValueError(f"max_tokens={self.max_tokens} leaves no room for a prompt and a response")
+            raise ValueError(
+                f"max_tokens={self.max_tokens} leaves no room for a prompt and a response"
+            )

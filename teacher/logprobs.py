@@ -1,6 +1,7 @@
 """Log-probabilities from hidden states, for as many positions as a trajectory has.
 
-Shape letters: ``N`` scored positions, ``H`` hidden size, ``V`` vocabulary, ``C`` positions of a chunk.
+Shape letters: ``N`` scored positions, ``H`` hidden size, ``V`` vocabulary, ``C`` positions of a
+chunk.
 
 The logits of a long trajectory do not fit: 32k positions of a 150k vocabulary are 20 GB in float32.
 So the head runs over chunks of the scored positions only, and each chunk's logits give the
@@ -29,7 +30,8 @@ class Scored(NamedTuple):
     entropy: Tensor
     """[N] nats, of the model's distribution at T = 1."""
     at_temperature: Tensor | None
-    """[N] nats, under the logits divided by each row's temperature; None if no temperature was given."""
+    """[N] nats, under the logits divided by each row's temperature; None if no temperature was
+    given."""
 
 
 def score_hidden(
@@ -56,9 +58,6 @@ def score_hidden(
         if temperature_N is not None:
             t_C = temperature_N[rows]
             scaled.append(picked_C / t_C - (z_CV / t_C[:, None]).logsumexp(-1))
-        # H = lse - sum p z; a banned token has z = -inf and p = 0 and adds nothing.
-        p_CV = (z_CV - lse_C[:, None]).exp_()
-        entropy.append(lse_C - p_CV.mul_(z_CV).nan_to_num_(nan=0.0).sum(-1))
-    return Scored(
-        torch.cat(logprobs), torch.cat(entropy), torch.cat(scaled) if scaled else None
-    )
+        # entr(p) is -p log p, and 0 for a banned token, whose logit is -inf.
+        entropy.append(torch.special.entr((z_CV - lse_C[:, None]).exp_()).sum(-1))
+    return Scored(torch.cat(logprobs), torch.cat(entropy), torch.cat(scaled) if scaled else None)

@@ -1,10 +1,10 @@
 """Which forwards score a trajectory: as few as possible, and each trace in exactly one of them.
 
-A trace with prompt ``p`` and response ``r`` needs the logits at positions ``P - 1 .. P + R - 2``, so the
-tokens that must be fed are ``(p + r)[:-1]``: its *input*. Two traces share a forward exactly where one's
-input is a prefix of the other's. A turn of an agent whose next prompt keeps its tokens is such a
-case, and so are two runs with the same tokens and a sample that another one continues. A causal
-model computes the same numbers for a prefix whatever follows it.
+A trace with prompt ``p`` and response ``r`` needs the logits at positions ``P - 1 .. P + R - 2``,
+so the tokens that must be fed are ``(p + r)[:-1]``: its *input*. Two traces share a forward exactly
+where one's input is a prefix of the other's. A turn of an agent whose next prompt keeps its tokens
+is such a case, and so are two runs with the same tokens and a sample that another one continues. A
+causal model computes the same numbers for a prefix whatever follows it.
 
 Pure: arrays in, values out. Branches and ``n > 1`` choices need no case of their own.
 """
@@ -38,7 +38,8 @@ class Slice:
     response_ids: I32
     """[R] the tokens whose log-probabilities are asked for, R at least 1."""
     temperature: float | None = None
-    """Score at this temperature as well as at 1; None where the agent asked for none, 1 or greedy."""
+    """Score at this temperature as well as at 1; None where the agent asked for none, 1 or
+    greedy."""
     one_pass: bool = False
     """Scored inside a forward over a longer sequence."""
 
@@ -105,7 +106,9 @@ def assemble(traces: Seq[Trace]) -> list[Sequence]:
 def _input(trace: Trace) -> bytes:
     """Big-endian bytes of the tokens that have to be fed to score ``trace``."""
     if not is_scorable(trace) or trace.prompt_ids is None or trace.response_ids is None:
-        raise ValueError(f"trace {trace.meta.trace_id} has no prompt, response or logprobs to score")
+        raise ValueError(
+            f"trace {trace.meta.trace_id} has no prompt, response or logprobs to score"
+        )
     fed = np.concatenate([trace.prompt_ids, trace.response_ids[:-1]])
     return fed.astype(">i4").tobytes()
 

@@ -1,0 +1,96 @@
+"""vLLM's names, checked against 0.29.0, and its packing of routed experts (base64 of a ``.npy``)."""
+
+from __future__ import annotations
+
+import io
+from math import prod
+
+import numpy as np
+import pybase64
+
+from driftgate.trace import Routes
+
+__all__ = ["Vllm", "narrow_routes", "read_npy"]
+
+MAX_ROUTES_BYTES = 1 << 30
+"""Decoded; 128k tokens x 94 layers x top-8 in two bytes are 193 MB."""
+
+MAX_NPY_HEADER_BYTES = 4096
+"""numpy writes 128 bytes for an array of three dimensions."""
+
+ROUTE_DTYPES = ("uint8", "uint16", "int32")
+"""What vLLM builds were seen to send."""
+
+
+class Vllm:
+    """``driftgate.adapters.base.EngineAdapter`` for vLLM."""
+
+    name = "vllm"
+    ask_ids = "return_token_ids"
+    ask_stream_routes = "driftgate_routes"
+    routes_chunk_mark = "driftgate"
+
+    @property
+    def refused_fields(self) -> dict[str, str]:
+        """In 0.29 a ``routed_experts_prompt_start`` past the prompt ends the engine for everybody."""
+        return {
+            "routed_experts_prompt_start": "in vLLM 0.29 a value past the prompt's end stops the whole "
+            "engine, and a smaller one would leave the recorded routes incomplete"
+        }
+
+    def decode_routes(self, encoded: bytes, *, prompt_len: int, response_len: int) -> Routes:
+        """See ``EngineAdapter``."""
+        if len(encoded) // 4 * 3 > MAX_ROUTES_BYTES:
+            raise ValueError(f"{len(encoded)} base64 characters are over the limit of {MAX_ROUTES_BYTES} bytes")
+        array = read_npy(pybase64.b64decode(encoded, validate=True))
+        if array.ndim != 3:
+            raise ValueError(f"shape {list(array.shape)} is not [rows, layers, experts]")
+        rows = prompt_len + response_len - 1
+        if array.shape[0] != rows:
+            raise ValueError(
+                f"{array.shape[0]} rows came for {prompt_len} + {response_len} tokens, expected {rows}"
+            )
+        return narrow_routes(array)
+
+    def advice(self, what: str) -> str:
+        """See ``EngineAdapter``."""
+        return {
+            "ids": "token ids need vLLM 0.10.2 or newer (the request's return_token_ids)",
+            "logprobs": "logprobs need a vLLM that was not started with --max-logprobs 0 and no "
+            "engine option that disables them",
+            "routes": "for a MoE model start vLLM with --enable-return-routed-experts (a dense "
+            "model has no routes)",
+            "streaming_routes": "install driftgate in the engine's environment, so that vLLM loads its "
+            "plugin (entry point vllm.general_plugins), or set streaming_routes to synthesise",
+        }[what]
+
+
+def read_npy(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.integer]]:
+    """The integer array of a ``.npy``, without pickle and without trusting its header. ValueError."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        header = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_NPY_HEADER_BYTES)
+    elif version == (2, 0):
+        header = np.lib.format.read_array_header_2_0(file, max_header_size=MAX_NPY_HEADER_BYTES)
+    else:
+        raise ValueError(f".npy version {version} is not known")
+    shape, fortran, dtype = header
+    if dtype.newbyteorder("=").name not in ROUTE_DTYPES:
+        raise ValueError(f"dtype {dtype} is none of {', '.join(ROUTE_DTYPES)}")
+    if any(size < 0 for size in shape) or fortran:
+        raise ValueError(f"shape {list(shape)} (fortran order: {fortran}) is not an array of rows")
+    expected, got = prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if expected != got:
+        raise ValueError(f"shape {list(shape)} of {dtype} needs {expected} bytes, {got} came")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
+
+
+def narrow_routes(array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Routes:
+    """The same expert ids as uint8 or uint16. ValueError where they do not fit."""
+    if array.dtype in (np.uint8, np.uint16) and array.dtype.isnative:
+        return array  # type: ignore[return-value]
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    if low < 0 or high > 0xFFFF:
+        raise ValueError(f"expert ids from {low} to {high} are not between 0 and 65535")
+    return array.astype(np.uint8 if high <= 0xFF else np.uint16)

@@ -1,0 +1,199 @@
+"""A closed loop of keep-alive connections that costs little: raw protocols under uvloop.
+
+Each connection plays episodes: it sends a step, waits for the whole answer, sends the next step, and
+starts a new trajectory after the last. Only the framing of answers is read. An answer that is
+not 200, or a connection that ends, stops the run with what was seen: nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import uvloop
+
+from benchmarks.payloads import CREATED, FIRST_NONCE, Canned, Episode, since_us
+
+__all__ = ["Agents", "Rate", "delays_us", "drive"]
+
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+CREATED_FIELD = re.compile(rb'"created":(\d{10})')
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+STALL_TIMEOUT_S = 90.0
+"""For the last answers of a run: 256 answers of 4.4 MB through a slow proxy need half a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What a closed loop achieved."""
+
+    in_window: int
+    """Answers that were whole within the window."""
+    window_s: float
+    answered: int
+    """All answers, those before and after the window too."""
+    started: float
+    """``time.monotonic()`` when the first request was sent."""
+    latencies_s: list[float]
+    """Of the answers in the window."""
+
+    @property
+    def per_second(self) -> float:
+        """Answers a second within the window."""
+        return self.in_window / self.window_s
+
+
+class Agents:
+    """Request bodies of endless trajectories, each numbered once in this process."""
+
+    def __init__(self, episode: Episode, *, stream: bool, host: str = "127.0.0.1") -> None:
+        self._steps = []
+        for step in range(episode.shape.steps):
+            body = episode.request(step, stream=stream)
+            head = (
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: %b\r\naccept: application/json\r\n"
+                b"content-type: application/json\r\nauthorization: Bearer none\r\n"
+                b"user-agent: OpenAI/Python 2.0.0\r\nx-stainless-retry-count: 0\r\n"
+                b"content-length: %d\r\n\r\n"
+            ) % (host.encode(), len(body))
+            self._steps.append(Canned(head + body.template))
+        self._numbers = itertools.count(FIRST_NONCE + 1)
+
+    def one(self) -> Iterator[list[bytes]]:
+        """The requests of one agent after another, without end."""
+        while True:
+            nonce = b"%d" % next(self._numbers)
+            for step in self._steps:
+                yield step.fill(nonce)
+
+
+@dataclass(slots=True)
+class _Run:
+    """State that all connections of a run share."""
+
+    finished: asyncio.Future[None]
+    open: int
+    stopping: bool = False
+    answered: int = 0
+    calls_left: int | None = None
+    """Stop after so many requests were sent; None: when told."""
+    latencies_s: list[float] = field(default_factory=list)
+    delays_us: list[int] | None = None
+    """Collects the age of every event, if not None."""
+
+    def fail(self, error: Exception) -> None:
+        """End the run with ``error``."""
+        if not self.finished.done():
+            self.finished.set_exception(error)
+
+    def may_send(self) -> bool:
+        """Whether one more request may go out; counts it."""
+        if self.stopping or self.calls_left == 0:
+            return False
+        if self.calls_left is not None:
+            self.calls_left -= 1
+        return True
+
+    def leave(self) -> None:
+        """A connection has nothing more to do."""
+        self.open -= 1
+        if self.open == 0 and not self.finished.done():
+            self.finished.set_result(None)
+
+
+class _Client(asyncio.Protocol):
+    """One agent on one connection."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, run: _Run, requests: Iterator[list[bytes]], delay_s: float) -> None:
+        self._run = run
+        self._requests = requests
+        self._delay_s = delay_s
+        self._head = b""
+        self._left = 0
+        """Bytes of the body that are still to come; -1: until the last chunk; 0: no answer is due."""
+        self._tail = b""
+        self._sent = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        asyncio.get_running_loop().call_later(self._delay_s, self._send)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._run.fail(ConnectionError(f"the server closed a connection ({exc})"))
+
+    def data_received(self, data: bytes) -> None:
+        if self._run.delays_us is not None:
+            stamps = map(int, CREATED_FIELD.findall(data))
+            self._run.delays_us += [since_us(stamped) for stamped in stamps if stamped != CREATED]
+        if self._left == 0:
+            data = self._read_head(data)
+            if self._left == 0:
+                return
+        if self._left > 0:
+            self._left -= len(data)
+            if self._left == 0:
+                self._done()
+        else:
+            self._tail = (self._tail + data[-len(LAST_CHUNK) :])[-len(LAST_CHUNK) :]
+            if self._tail == LAST_CHUNK:
+                self._done()
+
+    def _read_head(self, data: bytes) -> bytes:
+        """Take the head of an answer off; returns what follows it."""
+        self._head += data
+        head, found, body = self._head.partition(b"\r\n\r\n")
+        if not found:
+            return b""
+        self._head = b""
+        status = head.split(b" ", 2)[1]
+        if status != b"200":
+            self._run.fail(ConnectionError(f"answered {(head + body)[:600]!r}"))
+        length = LENGTH.search(head)
+        self._left = int(length.group(1)) if length else -1
+        return body
+
+    def _send(self) -> None:
+        if not self._run.may_send():
+            self._run.leave()
+            return
+        self._tail = b""
+        self._sent = time.perf_counter()
+        self.transport.writelines(next(self._requests))
+
+    def _done(self) -> None:
+        run = self._run
+        run.answered += 1
+        run.latencies_s.append(time.perf_counter() - self._sent)
+        self._left = 0
+        self._send()
+
+
+async def _play(
+    run: _Run, agents: Agents, url: str, connections: int, *, spread_s: float = 0.0
+) -> None:
+    """Open the connections; each starts by itself, evenly spread over ``spread_s``."""
+    loop, address = asyncio.get_running_loop(), urlsplit(url)
+    for number in range(connections):
+        client = _Client(run, agents.one(), spread_s * number / connections)
+        await loop.create_connection(lambda made=client: made, address.hostname, address.port)  # type: ignore[misc]
+        run.clients.append(client)
+
+
+def drive(
+    agents: Agents, url: str, connections: int, *, warm_s: float, window_s: float
+) -> Rate:
+    """Requests as fast as they are answered, for a fixed time. Raises ``ConnectionError``."""
+
+    async def play() -> Rate:
+        pass
+
+    return uvloop.run(play())

@@ -1,0 +1,392 @@
+"""The ``driftgate`` command: a thin edge that turns arguments into calls and errors into one line.
+
+What a command needs is imported inside it, so that ``driftgate --help`` is quick and torch is
+loaded only by ``teach``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NoReturn, TypeVar
+
+import msgspec
+import typer
+
+from driftgate.client import DEFAULT_URL, Client
+from driftgate.errors import DriftgateError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from driftgate.gateway.answers import Answers
+    from driftgate.gateway.config import GatewayConfig
+
+__all__ = ["app", "main"]
+
+T = TypeVar("T")
+
+DEFAULT_STORE = Path("driftgate-store")
+"""The gateway's default as well."""
+
+PLAIN_WIDTH = 160
+"""Columns where the output is not a terminal: tables are not squeezed into 80."""
+
+CHUNK_BYTES = 1 << 20
+"""The export is written in pieces of about this size."""
+
+app = typer.Typer(
+    name="driftgate",
+    help="Records what a rollout engine sampled, scores it with the trainer, and says where they "
+    "differ.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+index_app = typer.Typer(help="The store's index.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", help="Directory of the store.", envvar="DRIFTGATE_STORE")
+]
+StoreInstead = Annotated[
+    Path | None,
+    typer.Option("--store", help="Read this store directly instead of asking a gateway."),
+]
+UrlOption = Annotated[
+    str, typer.Option("--url", help="Address of the gateway.", envvar="DRIFTGATE_URL")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
+KeyOption = Annotated[
+    str | None,
+    typer.Option("--key", help="Key for reading, if asked for.", envvar="DRIFTGATE_KEY"),
+]
+
+
+def main() -> NoReturn:
+    """Entry point. Errors made on purpose are one line on stderr and status 1; wrong usage is 2."""
+    try:
+        app()
+    except DriftgateError as error:
+        sys.exit(f"driftgate: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+@app.command()
+def serve(
+    upstream: Annotated[
+        str | None, typer.Option(help="Base URL of the engine, without /v1.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of the gateway's settings.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Directory of the store.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    durability: Annotated[
+        Literal["group", "strict"] | None,
+        typer.Option(help="strict: an answer ends only when its trace is on disk."),
+    ] = None,
+    on_capture_failure: Annotated[
+        Literal["serve", "refuse"] | None,
+        typer.Option(help="What a call meets that cannot be recorded."),
+    ] = None,
+    streaming_routes: Annotated[
+        Literal["auto", "plugin", "synthesise", "off"] | None,
+        typer.Option(help="How routed experts of streamed answers are got."),
+    ] = None,
+    logprobs_mode: Annotated[
+        str | None, typer.Option(help="The engine's logprobs mode, e.g. raw_logprobs.")
+    ] = None,
+    weight_version: Annotated[
+        str | None, typer.Option(help="Version of the policy that the engine serves.")
+    ] = None,
+) -> None:
+    """Run the gateway: point OPENAI_BASE_URL at http://HOST:PORT/v1.
+
+    Options win over the file given with --config.
+    """
+    given = {
+        "upstream": upstream,
+        "store": store,
+        "host": host,
+        "port": port,
+        "durability": durability,
+        "on_capture_failure": on_capture_failure,
+        "streaming_routes": streaming_routes,
+        "logprobs_mode": logprobs_mode,
+        "weight_version": weight_version,
+    }
+    settings = _gateway_config(config, {k: v for k, v in given.items() if v is not None})
+    from driftgate.gateway.app import serve as run_gateway
+
+    run_gateway(settings)
+
+
+@app.command()
+def probe(
+    url: Annotated[str, typer.Argument(help="Base URL of the engine, without /v1.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what an engine gives of what a trace needs, and how to switch on the rest."""
+    from driftgate.gateway.upstream import probe as probe_engine
+
+    report = asyncio.run(probe_engine(url))
+    print(_indented(report) if as_json else str(report))
+
+
+@app.command()
+def teach(
+    model: Annotated[str, typer.Option(help="Directory of the trainer's checkpoint.")],
+    store: StoreOption = DEFAULT_STORE,
+    backend: Annotated[
+        Literal["reference", "fsdp"],
+        typer.Option(help="reference: one process of Hugging Face; fsdp: torch fully_shard."),
+    ] = "reference",
+    nproc: Annotated[int, typer.Option(help="Processes of the fsdp backend.")] = 1,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep scoring what arrives.")] = False,
+    served_model: Annotated[
+        str | None, typer.Option(help="Score only traces of this served model name.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Precision of the weights; auto is the checkpoint's own."),
+    ] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
+    ] = "auto",
+) -> None:
+    """Score the store's traces with the trainer, beside or after the rollout."""
+    try:
+        from driftgate.teacher.config import TeacherConfig
+        from driftgate.teacher.launch import launch
+    except ModuleNotFoundError as error:
+        raise DriftgateError(
+            f"`driftgate teach` needs {error.name}: pip install 'driftgate[teacher]'"
+        ) from error
+    try:
+        settings = TeacherConfig(
+            store=str(store),
+            model=model,
+            backend=backend,
+            nproc=nproc,
+            follow=follow,
+            served_model=served_model,
+            dtype=dtype,
+            device=device,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(launch(settings))
+
+
+@app.command()
+def tail(
+    url: UrlOption = DEFAULT_URL,
+    trajectory: Annotated[str | None, typer.Option(help="Only this trajectory.")] = None,
+    after: Annotated[
+        str, typer.Option(help="Cursor to go on behind: 0 for all there is, `now` for what comes.")
+    ] = "now",
+    follow: Annotated[bool, typer.Option(help="Stay for what comes.")] = True,
+    as_json: JsonOption = False,
+    key: KeyOption = None,
+) -> None:
+    """Print one line for each scored step as it arrives, coloured by band."""
+    if after != "now" and not after.isdigit():
+        raise typer.BadParameter(f"{after!r} is neither a cursor nor `now`", param_hint="--after")
+    start: int | Literal["now"] = "now" if after == "now" else int(after)
+
+    async def run(client: Client) -> None:
+        from driftgate.render import drift_line
+
+        console = _console()
+        events = client.drift(after=start, follow=follow, trajectory=trajectory)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if as_json:
+                    print(msgspec.json.encode(event).decode(), flush=True)
+                else:
+                    console.print(drift_line(event), soft_wrap=True)
+
+    _ask(url, key, run)
+
+
+@app.command()
+def show(
+    trajectory: Annotated[str, typer.Argument(help="Name of the trajectory.")],
+    step: Annotated[int | None, typer.Option(help="This step in full, token by token.")] = None,
+    as_json: JsonOption = False,
+    store: StoreInstead = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Show a trajectory: its steps, what is missing, where trainer and engine differ."""
+    if step is not None:
+        in_full = _from(
+            store, url, key, lambda a: a.step(trajectory, step), lambda c: c.step(trajectory, step)
+        )
+        _print(in_full, as_json, lambda render: render.step(in_full))
+        return
+    detail = _from(
+        store, url, key, lambda a: a.trajectory(trajectory), lambda c: c.trajectory(trajectory)
+    )
+    _print(detail, as_json, lambda render: render.trajectory(detail))
+    if not as_json:
+        found = _from(
+            store, url, key, lambda a: a.mismatch(trajectory), lambda c: c.mismatch(trajectory)
+        )
+        _print(found, False, lambda render: render.mismatch(found))
+
+
+@app.command()
+def cells(
+    as_json: JsonOption = False,
+    store: StoreInstead = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Print the matrix: every engine against every trainer, with intervals and noise floors."""
+    found = _from(store, url, key, lambda answers: answers.cells(), lambda client: client.cells())
+    _print(found, as_json, lambda render: render.matrix(found.items))
+
+
+@app.command()
+def export(
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="JSON lines: the only format so far.")
+    ] = True,
+    store: StoreOption = DEFAULT_STORE,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; else stdout.")
+    ] = None,
+    trajectory: Annotated[str | None, typer.Option(help="Only this trajectory.")] = None,
+) -> None:
+    """Write state, action and reward of every trace, complete, one JSON object a line."""
+    from driftgate.adapters.jsonl import rows
+    from driftgate.storage import Reader
+
+    lines = msgspec.json.Encoder()
+    with contextlib.closing(Reader(_existing(store))) as reader, _sink(output) as sink:
+        pending = bytearray()
+        for row in rows(reader, trajectory):
+            pending += lines.encode(row) + b"\n"
+            if len(pending) > CHUNK_BYTES:
+                sink.write(pending)
+                pending.clear()
+        sink.write(pending)
+
+
+@index_app.command("rebuild")
+def rebuild(store: StoreOption = DEFAULT_STORE) -> None:
+    """Make the index anew from the segments; no gateway or teacher may be writing."""
+    from driftgate.storage import rebuild_index
+
+    report = rebuild_index(_existing(store))
+    print(", ".join(f"{name} {value}" for name, value in msgspec.structs.asdict(report).items()))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as version_of
+
+    print(version_of("driftgate"))
+
+
+def _gateway_config(file: Path | None, given: dict[str, Any]) -> GatewayConfig:
+    """The settings of the file with the options over them; wrong ones are usage errors."""
+    from driftgate.gateway.config import GatewayConfig
+
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"{file}: {error}", param_hint="--config") from error
+    values |= {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    if "upstream" not in values:
+        raise typer.BadParameter(
+            "give the engine's base URL, e.g. --upstream http://host:8000", param_hint="--upstream"
+        )
+    try:
+        return msgspec.convert(values, GatewayConfig, dec_hook=_decode_path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"no setting is a {kind.__name__}")
+
+
+def _ask(url: str, key: str | None, question: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+    async def run() -> T:
+        async with Client(url, key=key) as client:
+            return await question(client)
+
+    return asyncio.run(run())
+
+
+def _from(
+    store: Path | None,
+    url: str,
+    key: str | None,
+    read: Callable[[Answers], T],
+    ask: Callable[[Client], Coroutine[Any, Any, T]],
+) -> T:
+    """The same view from a store on this machine, or from a gateway."""
+    if store is None:
+        return _ask(url, key, ask)
+    from driftgate.gateway.answers import Answers
+    from driftgate.storage import Reader
+
+    with contextlib.closing(Reader(_existing(store))) as reader:
+        return read(Answers(reader))
+
+
+def _existing(store: Path) -> Path:
+    if not store.is_dir():
+        raise typer.BadParameter(f"there is no store at {store}", param_hint="--store")
+    return store
+
+
+@contextlib.contextmanager
+def _sink(output: Path | None) -> Iterator[BinaryIO]:
+    """stdout, or a file that has its name only once it is whole."""
+    if output is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    partial = output.with_name(output.name + ".partial")
+    with partial.open("wb") as file:
+        yield file
+    partial.replace(output)
+
+
+def _print(view: msgspec.Struct, as_json: bool, draw: Callable[[Any], RenderableType]) -> None:
+    if as_json:
+        print(_indented(view))
+        return
+    from driftgate import render
+
+    _console().print(draw(render))
+
+
+def _indented(view: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(view), indent=2).decode()
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    sized = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if sized else PLAIN_WIDTH, highlight=False)

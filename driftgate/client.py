@@ -1,0 +1,237 @@
+"""A typed async client of driftgate's API.
+
+It decodes into the structs that the gateway encodes (``driftgate.views``), and its ``drift``
+follows the scores across lost connections: it goes on behind the last event it gave, so nothing is
+lost or repeated. Answers of 400 and more become the errors of ``driftgate.errors``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, Literal, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from driftgate.errors import (
+    DriftgateError,
+    NotFoundError,
+    RequestError,
+    StorageError,
+    UpstreamError,
+)
+from driftgate.trace import Reward
+from driftgate.views import (
+    ApiError,
+    Cells,
+    DriftEvent,
+    Kind,
+    Minted,
+    MintRequest,
+    MismatchView,
+    RewardRequest,
+    StepDetail,
+    TrajectoryDetail,
+    TrajectoryPage,
+)
+
+__all__ = ["CURSOR_HEADER", "DEFAULT_URL", "Client"]
+
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:8787"
+"""Where ``driftgate serve`` listens unless told otherwise."""
+
+CURSOR_HEADER = "x-driftgate-cursor"
+"""Answer header of ``/api/drift``: the cursor that the stream started behind."""
+
+REQUEST_TIMEOUT_S = 60.0
+"""A step with long contexts and routes is tens of MB; a gateway that takes longer is not well."""
+
+SILENCE_S = 45.0
+"""Three of the stream's heartbeats: after that the connection is taken for dead."""
+
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 5.0
+"""Waits between reconnects, doubling: quick for a hiccup, gentle with a gateway that restarts."""
+
+ERRORS: dict[int, type[DriftgateError]] = {
+    400: RequestError,
+    404: NotFoundError,
+    502: UpstreamError,
+    503: StorageError,
+}
+
+
+class Client:
+    """One gateway's API. Use it as ``async with Client(url) as client:``.
+
+    ``key`` is sent as bearer token where the gateway asks for one; ``transport`` is httpx's, for
+    tests.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        key: str | None = None,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.url = url.rstrip("/")
+        self._http = httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=timeout_s, transport=transport
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; the client cannot be used after it."""
+        await self._http.aclose()
+
+    async def trajectories(
+        self,
+        *,
+        limit: int = 50,
+        before: str | None = None,
+        model: str | None = None,
+        complete: bool | None = None,
+        scored: bool | None = None,
+    ) -> TrajectoryPage:
+        """A page of trajectories, newest first; ``before`` is the ``next`` of the page before."""
+        query = _query(limit=limit, before=before, model=model, complete=complete, scored=scored)
+        return await self._get("/api/trajectories", TrajectoryPage, query)
+
+    async def trajectory(self, trajectory: str) -> TrajectoryDetail:
+        """One agent run with its steps. NotFoundError where there is none of that name."""
+        return await self._get(f"/api/trajectories/{_segment(trajectory)}", TrajectoryDetail)
+
+    async def step(self, trajectory: str, step: int, *, routes: bool = False) -> StepDetail:
+        """One step's answers in full, token by token; the route arrays only with ``routes``."""
+        path = f"/api/trajectories/{_segment(trajectory)}/steps/{step}"
+        return await self._get(path, StepDetail, _query(routes=routes or None))
+
+    async def mismatch(
+        self, trajectory: str, *, tokens: bool = False, trainer: str | None = None
+    ) -> MismatchView:
+        """Where trainer and engine differ on one trajectory; ``trainer``: only of this digest."""
+        path = f"/api/trajectories/{_segment(trajectory)}/mismatch"
+        return await self._get(path, MismatchView, _query(tokens=tokens or None, trainer=trainer))
+
+    async def cells(self) -> Cells:
+        """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""
+        return await self._get("/api/cells", Cells)
+
+    async def mint(self, trajectory: str | None = None) -> Minted:
+        """A trajectory to run an agent in, named by you or by the gateway."""
+        return await self._post("/api/trajectories", MintRequest(trajectory=trajectory), Minted)
+
+    async def reward(self, trajectory: str, value: float, *, source: str = "") -> Reward:
+        """Give a trajectory its reward; on disk when this returns."""
+        path = f"/api/trajectories/{_segment(trajectory)}/reward"
+        return await self._post(path, RewardRequest(value=value, source=source), Reward)
+
+    async def drift(
+        self,
+        *,
+        after: int | Literal["now"] = "now",
+        follow: bool = True,
+        trajectory: str | None = None,
+        kind: Kind | None = None,
+        give_up_s: float = 60.0,
+    ) -> AsyncGenerator[DriftEvent, None]:
+        """Scores in order of their cursor, each exactly once, also across reconnects.
+
+        Without ``follow`` it ends with the last score there is. With it, a first connection that
+        fails raises at once; a later one is tried again for ``give_up_s``. Leave it early with
+        ``contextlib.aclosing`` around it, so that the connection is closed there and then.
+        """
+        cursor: int | str = after
+        connected = False
+        lost_since: float | None = None
+        wait_s = FIRST_RETRY_S
+        while True:
+            query = _query(after=cursor, follow=follow or None, trajectory=trajectory, kind=kind)
+            try:
+                async with self._http.stream(
+                    "GET", "/api/drift", params=query, timeout=_stream_timeout()
+                ) as response:
+                    await _raise_for_status(response)
+                    cursor = max(_as_int(cursor), int(response.headers[CURSOR_HEADER]))
+                    connected, lost_since, wait_s = True, None, FIRST_RETRY_S
+                    async for line in response.aiter_lines():
+                        if line:  # an empty line is the heartbeat
+                            event = msgspec.json.decode(line, type=DriftEvent)
+                            cursor = event.cursor
+                            yield event
+                if not follow:
+                    return
+            except httpx.TransportError as error:
+                lost_since = lost_since or time.monotonic()
+                if not connected or time.monotonic() - lost_since > give_up_s:
+                    raise self._unreachable(error) from error
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LAST_RETRY_S)
+
+    async def _get(self, path: str, kind: type[T], query: dict[str, str] | None = None) -> T:
+        return await self._call("GET", path, kind, params=query or {})
+
+    async def _post(self, path: str, body: msgspec.Struct, kind: type[T]) -> T:
+        headers = {"content-type": "application/json"}
+        return await self._call(
+            "POST", path, kind, content=msgspec.json.encode(body), headers=headers
+        )
+
+    async def _call(self, method: str, path: str, kind: type[T], **options: Any) -> T:
+        try:
+            response = await self._http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        await _raise_for_status(response)
+        return msgspec.json.decode(response.content, type=kind)
+
+    def _unreachable(self, error: httpx.TransportError) -> DriftgateError:
+        reason = str(error) or type(error).__name__
+        return DriftgateError(
+            f"no driftgate at {self.url}: {reason}; start `driftgate serve` or give its address"
+        )
+
+
+def _segment(value: str) -> str:
+    """One path segment: a trajectory's name may contain slashes."""
+    return quote(value, safe="")
+
+
+def _query(**values: str | int | bool | None) -> dict[str, str]:
+    return {
+        name: str(int(value)) if isinstance(value, bool) else str(value)
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _as_int(cursor: int | str) -> int:
+    return cursor if isinstance(cursor, int) else 0
+
+
+def _stream_timeout() -> httpx.Timeout:
+    return httpx.Timeout(REQUEST_TIMEOUT_S, read=SILENCE_S)
+
+
+async def _raise_for_status(response: httpx.Response) -> None:
+    if response.status_code < 400:
+        return
+    body = await response.aread()
+    try:
+        error = msgspec.json.decode(body, type=ApiError).error
+        message = f"{error.message}; {error.fix}" if error.fix else error.message
+    except msgspec.DecodeError:
+        message = f"HTTP {response.status_code}: {body[:200].decode(errors='replace')}"
+    raise ERRORS.get(response.status_code, DriftgateError)(message)

@@ -1,0 +1,336 @@
+"""Draws the API's answers for a terminal: values in, Rich renderables out, nothing printed here.
+
+Colour says the band of METRICS 2, and only where the comparison is valid: a score that is not
+comparable is grey however small its numbers are, and a bucket with bad tokens is never green.
+Numbers without a value are drawn as ``–``, never as 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from driftgate.bands import MOE_FP8_SLACK, Colour, band
+from driftgate.trace import Engine, Reason, Trainer
+from driftgate.views import (
+    CellView,
+    DriftEvent,
+    MismatchView,
+    ScoreView,
+    StepDetail,
+    TokenView,
+    TrajectoryDetail,
+    WorstView,
+)
+
+__all__ = [
+    "colour",
+    "drift_line",
+    "matrix",
+    "mismatch",
+    "number",
+    "step",
+    "trajectory",
+    "worst_in_context",
+]
+
+STYLES: dict[Colour | None, str] = {
+    "green": "green",
+    "amber": "yellow",
+    "red": "bold red",
+    None: "bright_black",
+}
+
+ORDER: tuple[Colour, ...] = ("green", "amber", "red")
+
+GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2")
+"""Metrics whose bands colour a line; a router's set-disagree is the fourth."""
+
+CELLS_PER_TABLE = 4
+"""Columns of values that fit a terminal of 120 characters beside the names."""
+
+MISSING = "–"
+
+ROWS: tuple[tuple[str, str], ...] = (
+    ("k3", "kl_k3_rollout_train"),
+    ("mean |D|", "abs_log_ratio_mean"),
+    ("p99 |D|", "abs_log_ratio_p99"),
+    ("max |D|", "abs_log_ratio_max"),
+    ("ess_kish_response", "ess_kish_response"),
+    ("ess_kish_token", "ess_kish_token"),
+    ("ess_kish_seq", "ess_kish_seq"),
+    ("ess_inv_second_moment_seq", "ess_inv_second_moment_seq"),
+)
+"""What the matrix shows of METRICS 2: (label, name)."""
+
+ROUTER_ROWS: tuple[tuple[str, str], ...] = (
+    ("router set-disagree", "router_set_disagree_rate"),
+    ("router expert-miss", "router_expert_miss_rate"),
+    ("router zero-overlap", "router_zero_overlap_rate"),
+)
+
+
+def number(value: Any) -> str:
+    """A metric in at most 9 characters; ``–`` where it has no value."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return MISSING
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0:
+        return "0"
+    return f"{value:.4f}" if 0.01 <= abs(value) < 1000 else f"{value:.2e}"
+
+
+def colour(item: ScoreView | CellView) -> Colour | None:
+    """The worst band of the gated metrics; None where no valid comparison stands behind them."""
+    if isinstance(item, ScoreView) and item.comparable.verdict == "no":
+        return None
+    if item.measures is None:
+        return None
+    values = item.measures.metrics
+    bad = int(values.get("n_bad_tokens") or 0)
+    slack = 1.0 if item.router is None else MOE_FP8_SLACK
+    found = [band(name, values.get(name), n_bad_tokens=bad, slack=slack) for name in GATED]
+    if item.router is not None:
+        name = "router_set_disagree_rate"
+        found.append(band(name, item.router.metrics.get(name)))
+    return max((level for level in found if level), key=ORDER.index, default=None)
+
+
+def drift_line(event: DriftEvent) -> Text:
+    """One line for one scored step: where, how much, how far, is it valid, which token."""
+    score = event.score
+    style = STYLES[colour(score)]
+    metrics = score.measures.metrics if score.measures else {}
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append("● ", style)
+    line.append(f"{score.trajectory}", "bold").append(f" {score.step}.{score.choice}")
+    if score.kind == "noise_floor":
+        line.append("  noise floor", "cyan")
+    line.append(f"  n={number(metrics.get('n_tokens'))}")
+    for label, name in (
+        ("k3", "kl_k3_rollout_train"),
+        ("mean|D|", "abs_log_ratio_mean"),
+        ("max|D|", "abs_log_ratio_max"),
+    ):
+        line.append(f"  {label} ").append(number(metrics.get(name)), style)
+    line.append("  comparable ").append(_verdict(score), _verdict_style(score))
+    if score.router is not None:
+        disagree = score.router.metrics.get("router_set_disagree_rate")
+        line.append("  router ").append(_percent(disagree))
+    if score.worst is not None:
+        line.append("  worst ").append(_quoted(score.worst), "reverse")
+        line.append(f" {_signed(score.worst.log_ratio)}")
+    return line
+
+
+def _verdict(score: ScoreView) -> str:
+    codes = ",".join(reason.code for reason in score.comparable.reasons)
+    return f"{score.comparable.verdict} ({codes})" if codes else score.comparable.verdict
+
+
+def _verdict_style(score: ScoreView) -> str:
+    return {"yes": "green", "converted": "yellow", "no": "red"}[score.comparable.verdict]
+
+
+def _percent(value: Any) -> str:
+    return MISSING if value is None else f"{100 * value:.1f}%"
+
+
+def _signed(value: float | None) -> str:
+    return MISSING if value is None else f"{value:+.3f}"
+
+
+def _quoted(worst: WorstView) -> str:
+    """The token as a JSON string, so that blanks and line ends are seen; its id without a text."""
+    if worst.text is None:
+        return f"⟨{worst.token_id}⟩"
+    return json.dumps(worst.text, ensure_ascii=False)
+
+
+def matrix(cells: Sequence[CellView]) -> RenderableType:
+    """The cells side by side, each number with its interval and, beside it, the noise floor."""
+    if not cells:
+        return Text("Nothing is scored yet: start `driftgate teach --follow` beside the gateway.")
+    ordered = sorted(cells, key=lambda cell: (cell.kind != "drift", cell.model))
+    groups = [
+        ordered[start : start + CELLS_PER_TABLE]
+        for start in range(0, len(ordered), CELLS_PER_TABLE)
+    ]
+    return Group(*(_matrix_table(group) for group in groups), *_cell_reasons(ordered))
+
+
+def _matrix_table(cells: Sequence[CellView]) -> Table:
+    table = Table(title="rollout engine × trainer", title_justify="left", pad_edge=False)
+    table.add_column("")
+    for cell in cells:
+        table.add_column(cell.model if cell.kind == "drift" else f"{cell.model} (noise floor)")
+    table.add_row("engine", *(_side(cell.engine, cell.engine_digest) for cell in cells))
+    table.add_row("trainer", *(_side(cell.trainer, cell.trainer_digest) for cell in cells))
+    table.add_row("tokens / responses", *(_counts(cell) for cell in cells))
+    table.add_row("scored of captured", *(f"{cell.scored} of {cell.captured}" for cell in cells))
+    table.add_row("comparable", *(_comparable(cell) for cell in cells), end_section=True)
+    for label, name in ROWS:
+        table.add_row(label, *(_measure(cell, name) for cell in cells))
+    if any(cell.router is not None for cell in cells):
+        for label, name in ROUTER_ROWS:
+            table.add_row(label, *(_router_measure(cell, name) for cell in cells))
+    table.add_row("worst token", *(_worst_cell(cell.worst) for cell in cells))
+    return table
+
+
+def _side(side: Engine | Trainer, digest: str) -> str:
+    if isinstance(side, Engine):
+        return f"{side.name} {side.version}\n{digest}"
+    return f"{side.backend} {side.dtype} ×{side.world_size}\n{digest}"
+
+
+def _counts(cell: CellView) -> str:
+    few = "  (few)" if cell.few else ""
+    return f"{cell.n_tokens:,} / {cell.n_seqs:,}{few}"
+
+
+def _comparable(cell: CellView) -> Text:
+    text = Text()
+    for verdict, style in (("yes", "green"), ("converted", "yellow"), ("no", "red")):
+        if count := cell.comparable.get(verdict, 0):
+            text.append(f"{verdict} {count}  ", style)
+    return text
+
+
+def _measure(cell: CellView, name: str) -> Text:
+    shown = cell.measures or cell.all_measures
+    text = Text(number(shown.metrics.get(name) if shown else None), STYLES[colour(cell)])
+    if interval := cell.intervals.get(name):
+        text.append(f" [{number(interval.low)}, {number(interval.high)}]", "dim")
+    for floor in cell.floors:
+        value = number(floor.measures.metrics.get(name))
+        text.append(f"\n{floor.side} floor {value}", "dim")
+    return text
+
+
+def _router_measure(cell: CellView, name: str) -> Text:
+    if cell.router is None:
+        return Text(MISSING)
+    text = Text(_percent(cell.router.metrics.get(name)), STYLES[colour(cell)])
+    for floor in cell.floors:
+        if floor.router is not None:
+            text.append(f"\n{floor.side} floor {_percent(floor.router.metrics.get(name))}", "dim")
+    return text
+
+
+def _worst_cell(worst: WorstView | None) -> str:
+    if worst is None:
+        return MISSING
+    return f"{_quoted(worst)} {_signed(worst.log_ratio)}"
+
+
+def _cell_reasons(cells: Sequence[CellView]) -> Iterator[Text]:
+    for cell in cells:
+        for reason in cell.reasons:
+            line = Text("! ", "yellow").append(reason.code, "bold")
+            scores = f"{reason.scores} of {cell.scored} scores of {cell.model}"
+            yield line.append(f": {reason.meaning} ({scores})", "default")
+
+
+def _reason(reason: Reason) -> Text:
+    line = Text("! ", "yellow").append(reason.code, "bold")
+    return line.append(f": {reason.detail}. {reason.fix}", "default")
+
+
+def mismatch(found: MismatchView) -> RenderableType:
+    """A trajectory's cells, each with its worst token in its text."""
+    cells = [cell.whole for cell in found.cells]
+    if not cells:
+        return Text("Not scored yet.")
+    worst = [worst_in_context(cell.worst) for cell in cells if cell.worst is not None]
+    return Group(matrix(cells), *worst)
+
+
+def worst_in_context(worst: WorstView) -> Text:
+    """The worst token highlighted in the text around it, and both sides' log-probabilities."""
+    text = Text()
+    text.append(f"step {worst.step}, choice {worst.choice}, token {worst.token_index}", "bold")
+    text.append(
+        f"  engine {number(worst.rollout_logprob)}  trainer {number(worst.train_logprob)}"
+        f"  D {_signed(worst.log_ratio)}\n"
+    )
+    text.append(worst.before, "dim")
+    text.append(worst.text or f"⟨{worst.token_id}⟩", "reverse bold")
+    return text.append(worst.after, "dim")
+
+
+def trajectory(detail: TrajectoryDetail) -> RenderableType:
+    """An agent run: one row per answer, then what is not there."""
+    item = detail.trajectory
+    head = Text(item.trajectory, "bold")
+    head.append(f"  {', '.join(item.models)}  {item.steps} steps, {item.choices} choices, ")
+    head.append("complete" if item.complete else "INCOMPLETE_CAPTURE", _whole(item.complete))
+    head.append(f", {item.scored} of {item.captured} scored")
+    if detail.reward is not None:
+        head.append(f", reward {detail.reward.value:g}")
+    table = Table(pad_edge=False)
+    for column in ("step", "prompt", "sampled", "finish", "routes", "k3", "mean|D|", "max|D|"):
+        table.add_column(column, justify="left" if column == "finish" else "right")
+    table.add_column("worst")
+    for row in detail.steps:
+        for choice in row.choices:
+            table.add_row(
+                f"{row.step}.{choice.meta.choice}",
+                number(choice.prompt_len),
+                number(choice.response_len),
+                choice.meta.finish_reason or MISSING,
+                choice.meta.routes_via if choice.has_routes else MISSING,
+                *_score_columns(choice.scores),
+            )
+    return Group(head, table, *(Text(f"! {gap}", "yellow") for gap in item.gaps))
+
+
+def _score_columns(scores: Sequence[ScoreView]) -> list[RenderableType]:
+    drift = [score for score in scores if score.kind == "drift"]
+    if not drift or (last := drift[-1]).measures is None:
+        return [MISSING] * 4
+    names = ("kl_k3_rollout_train", "abs_log_ratio_mean", "abs_log_ratio_max")
+    values = [Text(number(last.measures.metrics.get(name)), STYLES[colour(last)]) for name in names]
+    return [*values, _worst_cell(last.worst)]
+
+
+def _whole(complete: bool) -> str:
+    return "green" if complete else "red"
+
+
+def step(detail: StepDetail) -> RenderableType:
+    """A step in full: each choice's request, tokens coloured by |D|, verdict and worst token."""
+    parts: list[RenderableType] = []
+    for choice in detail.choices:
+        meta = choice.meta
+        parts.append(Text(f"{detail.trajectory} {detail.step}.{meta.choice}", "bold"))
+        parts.append(Text(_pretty(bytes(choice.request))))
+        parts.append(_tokens(choice.tokens))
+        parts.extend(Text(f"! {missing}", "yellow") for missing in meta.missing)
+        if choice.score is not None:
+            parts.extend(_reason(reason) for reason in choice.score.comparable.reasons)
+            if choice.score.worst is not None:
+                parts.append(worst_in_context(choice.score.worst))
+    return Group(*parts)
+
+
+def _pretty(body: bytes) -> str:
+    return msgspec.json.format(body, indent=2).decode()
+
+
+def _tokens(tokens: Sequence[TokenView]) -> Text:
+    """The sampled text; a token's colour is the band of its |D| on the scale of mean |D|."""
+    text = Text()
+    for token in tokens:
+        distance = None if token.log_ratio is None else abs(token.log_ratio)
+        style = "" if distance is None else STYLES[band("abs_log_ratio_mean", distance)]
+        text.append(token.text if token.text is not None else f"⟨{token.token_id}⟩", style)
+    return text

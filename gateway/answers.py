@@ -1,0 +1,363 @@
+"""Reads a store into the API's answers. Blocking: handlers run it on a thread.
+
+It folds and it never invents: fingerprints are not mixed, a number that is not finite becomes None,
+and every fold says how many scores, tokens and trajectories stand behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from driftgate.bootstrap import FEW_TRAJECTORIES
+from driftgate.comparable import CODES
+from driftgate.errors import NotFoundError
+from driftgate.gateway import shape
+from driftgate.gateway.spread import Spread
+from driftgate.mismatch import Bucket, Worst
+from driftgate.router import RouterBucket
+from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
+from driftgate.trace import Score, ScoreMeta
+from driftgate.views import (
+    CallView,
+    CellMismatch,
+    Cells,
+    CellView,
+    ChoiceView,
+    Coverage,
+    DriftEvent,
+    FloorView,
+    Kind,
+    Measures,
+    MismatchView,
+    ReasonCount,
+    ScoreView,
+    StepDetail,
+    StepMismatch,
+    StepView,
+    TraceView,
+    TrajectoryDetail,
+    TrajectoryItem,
+    TrajectoryPage,
+    WorstView,
+)
+
+__all__ = ["Answers"]
+
+T = TypeVar("T")
+
+CONTEXT_TOKENS = 24
+"""Tokens shown on either side of the worst one: about two lines of text."""
+
+CONTEXTS = 4096
+"""Worst tokens whose text is remembered, so that a second follower reads no trace again."""
+
+SCORES_PAGE = 1000
+"""Rows read from the index at once while folding a trajectory."""
+
+
+class Answers:
+    """The API's questions, asked of one store. Thread-safe as far as its reader is."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._context = functools.lru_cache(CONTEXTS)(self._read_context)
+        self._spread = Spread(reader)
+
+    def trajectories(
+        self,
+        *,
+        limit: int,
+        before: str | None = None,
+        model: str | None = None,
+        complete: bool | None = None,
+        scored: bool | None = None,
+    ) -> TrajectoryPage:
+        """A page, newest first. NotFoundError where ``before`` is no trajectory."""
+        rows = self.reader.trajectories(
+            limit=limit + 1, before=before, model=model, complete=complete, scored=scored
+        )
+        more = len(rows) > limit
+        items = [_copy(row, TrajectoryItem) for row in rows[:limit]]
+        return TrajectoryPage(items=items, next=items[-1].trajectory if more else None)
+
+    def trajectory(self, trajectory: str) -> TrajectoryDetail:
+        """One agent run, step by step. NotFoundError where there is none of that name."""
+        row = self.reader.trajectory(trajectory)
+        calls = [_copy(call, CallView) for call in self.reader.calls(trajectory)]
+        traces = self.reader.traces(trajectory)
+        scores: dict[str, list[ScoreView]] = {}
+        for score in self._scores(trajectory):
+            scores.setdefault(score.meta.trace_id, []).append(self._score(score.meta))
+        steps = sorted({call.step for call in calls} | {trace.meta.step for trace in traces})
+        return TrajectoryDetail(
+            trajectory=_copy(row, TrajectoryItem),
+            reward=self.reader.reward(trajectory),
+            steps=[
+                StepView(
+                    step=step,
+                    calls=[call for call in calls if call.step == step],
+                    choices=[
+                        _choice(trace, scores.get(trace.meta.trace_id, []))
+                        for trace in traces
+                        if trace.meta.step == step
+                    ],
+                )
+                for step in steps
+            ],
+        )
+
+    def step(self, trajectory: str, step: int, *, routes: bool = False) -> StepDetail:
+        """One step's answers in full. NotFoundError where the step has no answer."""
+        rows = self.reader.traces(trajectory, step)
+        if not rows:
+            raise NotFoundError(
+                f"trajectory {trajectory!r} has no stored answer at step {step}; "
+                f"GET /api/trajectories/{trajectory} lists its steps"
+            )
+        choices = [self._trace(row.meta.trace_id, routes=routes) for row in rows]
+        return StepDetail(trajectory=trajectory, step=step, choices=choices)
+
+    def mismatch(
+        self, trajectory: str, *, tokens: bool = False, trainer: str | None = None
+    ) -> MismatchView:
+        """Where trainer and engine differ, per (engine, trainer), whole and per scored trace."""
+        row = self.reader.trajectory(trajectory)
+        groups: dict[tuple[str, str, str], list[ScoreMeta]] = {}
+        for score in self._scores(trajectory, "drift"):
+            meta = score.meta
+            key = (meta.engine.digest, meta.trainer.digest, meta.model)
+            if trainer in (None, meta.trainer.digest):
+                groups.setdefault(key, []).append(meta)
+        cells = {_key(cell): cell for cell in self.reader.cells()}
+        return MismatchView(
+            trajectory=trajectory,
+            capture="COMPLETE" if row.complete else "INCOMPLETE_CAPTURE",
+            gaps=row.gaps,
+            coverage=_coverage(row, groups.values(), asked=trainer is not None),
+            cells=[
+                CellMismatch(
+                    whole=self._fold(group, row, list(cells.values())),
+                    steps=[self._step_mismatch(meta, tokens) for meta in group],
+                )
+                for _, group in sorted(groups.items())
+            ],
+        )
+
+    def cells(self) -> Cells:
+        """The matrix."""
+        rows = self.reader.cells()
+        return Cells(items=[self._cell(row, rows) for row in rows])
+
+    def drift(
+        self, after: int, limit: int, trajectory: str | None, kind: Kind | None
+    ) -> list[DriftEvent]:
+        """Scores with a cursor above ``after``, in order, with their worst token in its text."""
+        rows = self.reader.scores(trajectory, after=after, limit=limit, kind=kind)
+        return [DriftEvent(cursor=row.seq, score=self._score(row.meta, text=True)) for row in rows]
+
+    def _scores(self, trajectory: str, kind: Kind | None = None) -> Iterator[ScoreRow]:
+        after, page = 0, SCORES_PAGE
+        while page == SCORES_PAGE:
+            rows = self.reader.scores(trajectory, after=after, limit=SCORES_PAGE, kind=kind)
+            yield from rows
+            page, after = len(rows), rows[-1].seq if rows else after
+
+    def _score(self, meta: ScoreMeta, *, text: bool = False) -> ScoreView:
+        worst = shape.placed(meta.worst, meta) if meta.worst else None
+        return ScoreView(
+            trace_id=meta.trace_id,
+            trajectory=meta.trajectory,
+            step=meta.step,
+            choice=meta.choice,
+            model=meta.model,
+            kind=meta.kind,
+            engine=meta.engine,
+            engine_digest=meta.engine.digest,
+            trainer=meta.trainer,
+            trainer_digest=meta.trainer.digest,
+            temperature=meta.temperature,
+            comparable=meta.comparable,
+            measures=shape.measures(meta.bucket),
+            at_requested_temperature=shape.measures(meta.at_requested_temperature),
+            router=shape.router(meta.router),
+            router_reason=meta.router_reason,
+            worst=self._in_context(worst) if worst and text else worst,
+            one_pass=meta.one_pass,
+            forward_s=meta.forward_s,
+            scored_ns=meta.scored_ns,
+        )
+
+    def _in_context(self, worst: WorstView) -> WorstView:
+        """With the text around it, where the store has it."""
+        position, text, before, after = self._context(worst.trace_id, worst.token_index)
+        return msgspec.structs.replace(
+            worst, position=position, text=text, before=before, after=after
+        )
+
+    def _read_context(self, trace_id: str, index: int) -> tuple[int | None, str | None, str, str]:
+        try:
+            trace = self.reader.trace(trace_id)
+        except NotFoundError:
+            return None, None, "", ""
+        position = None if trace.prompt_ids is None else len(trace.prompt_ids) + index
+        if trace.token_offsets is None:
+            return position, None, "", ""
+        last = len(trace.token_offsets) - 1
+        first, upto = max(0, index - CONTEXT_TOKENS), min(last, index + 1 + CONTEXT_TOKENS)
+        return (
+            position,
+            shape.text(trace, index, index + 1),
+            shape.text(trace, first, index),
+            shape.text(trace, index + 1, upto),
+        )
+
+    def _trace(self, trace_id: str, *, routes: bool) -> TraceView:
+        trace = self.reader.trace(trace_id)
+        try:
+            score: Score | None = self.reader.score(trace_id)
+        except NotFoundError:
+            score = None
+        return TraceView(
+            meta=trace.meta,
+            request=shape.raw(trace.request),
+            response=shape.raw(trace.response),
+            prompt_ids=None if trace.prompt_ids is None else trace.prompt_ids.tolist(),
+            tokens=shape.tokens(trace, score),
+            routes=shape.routes(trace.routes, routes),
+            trainer_routes=shape.routes(score.routes, routes) if score else None,
+            score=self._score(score.meta, text=True) if score else None,
+        )
+
+    def _step_mismatch(self, meta: ScoreMeta, tokens: bool) -> StepMismatch:
+        if not tokens:
+            return StepMismatch(score=self._score(meta, text=True))
+        trace = self.reader.trace(meta.trace_id)
+        score = self.reader.score(meta.trace_id, meta.trainer.digest)
+        return StepMismatch(score=self._score(meta, text=True), tokens=shape.tokens(trace, score))
+
+    def _fold(
+        self, metas: Sequence[ScoreMeta], row: TrajectoryRow, cells: Sequence[CellRow]
+    ) -> CellView:
+        """One trajectory's scores of one cell as the cell they would be by themselves."""
+        buckets = [meta.bucket for meta in metas if meta.bucket]
+        valid = [m.bucket for m in metas if m.bucket and m.comparable.verdict != "no"]
+        worst = [meta.worst for meta in metas if meta.worst]
+        cell = CellRow(
+            engine=metas[0].engine,
+            trainer=metas[0].trainer,
+            model=metas[0].model,
+            kind=metas[0].kind,
+            bucket=_merge(buckets),
+            comparable_bucket=_merge(valid),
+            router=_merge_routers([meta.router for meta in metas if meta.router]),
+            comparable=dict(Counter(meta.comparable.verdict for meta in metas)),
+            reasons=dict(Counter(r.code for meta in metas for r in meta.comparable.reasons)),
+            worst=max(worst, key=lambda w: abs(w.log_ratio), default=None),
+            n_seqs=len(buckets),
+            scored=len(metas),
+            captured=row.captured,
+            trajectories=1,
+            last_seq=0,
+        )
+        return self._cell(cell, cells, intervals=False)
+
+    def _cell(self, row: CellRow, rows: Sequence[CellRow], *, intervals: bool = True) -> CellView:
+        headline = row.comparable_bucket or row.bucket
+        worst = (headline.worst if headline else None) or row.worst
+        return CellView(
+            engine=row.engine,
+            engine_digest=row.engine.digest,
+            trainer=row.trainer,
+            trainer_digest=row.trainer.digest,
+            model=row.model,
+            kind=row.kind,
+            trajectories=row.trajectories,
+            n_tokens=headline.n_tokens if headline else 0,
+            n_seqs=headline.n_seqs if headline else 0,
+            few=row.trajectories < FEW_TRAJECTORIES,
+            scored=row.scored,
+            captured=row.captured,
+            comparable=row.comparable,
+            reasons=[
+                ReasonCount(code=code, meaning=CODES.get(code, ""), scores=count)
+                for code, count in sorted(row.reasons.items())
+            ],
+            measures=shape.measures(row.comparable_bucket),
+            all_measures=shape.measures(row.bucket),
+            router=shape.router(row.router),
+            worst=self._cell_worst(worst) if worst else None,
+            intervals=self._spread.intervals(row) if intervals else {},
+            floors=list(_floors(row, rows)),
+        )
+
+    def _cell_worst(self, worst: Worst) -> WorstView | None:
+        try:
+            meta = self.reader.score(worst.trace_id).meta
+        except NotFoundError:
+            return None
+        return self._in_context(shape.placed(worst, meta))
+
+
+def _key(cell: CellRow) -> tuple[str, str, str, Kind]:
+    return cell.engine.digest, cell.trainer.digest, cell.model, cell.kind
+
+
+def _copy(row: msgspec.Struct, kind: type[T]) -> T:
+    """A storage row as the view of the same names."""
+    return msgspec.convert(row, kind, from_attributes=True)
+
+
+def _choice(row: TraceRow, scores: list[ScoreView]) -> ChoiceView:
+    return ChoiceView(
+        meta=row.meta,
+        prompt_len=row.prompt_len,
+        response_len=row.response_len,
+        has_routes=row.has_routes,
+        scorable=row.scorable,
+        size_bytes=row.size_bytes,
+        scores=scores,
+    )
+
+
+def _coverage(
+    row: TrajectoryRow, groups: Iterable[Sequence[ScoreMeta]], *, asked: bool
+) -> Coverage:
+    traces = {meta.trace_id for group in groups for meta in group}
+    return Coverage(
+        captured=row.captured,
+        scorable=row.scorable,
+        scored=len(traces) if asked else row.scored,
+        missing=row.missing,
+        open=row.open_calls,
+    )
+
+
+def _floors(row: CellRow, rows: Sequence[CellRow]) -> Iterator[FloorView]:
+    """What is known of the row's two sides against themselves."""
+    if row.kind == "noise_floor":
+        return
+    for floor in rows:
+        if floor.kind != "noise_floor" or floor.bucket is None:
+            continue
+        if floor.engine.digest not in (row.engine.digest, row.trainer.digest):
+            continue
+        yield FloorView(
+            side="engine" if floor.engine.digest == row.engine.digest else "trainer",
+            n_tokens=floor.bucket.n_tokens,
+            n_seqs=floor.bucket.n_seqs,
+            measures=Measures(metrics=floor.bucket.metrics(), undefined=floor.bucket.undefined()),
+            router=shape.router(floor.router),
+        )
+
+
+def _merge(buckets: Sequence[Bucket]) -> Bucket | None:
+    return functools.reduce(Bucket.merge, buckets) if buckets else None
+
+
+def _merge_routers(buckets: Sequence[RouterBucket]) -> RouterBucket | None:
+    return functools.reduce(RouterBucket.merge, buckets) if buckets else None

@@ -1,0 +1,372 @@
+"""The asking side over HTTP: trajectories, mismatch, the matrix, live drift, rewards.
+
+A handler parses, asks ``answers`` on a thread, and sends bytes; the loop never waits for SQLite,
+for a segment or for an encoder. Errors are JSON, ``{"error": {"code", "message", "fix"}}``, with
+the status of their class in ``driftgate.errors``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
+
+import msgspec
+from aiohttp import web
+
+from driftgate.client import CURSOR_HEADER
+from driftgate.errors import DriftgateError, NotFoundError, RequestError
+from driftgate.gateway import openapi
+from driftgate.gateway.answers import Answers
+from driftgate.gateway.feed import Event, Feed, Source
+from driftgate.gateway.openapi import Route
+from driftgate.gateway.wire import body_of, error_answer, json_answer, query_of, step_of
+from driftgate.storage import Reader, Record
+from driftgate.trace import Reward
+from driftgate.views import (
+    Cells,
+    DriftEvent,
+    Kind,
+    Minted,
+    MintRequest,
+    MismatchView,
+    RewardRequest,
+    StepDetail,
+    TrajectoryDetail,
+    TrajectoryPage,
+)
+
+__all__ = ["ROUTES", "ApiContext", "add_api_routes"]
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MAX_PAGE = 500
+"""Trajectories on one page: about 0.5 MB of JSON."""
+
+THREADS = 4
+"""Readers at once. More would only queue at the disk and at the interpreter's lock."""
+
+HEARTBEAT_S = 15.0
+"""Silence after which a stream sends a heartbeat: proxies close what is idle for 30 s or more."""
+
+SETTLE_S = 0.2
+"""A call that has just ended may be a group commit (50 ms) away from the index."""
+
+log = logging.getLogger("driftgate.api")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiContext:
+    """What the API needs of the gateway."""
+
+    reader: Reader
+    submit: Callable[[Record], Future[None]]
+    """Resolves when the record is durable; raises StorageError when the queue is full."""
+    mint: Callable[[str | None], tuple[str, str]]
+    """Name (or None) -> (trajectory, key). RequestError where the name cannot be one."""
+    heartbeat_s: float = HEARTBEAT_S
+
+
+class TrajectoriesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Filters of the list of trajectories."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 50
+    before: Annotated[str, msgspec.Meta(description="`next` of the page before")] | None = None
+    model: str | None = None
+    complete: bool | None = None
+    scored: bool | None = None
+
+
+class StepQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to include in a step."""
+
+    routes: Annotated[bool, msgspec.Meta(description="with the route arrays")] = False
+
+
+class MismatchQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to include in a mismatch."""
+
+    tokens: Annotated[bool, msgspec.Meta(description="with every token")] = False
+    trainer: Annotated[str, msgspec.Meta(description="only this trainer's digest")] | None = None
+
+
+class DriftQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where to begin and whether to stay."""
+
+    after: Annotated[
+        str, msgspec.Meta(pattern="^([0-9]{1,18}|now)$", description="a cursor, or `now`")
+    ] = "0"
+    follow: Annotated[bool, msgspec.Meta(description="stay for what comes")] = False
+    trajectory: str | None = None
+    kind: Literal["drift", "noise_floor"] | None = None
+
+
+class Api:
+    """The handlers, over one store."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._context = context
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="driftgate-api")
+        self._answers = Answers(context.reader)
+        self.feed = Feed(Source(context.reader.last_seq, self._events), executor=self._threads)
+        self._document = msgspec.json.encode(openapi.document(ROUTES, version=version("driftgate")))
+
+    async def run(self, app: web.Application) -> AsyncIterator[None]:
+        """aiohttp cleanup context: the feed's poller and the reading threads."""
+        self.feed.start()
+        yield
+        await self.feed.close()
+        await asyncio.to_thread(self._threads.shutdown)
+
+    async def list_trajectories(self, request: web.Request) -> web.StreamResponse:
+        """A page of trajectories, newest first."""
+        query = query_of(request, TrajectoriesQuery)
+        options = msgspec.structs.asdict(query)
+        return await self._answer(lambda: self._answers.trajectories(**options))
+
+    async def mint_trajectory(self, request: web.Request) -> web.StreamResponse:
+        """Mint a trajectory to run an agent in.
+
+        Point the agent's base URL at ``base_url``, or give it ``key`` as API key.
+        """
+        body = await body_of(request, MintRequest)
+        trajectory, key = self._context.mint(body.trajectory)
+        base_url = f"{request.url.origin()}/t/{quote(trajectory, safe='')}/v1"
+        minted = Minted(trajectory=trajectory, key=key, base_url=base_url)
+        return json_answer(msgspec.json.encode(minted))
+
+    async def get_trajectory(self, request: web.Request) -> web.StreamResponse:
+        """One agent run: its steps, their answers and scores, gaps and reward."""
+        name = request.match_info["trajectory"]
+        return await self._answer(lambda: self._answers.trajectory(name))
+
+    async def get_step(self, request: web.Request) -> web.StreamResponse:
+        """One step's answers in full, token by token."""
+        name, step = request.match_info["trajectory"], step_of(request)
+        query = query_of(request, StepQuery)
+        return await self._answer(lambda: self._answers.step(name, step, routes=query.routes))
+
+    async def get_mismatch(self, request: web.Request) -> web.StreamResponse:
+        """Would the trainer see the policy that produced this trajectory, and if not, where?"""
+        name, query = request.match_info["trajectory"], query_of(request, MismatchQuery)
+        return await self._answer(
+            lambda: self._answers.mismatch(name, tokens=query.tokens, trainer=query.trainer)
+        )
+
+    async def give_reward(self, request: web.Request) -> web.StreamResponse:
+        """Give a trajectory its reward; it is on disk when this answers. The last one counts."""
+        name, body = request.match_info["trajectory"], await body_of(request, RewardRequest)
+        if not math.isfinite(body.value):
+            raise RequestError(f"reward {body.value} is not a finite number")
+        await self._known(name)
+        reward = Reward(
+            trajectory=name, value=body.value, source=body.source, given_ns=time.time_ns()
+        )
+        await asyncio.wrap_future(self._context.submit(reward))
+        return json_answer(msgspec.json.encode(reward))
+
+    async def get_cells(self, request: web.Request) -> web.StreamResponse:
+        """The matrix: every (engine, trainer) with metrics, intervals and noise floor."""
+        return await self._answer(self._answers.cells)
+
+    async def get_openapi(self, request: web.Request) -> web.StreamResponse:
+        """This document."""
+        return json_answer(self._document)
+
+    async def follow_drift(self, request: web.Request) -> web.StreamResponse:
+        """Scores in order of their cursor, as JSON lines or (Accept: text/event-stream) as SSE.
+
+        Each score once: go on after a lost connection with the last event's ``cursor`` as
+        ``after``, or as ``Last-Event-ID``. ``after=now`` begins with what comes; the answer's
+        header ``x-driftgate-cursor`` says where that is. While idle, JSON lines send an empty
+        line, SSE a comment.
+        """
+        query = query_of(request, DriftQuery)
+        sse = "text/event-stream" in request.headers.get("accept", "")
+        cursor = await self._start_of(request.headers.get("last-event-id") or query.after)
+        response = _stream(sse, cursor)
+        await response.prepare(request)
+        try:
+            if sse:
+                await response.write(b"id: %d\n\n" % cursor)
+            await self._send(response, query, cursor, sse)
+        except ConnectionResetError:
+            log.debug("a follower of /api/drift left")
+        return response
+
+    async def no_such_route(self, request: web.Request) -> web.StreamResponse:
+        """Everything else below /api/."""
+        raise NotFoundError(
+            f"there is no {request.method} {request.path}; /api/openapi.json lists what there is"
+        )
+
+    async def _send(
+        self, response: web.StreamResponse, query: DriftQuery, cursor: int, sse: bool
+    ) -> None:
+        frame, wait_s = _sse if sse else _line, self._context.heartbeat_s
+        if not query.follow:
+            while True:
+                events, cursor = await self.feed.page(cursor, query.trajectory, query.kind)
+                if not events:
+                    return
+                await response.write(b"".join(map(frame, events)))
+        with self.feed:
+            while not self.feed.closing:
+                events, cursor = await self.feed.next(
+                    cursor, query.trajectory, query.kind, timeout_s=wait_s
+                )
+                idle = b": idle\nid: %d\n\n" % cursor if sse else b"\n"
+                await response.write(b"".join(map(frame, events)) or idle)
+
+    async def _start_of(self, after: str) -> int:
+        newest = await self.feed.last_seq()
+        if after == "now":
+            return newest
+        if not after.isascii() or not after.isdigit():
+            raise RequestError(f"Last-Event-ID {after!r} is not a cursor of this stream")
+        if int(after) > newest:
+            raise RequestError(
+                f"cursor {after} is ahead of the newest one, {newest}: it is of another store; "
+                "start with after=0 or after=now"
+            )
+        return int(after)
+
+    async def _known(self, trajectory: str) -> None:
+        """NotFoundError unless the trajectory exists, also when its first record is being synced."""
+        try:
+            await self._thread(lambda: self._context.reader.trajectory(trajectory))
+        except NotFoundError:
+            await asyncio.sleep(SETTLE_S)
+            await self._thread(lambda: self._context.reader.trajectory(trajectory))
+
+    def _events(
+        self, after: int, limit: int, trajectory: str | None, kind: Kind | None
+    ) -> list[Event]:
+        return [
+            Event(
+                event.cursor,
+                event.score.trajectory,
+                event.score.kind,
+                msgspec.json.encode(event),
+            )
+            for event in self._answers.drift(after, limit, trajectory, kind)
+        ]
+
+    async def _answer(self, ask: Callable[[], msgspec.Struct]) -> web.Response:
+        return json_answer(await self._thread(lambda: msgspec.json.encode(ask())))
+
+    async def _thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+ROUTES: tuple[Route, ...] = (
+    Route(
+        method="GET",
+        path="/api/trajectories",
+        handler=Api.list_trajectories,
+        query=TrajectoriesQuery,
+        answer=TrajectoryPage,
+    ),
+    Route(
+        method="POST",
+        path="/api/trajectories",
+        handler=Api.mint_trajectory,
+        body=MintRequest,
+        answer=Minted,
+    ),
+    Route(
+        method="GET",
+        path="/api/trajectories/{trajectory}",
+        handler=Api.get_trajectory,
+        answer=TrajectoryDetail,
+    ),
+    Route(
+        method="GET",
+        path="/api/trajectories/{trajectory}/steps/{step}",
+        handler=Api.get_step,
+        query=StepQuery,
+        answer=StepDetail,
+    ),
+    Route(
+        method="GET",
+        path="/api/trajectories/{trajectory}/mismatch",
+        handler=Api.get_mismatch,
+        query=MismatchQuery,
+        answer=MismatchView,
+    ),
+    Route(
+        method="POST",
+        path="/api/trajectories/{trajectory}/reward",
+        handler=Api.give_reward,
+        body=RewardRequest,
+        answer=Reward,
+    ),
+    Route(method="GET", path="/api/cells", handler=Api.get_cells, answer=Cells),
+    Route(
+        method="GET",
+        path="/api/drift",
+        handler=Api.follow_drift,
+        query=DriftQuery,
+        answer=DriftEvent,
+        stream=True,
+    ),
+    Route(method="GET", path="/api/openapi.json", handler=Api.get_openapi, answer=dict),
+)
+
+
+def add_api_routes(app: web.Application, context: ApiContext) -> None:
+    """Mount the API on ``app``; its threads and poller live as long as the app runs."""
+    api = Api(context)
+    for route in ROUTES:
+        handler = functools.partial(route.handler, api)
+        app.router.add_route(route.method, route.path, _edge(handler))
+    app.router.add_route("*", "/api/{rest:.*}", _edge(api.no_such_route))
+    app.cleanup_ctx.append(api.run)
+    # Before the connections are waited for: followers end by themselves, at once.
+    app.on_shutdown.append(lambda _: api.feed.close())
+
+
+def _edge(handler: Callable[[web.Request], Awaitable[Any]]) -> Handler:
+    """The outermost edge of a request: every error becomes its JSON answer."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            response: web.StreamResponse = await handler(request)
+        except DriftgateError as error:
+            return error_answer(error.status, str(error))
+        except web.HTTPException:
+            raise
+        except Exception as error:
+            log.exception("%s %s failed", request.method, request.path)
+            return error_answer(500, f"{type(error).__name__} inside the gateway")
+        return response
+
+    return handle
+
+
+def _stream(sse: bool, cursor: int) -> web.StreamResponse:
+    return web.StreamResponse(
+        headers={
+            "content-type": "text/event-stream" if sse else "application/x-ndjson",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            CURSOR_HEADER: str(cursor),
+        }
+    )
+
+
+def _line(event: Event) -> bytes:
+    return event.body + b"\n"
+
+
+def _sse(event: Event) -> bytes:
+    return b"id: %d\nevent: score\ndata: %b\n\n" % (event.cursor, event.body)

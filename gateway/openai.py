@@ -1,0 +1,305 @@
+"""Turns an agent's request into the one for the engine, and the engine's answer back. Pure.
+
+Only top-level fields are read and set; everything else stays ``msgspec.Raw``, so numbers keep their spelling
+(``1.50``) and unknown fields pass. Fields are set, not ``setdefault``: an agent's own ``logprobs: false``
+does not switch capture off. A request that the engine would refuse, or whose answer would change if we asked
+for more, is forwarded as it came and its ``Plan`` says why it is not captured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Raw
+
+from driftgate.adapters.base import EngineAdapter
+from driftgate.errors import RequestError
+from driftgate.gateway import sse
+from driftgate.trace import Sampling
+
+__all__ = ["Api", "Fields", "Plan", "StreamMode", "read", "read_request", "rewrite", "strip_answer", "strip_event"]
+
+Api: TypeAlias = Literal["chat", "completions"]
+Fields: TypeAlias = dict[str, Raw]
+StreamMode: TypeAlias = Literal["plain", "plugin", "synthesise"]
+"""How a stream's routes are got: not at all, by the plugin's chunk, or by asking for JSON instead."""
+
+T = TypeVar("T")
+
+_NULL = Raw(b"null")
+_TRUE = Raw(b"true")
+_ZERO = Raw(b"0")
+
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
+_CHOICES = msgspec.json.Decoder(list[dict[str, Raw]])
+_ENCODER = msgspec.json.Encoder()
+
+_EMPTY_DELTA = re.compile(rb"\{\s*\}")
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of the engine for one call, and what the agent had asked itself."""
+
+    api: Api
+    model: str = ""
+    stream: bool = False
+    """The agent wants server-sent events."""
+    mode: StreamMode = "plain"
+    n: int = 1
+    prompts: int = 1
+    """Prompts of a completions call; each gets ``n`` choices."""
+    sampling: Sampling = Sampling()
+    usage_asked: bool = False
+    """The agent's stream ends with a usage chunk."""
+    logprobs_asked: bool = False
+    ids_asked: bool = False
+    hide_top: frozenset[str] = frozenset()
+    """Answer fields that the agent would have got as null."""
+    hide_choice: frozenset[str] = frozenset()
+    """The same inside each choice."""
+    echo: bool = False
+    hides_reasoning: bool = False
+    mark: str = "driftgate"
+    """Key of the plugin's routes chunk."""
+    uncaptured: str | None = None
+    """Why the call was forwarded as it came, in words; None for a call that is captured."""
+
+    @property
+    def choices(self) -> int:
+        """Traces that the call should give."""
+        return self.n * self.prompts
+
+
+def read_request(body: bytes) -> Fields:
+    """The body's top-level fields. RequestError where it is not a JSON object."""
+    try:
+        return _FIELDS.decode(body)
+    except msgspec.DecodeError as error:
+        raise RequestError(f"the request body is not a JSON object: {error}") from error
+
+
+def read(fields: Fields, name: str, type_: type[T]) -> T | None:
+    """A field as ``type_``; None where it is absent, null or something else."""
+    raw = fields.get(name)
+    if raw is None:
+        return None
+    try:
+        return msgspec.json.decode(raw, type=type_)
+    except msgspec.DecodeError:
+        return None
+
+
+def rewrite(api: Api, fields: Fields, adapter: EngineAdapter, mode: StreamMode) -> tuple[bytes | None, Plan]:
+    """The body for the engine (None: send the agent's own bytes) and the plan.
+
+    RequestError for a field that must not reach the engine.
+    """
+    for name, why in adapter.refused_fields.items():
+        if read(fields, name, bool) or read(fields, name, float):
+            raise RequestError(f"{name} is not allowed: {why}; leave the field out")
+    plan = _plan(api, fields, mode)
+    reason = _uncapturable(api, fields, adapter)
+    if reason is not None:
+        return None, msgspec.structs.replace(plan, mode="plain", uncaptured=reason)
+    out = dict(fields)
+    hide_top, hide_choice = set[str](), set[str]()
+    ids_asked = bool(read(fields, adapter.ask_ids, bool))
+    if not ids_asked:
+        hide_top.add("prompt_token_ids")
+        hide_choice |= {"token_ids", "prompt_token_ids"}
+    out[adapter.ask_ids] = _TRUE
+    logprobs_asked = _ask_logprobs(api, fields, out)
+    if not logprobs_asked:
+        hide_choice.add("logprobs")
+        if plan.echo:
+            hide_top.add("prompt_logprobs")  # with echo vLLM derives it from top_logprobs
+    if plan.mode == "plugin":
+        out[adapter.ask_stream_routes] = _TRUE
+    elif plan.mode == "synthesise":
+        out["stream"] = Raw(b"false")
+        out.pop("stream_options", None)
+    plan = msgspec.structs.replace(
+        plan,
+        ids_asked=ids_asked,
+        logprobs_asked=logprobs_asked,
+        hide_top=frozenset(hide_top),
+        hide_choice=frozenset(hide_choice),
+        mark=adapter.routes_chunk_mark,
+    )
+    return _ENCODER.encode(out), plan
+
+
+def _ask_logprobs(api: Api, fields: Fields, out: Fields) -> bool:
+    """Set the logprobs fields in ``out``; True where the agent gets logprobs without us."""
+    if api == "completions":
+        asked = not _absent(fields, "logprobs")
+        if not asked:
+            out["logprobs"] = _ZERO
+        return asked
+    asked = bool(read(fields, "logprobs", bool))
+    out["logprobs"] = _TRUE
+    if "top_logprobs" not in fields:
+        out["top_logprobs"] = _ZERO
+    elif _absent(fields, "top_logprobs"):
+        out["top_logprobs"] = _ZERO
+        # An explicit null gets null logprobs from vLLM, unless single tokens were named.
+        asked = asked and not _absent(fields, "logprob_token_ids")
+    return asked
+
+
+def _uncapturable(api: Api, fields: Fields, adapter: EngineAdapter) -> str | None:
+    """Why this request must reach the engine as it is; None when it can be captured."""
+    for name in (adapter.ask_ids, "stream"):
+        if not _absent(fields, name) and read(fields, name, bool) is None:
+            return f"{name} is not true, false or null"
+    if read(fields, "use_beam_search", bool):
+        return "beam search returns sequences that were not sampled"
+    if api == "completions":
+        if not _absent(fields, "logprobs") and read(fields, "logprobs", int) is None:
+            return "logprobs is not a number"
+        if read(fields, "echo", bool):
+            return "echo: asking for token ids would change the echoed text"
+        return None
+    if not _absent(fields, "logprobs") and read(fields, "logprobs", bool) is None:
+        return "logprobs is not true, false or null"
+    top = read(fields, "top_logprobs", int)
+    if not _absent(fields, "top_logprobs") and top is None:
+        return "top_logprobs is not a number"
+    if not read(fields, "logprobs", bool) and (top or not _absent(fields, "logprob_token_ids")):
+        return "top_logprobs or logprob_token_ids without logprobs: the engine refuses it"
+    return None
+
+
+def _absent(fields: Fields, name: str) -> bool:
+    return bytes(fields.get(name, _NULL)) == b"null"
+
+
+def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
+    stream = bool(read(fields, "stream", bool))
+    options = read(fields, "stream_options", dict[str, Any]) or {}
+    n = max(1, read(fields, "n", int) or 1)
+    return Plan(
+        api=api,
+        model=read(fields, "model", str) or "",
+        stream=stream,
+        mode=mode if stream else "plain",
+        n=n,
+        prompts=_prompts(fields) if api == "completions" else 1,
+        sampling=_sampling(fields, n),
+        usage_asked=bool(options.get("include_usage")),
+        echo=bool(read(fields, "echo", bool)),
+        hides_reasoning=read(fields, "include_reasoning", bool) is False,
+    )
+
+
+def _prompts(fields: Fields) -> int:
+    """A list of texts or of id lists is one prompt each; a text or a list of ids is one."""
+    prompts = read(fields, "prompt", list[Raw])
+    if not prompts or bytes(prompts[0][:1]) not in (b'"', b"["):
+        return 1
+    return len(prompts)
+
+
+def _sampling(fields: Fields, n: int) -> Sampling:
+    max_tokens = read(fields, "max_completion_tokens", int)
+    return Sampling(
+        temperature=read(fields, "temperature", float),
+        top_p=read(fields, "top_p", float),
+        top_k=read(fields, "top_k", int),
+        min_p=read(fields, "min_p", float),
+        seed=read(fields, "seed", int),
+        n=n,
+        max_tokens=max_tokens if max_tokens is not None else read(fields, "max_tokens", int),
+        min_tokens=read(fields, "min_tokens", int),
+        presence_penalty=read(fields, "presence_penalty", float),
+        frequency_penalty=read(fields, "frequency_penalty", float),
+        repetition_penalty=read(fields, "repetition_penalty", float),
+        logit_bias=bool(read(fields, "logit_bias", dict[str, float])),
+        bad_words=bool(read(fields, "bad_words", list[str])),
+        allowed_token_ids=bool(read(fields, "allowed_token_ids", list[int])),
+        structured=_structured(fields),
+        beam_search=bool(read(fields, "use_beam_search", bool)),
+    )
+
+
+def _structured(fields: Fields) -> str | None:
+    """What forced tokens, in words."""
+    forced = []
+    kind = (read(fields, "response_format", dict[str, Any]) or {}).get("type", "text")
+    if kind != "text":
+        forced.append(f"response_format={kind}")
+    named = read(fields, "tool_choice", dict[str, Any])
+    choice = "named" if named else read(fields, "tool_choice", str)
+    if choice in ("required", "named"):
+        forced.append(f"tool_choice={choice}")
+    names = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    forced += [name for name in names if not _absent(fields, name)]
+    return ", ".join(forced) or None
+
+
+def strip_answer(body: bytes, plan: Plan) -> bytes:
+    """A JSON answer as the agent would have got it; unchanged where it is not an answer."""
+    if plan.uncaptured is not None:
+        return body
+    try:
+        return _strip(_FIELDS.decode(body), plan) or body
+    except msgspec.DecodeError:
+        return body
+
+
+def strip_event(event: bytes, plan: Plan) -> bytes | None:
+    """A stream's event as the agent would have got it; None for one that it would not have got."""
+    if plan.uncaptured is not None:
+        return event
+    data = sse.event_data(event)
+    if data is None or data == sse.DONE:
+        return event
+    try:
+        chunk = _FIELDS.decode(data)
+        if plan.mark in chunk:
+            return None
+        stripped = _strip(chunk, plan, stream=True)
+    except msgspec.DecodeError:
+        return event
+    if stripped is None:
+        return event
+    return sse.replace_data(event, stripped) if stripped else None
+
+
+def _strip(answer: Fields, plan: Plan, *, stream: bool = False) -> bytes | None:
+    """The answer with hidden fields as null; None: nothing to change; empty: drop the chunk."""
+    changed = _hide(answer, plan.hide_top)
+    if "choices" in answer:
+        choices = _CHOICES.decode(answer["choices"])
+        if stream and plan.api == "chat" and not plan.ids_asked and _is_filler(choices):
+            return b""
+        # A list, not a generator: every choice has to be seen.
+        if any([_hide(choice, plan.hide_choice) for choice in choices]):
+            answer["choices"] = Raw(_ENCODER.encode(choices))
+            changed = True
+    return _ENCODER.encode(answer) if changed else None
+
+
+def _hide(fields: Fields, names: Collection[str]) -> bool:
+    changed = False
+    for name in names:
+        if name in fields and fields[name] != _NULL:
+            fields[name] = _NULL
+            changed = True
+    return changed
+
+
+def _is_filler(choices: list[Fields]) -> bool:
+    """A chunk that vLLM sends only to carry token ids: its parser held the text back.
+
+    With ``parallel_tool_calls: false`` vLLM also sends such chunks by itself, in place of further calls;
+    they are dropped too, an empty delta being nothing to a client.
+    """
+    return bool(choices) and all(
+        _EMPTY_DELTA.fullmatch(bytes(choice.get("delta", b""))) is not None
+        and bytes(choice.get("finish_reason", _NULL)) == b"null"
+        for choice in choices
+    )

@@ -1,0 +1,111 @@
+"""``/api/openapi.json``, derived from the route table and the structs of requests and answers.
+
+Nothing is described by hand a second time: parameters come from a route's query struct, bodies from
+msgspec's JSON schema of ``driftgate.views``. A route that is mounted is in the document.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from driftgate.views import ApiError
+
+__all__ = ["Route", "document"]
+
+REF = "#/components/schemas/{name}"
+
+STREAM_TYPES = ("application/x-ndjson", "text/event-stream")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One endpoint."""
+
+    method: str
+    path: str
+    """aiohttp's and OpenAPI's spelling agree: ``/api/trajectories/{trajectory}``."""
+    handler: Callable[..., Awaitable[Any]]
+    """Its docstring's first line is the summary, the rest the description."""
+    answer: Any
+    """Struct of a 200; of one line or event where ``stream`` is set."""
+    query: type[msgspec.Struct] | None = None
+    body: type[msgspec.Struct] | None = None
+    stream: bool = False
+
+
+def document(routes: Sequence[Route], *, version: str) -> dict[str, Any]:
+    """OpenAPI 3.1 of ``routes``."""
+    kinds: list[Any] = [ApiError]
+    for route in routes:
+        kinds.extend(kind for kind in (route.answer, route.body) if kind not in (None, dict))
+    schemas, components = msgspec.json.schema_components(kinds, ref_template=REF)
+    of = dict(zip(kinds, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, of)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "driftgate",
+            "version": version,
+            "description": "Would the trainer see the policy that produced this rollout?",
+        },
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+def _operation(route: Route, of: dict[Any, Any]) -> dict[str, Any]:
+    summary, _, description = (route.handler.__doc__ or "").strip().partition("\n")
+    schema = of.get(route.answer, {"type": "object"})
+    types = STREAM_TYPES if route.stream else ("application/json",)
+    operation: dict[str, Any] = {
+        "operationId": route.handler.__name__.strip("_"),
+        "summary": summary,
+        "parameters": [*_path_parameters(route.path), *_query_parameters(route.query)],
+        "responses": {
+            "200": {
+                "description": "A stream, one of these a line or event" if route.stream else "OK",
+                "content": {kind: {"schema": schema} for kind in types},
+            },
+            "default": {
+                "description": "What is wrong and what to do about it",
+                "content": {"application/json": {"schema": of[ApiError]}},
+            },
+        },
+    }
+    if description.strip():
+        operation["description"] = " ".join(description.split())
+    if route.body is not None:
+        content = {"application/json": {"schema": of[route.body]}}
+        operation["requestBody"] = {"required": True, "content": content}
+    return operation
+
+
+def _path_parameters(path: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "integer", "minimum": 0} if name == "step" else {"type": "string"},
+            "description": "Percent-encoded; an encoded slash belongs to the name.",
+        }
+        for name in re.findall(r"\{(\w+)\}", path)
+    ]
+
+
+def _query_parameters(query: type[msgspec.Struct] | None) -> list[dict[str, Any]]:
+    if query is None:
+        return []
+    (_,), components = msgspec.json.schema_components([query], ref_template=REF)
+    properties = components[query.__name__]["properties"]
+    return [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in properties.items()
+    ]

@@ -1,0 +1,67 @@
+"""Requests into typed values, values and errors into JSON answers, for the API's handlers."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from driftgate.errors import RequestError
+from driftgate.views import ApiError, ErrorBody
+
+__all__ = ["body_of", "error_answer", "json_answer", "query_of", "step_of"]
+
+T = TypeVar("T")
+
+FIXES: dict[int, str] = {
+    400: "Correct the request; /api/openapi.json describes every parameter.",
+    404: "GET /api/trajectories lists what there is; a call shows up when its record is synced.",
+    502: "Check the engine; `driftgate probe URL` says what it answers.",
+    503: "Try again; /metrics and the gateway's log say what the store is waiting for.",
+}
+FIX_OTHERWISE = "The gateway's log has the details."
+
+CODES: dict[int, str] = {400: "bad_request", 404: "not_found", 502: "upstream", 503: "storage"}
+
+
+def error_answer(status: int, message: str) -> web.Response:
+    """``message`` as the API's error body, with what to do about it."""
+    body = ErrorBody(
+        code=CODES.get(status, "internal"), message=message, fix=FIXES.get(status, FIX_OTHERWISE)
+    )
+    return json_answer(msgspec.json.encode(ApiError(error=body)), status=status)
+
+
+def json_answer(body: bytes, status: int = 200) -> web.Response:
+    """Encoded JSON as an answer."""
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+def query_of(request: web.Request, kind: type[T]) -> T:
+    """The query string as ``kind``. RequestError names the parameter that does not fit."""
+    values: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name in values:
+            raise RequestError(f"parameter {name!r} is given twice")
+        values[name] = value
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"query of {request.path}: {error}") from error
+
+
+async def body_of(request: web.Request, kind: type[T]) -> T:
+    """The JSON body as ``kind``; an empty one counts as ``{}``. RequestError."""
+    try:
+        return msgspec.json.decode(await request.read() or b"{}", type=kind)
+    except msgspec.DecodeError as error:
+        raise RequestError(f"body of {request.method} {request.path}: {error}") from error
+
+
+def step_of(request: web.Request) -> int:
+    """The path's step. RequestError where it is no number."""
+    text = request.match_info["step"]
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise RequestError(f"step {text!r} is not a number from 0")
+    return int(text)

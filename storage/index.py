@@ -1,0 +1,216 @@
+"""The index: SQLite tables derived from segments, and how processes share them.
+
+Everything but ``leases`` follows from the segments (``driftgate.storage.inserts``). Several
+processes write, each transaction under ``BEGIN IMMEDIATE``. It is synced lazily (WAL,
+``synchronous=NORMAL``): after a power cut it may fall back to an earlier state, together with
+``segments.indexed_bytes``, and recovery reads the rest again.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from driftgate.errors import StorageError
+
+__all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
+
+INDEX_NAME = "index.sqlite"
+
+INDEX_VERSION = 1
+"""``PRAGMA user_version``. An index of another version is rebuilt, not migrated: it is derived."""
+
+BUSY_TIMEOUT_S = 30.0
+"""How long a writer waits for another: a score batch holds the lock for one fsync, a recovery for a
+second or two."""
+
+_SCHEMA = """
+CREATE TABLE segments (
+    name TEXT PRIMARY KEY,
+    indexed_bytes INTEGER NOT NULL              -- end of the last whole record in the index
+) STRICT;
+
+CREATE TABLE trajectories (
+    trajectory TEXT PRIMARY KEY,
+    started_ns INTEGER NOT NULL,
+    ended_ns INTEGER NOT NULL
+) STRICT;
+CREATE INDEX trajectories_by_start ON trajectories (started_ns, trajectory);
+
+CREATE TABLE calls (
+    call_id TEXT PRIMARY KEY,
+    trajectory TEXT NOT NULL,
+    step INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    retry INTEGER NOT NULL,
+    started_ns INTEGER NOT NULL,
+    intent TEXT,                                -- JSON CallIntent
+    outcome TEXT,                               -- JSON CallOutcome
+    status TEXT,                                -- of the outcome
+    choices INTEGER NOT NULL DEFAULT 0,         -- n of the request, 0 while no trace says it
+    captured INTEGER NOT NULL DEFAULT 0,        -- traces in the store
+    flawed INTEGER NOT NULL DEFAULT 0,          -- of those, partial or missing something
+    whole INTEGER NOT NULL GENERATED ALWAYS AS
+        (status IS NULL AND captured > 0 AND captured >= choices AND flawed = 0) VIRTUAL,
+    gap INTEGER NOT NULL DEFAULT 1              -- not whole, and no repetition made up for it
+) STRICT;
+CREATE INDEX calls_by_trajectory ON calls (trajectory, step, retry, started_ns);
+CREATE INDEX calls_by_model ON calls (model, trajectory);
+CREATE INDEX calls_open ON calls (trajectory) WHERE captured = 0 AND status IS NULL;
+CREATE INDEX calls_gap ON calls (trajectory) WHERE gap;
+
+CREATE TABLE traces (
+    trace_id TEXT PRIMARY KEY,
+    call_id TEXT NOT NULL,
+    trajectory TEXT NOT NULL,
+    step INTEGER NOT NULL,
+    choice INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    engine TEXT NOT NULL,                       -- digest
+    started_ns INTEGER NOT NULL,
+    retry INTEGER NOT NULL,
+    flawed INTEGER NOT NULL,
+    scorable INTEGER NOT NULL,                  -- has prompt ids, response ids and logprobs
+    scored INTEGER NOT NULL,                    -- has a drift score by some trainer
+    prompt_len INTEGER,
+    response_len INTEGER,
+    has_routes INTEGER NOT NULL,
+    twin_key TEXT,
+    base TEXT,
+    depth INTEGER NOT NULL,
+    segment TEXT NOT NULL,
+    offset INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    meta TEXT NOT NULL                          -- JSON TraceMeta
+) STRICT;
+CREATE INDEX traces_by_trajectory ON traces (trajectory, step, started_ns, choice);
+CREATE INDEX traces_by_call ON traces (call_id);
+CREATE INDEX traces_by_engine ON traces (engine, model);
+CREATE INDEX traces_by_twin ON traces (twin_key, engine, started_ns) WHERE twin_key IS NOT NULL;
+CREATE INDEX traces_unscored ON traces (trajectory) WHERE scorable AND NOT scored;
+
+CREATE TABLE scores (
+    seq INTEGER PRIMARY KEY,
+    trace_id TEXT NOT NULL,
+    trajectory TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    engine TEXT NOT NULL,                       -- digest
+    trainer TEXT NOT NULL,                      -- digest
+    model TEXT NOT NULL,
+    segment TEXT NOT NULL,
+    offset INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    meta TEXT NOT NULL,                         -- JSON ScoreMeta
+    UNIQUE (trace_id, engine, trainer, kind)
+) STRICT;
+CREATE INDEX scores_by_trajectory ON scores (trajectory, seq);
+CREATE INDEX scores_by_trainer ON scores (trace_id, trainer, kind);
+
+CREATE TABLE rewards (
+    trajectory TEXT PRIMARY KEY,
+    given_ns INTEGER NOT NULL,
+    reward TEXT NOT NULL                        -- JSON Reward
+) STRICT;
+
+CREATE TABLE leases (
+    trajectory TEXT NOT NULL,
+    trainer TEXT NOT NULL,
+    worker TEXT NOT NULL,
+    token TEXT NOT NULL,
+    expires REAL NOT NULL,                      -- seconds since the epoch
+    PRIMARY KEY (trajectory, trainer)
+) STRICT;
+"""
+
+
+def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
+    """A connection to the index; usable from any thread, by one at a time.
+
+    StorageError where there is none (and ``create`` is false) or it is of another version.
+    """
+    if not create and not path.exists():
+        raise StorageError(
+            f"no driftgate index at {path}: is this the store's folder? "
+            "If it has segments, run `driftgate index rebuild`"
+        )
+    connection = sqlite3.connect(
+        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        if create:
+            with transaction(connection):
+                if not connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
+                    _create(connection)
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+    except sqlite3.Error as error:
+        connection.close()
+        raise StorageError(
+            f"index {path} cannot be opened ({error}): run `driftgate index rebuild`"
+        ) from error
+    if version != INDEX_VERSION:
+        connection.close()
+        raise StorageError(
+            f"index {path} has version {version}, not {INDEX_VERSION}: "
+            "run `driftgate index rebuild`"
+        )
+    return connection
+
+
+class Connections:
+    """One connection per thread to the index of ``root``, opened when first asked for.
+
+    A rebuild replaces the file; the next ``get`` then opens the new one.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / INDEX_NAME
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._all: list[sqlite3.Connection] = []
+
+    def get(self) -> sqlite3.Connection:
+        """This thread's connection; StorageError where there is no index."""
+        try:
+            inode = os.stat(self._path).st_ino
+        except FileNotFoundError:
+            inode = -1
+        if getattr(self._local, "inode", None) != inode:
+            connection = open_index(self._path, create=False)
+            with self._lock:
+                self._all.append(connection)
+            self._local.connection, self._local.inode = connection, inode
+        current: sqlite3.Connection = self._local.connection
+        return current
+
+    def close(self) -> None:
+        """Close the connections of all threads, which must be done with them."""
+        with self._lock:
+            for connection in self._all:
+                connection.close()
+            self._all.clear()
+        self._local = threading.local()
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Take the index's write lock; commit at the end, roll back on any error."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    for statement in _SCHEMA.split(";\n"):
+        connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {INDEX_VERSION}")

@@ -1,0 +1,256 @@
+"""Records into the index: the only writes into its derived tables.
+
+Inserting does not depend on the order of segments, so a rebuild gives the same content. Callers
+hold a ``transaction``.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from driftgate.storage.delta import TraceHead
+from driftgate.storage.records import ScoreHead
+from driftgate.trace import CallIntent, CallOutcome, Reward
+
+__all__ = [
+    "Place",
+    "add_intent",
+    "add_outcome",
+    "add_reward",
+    "add_score",
+    "add_trace",
+    "has_score",
+    "indexed_bytes",
+    "next_seq",
+    "set_indexed",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record lies."""
+
+    segment: str
+    offset: int
+    size_bytes: int
+
+
+def indexed_bytes(connection: sqlite3.Connection, segment: str) -> int:
+    """How far a segment is in the index; 0 where nothing of it is."""
+    row = connection.execute(
+        "SELECT indexed_bytes FROM segments WHERE name = ?", (segment,)
+    ).fetchone()
+    return int(row[0]) if row else 0
+
+
+def set_indexed(connection: sqlite3.Connection, segment: str, end: int) -> None:
+    """Say that a segment is in the index up to ``end``."""
+    connection.execute(
+        "INSERT INTO segments VALUES (?, ?) "
+        "ON CONFLICT (name) DO UPDATE SET indexed_bytes = excluded.indexed_bytes",
+        (segment, end),
+    )
+
+
+def add_intent(connection: sqlite3.Connection, intent: CallIntent) -> None:
+    """A call is about to be made."""
+    _touch_call(
+        connection,
+        call_id=intent.call_id,
+        trajectory=intent.trajectory,
+        step=intent.step,
+        model=intent.model,
+        retry=intent.retry,
+        started_ns=intent.started_ns,
+    )
+    connection.execute(
+        "UPDATE calls SET intent = ? WHERE call_id = ?", (_json(intent), intent.call_id)
+    )
+    _touch_trajectory(connection, intent.trajectory, intent.started_ns, intent.started_ns)
+    _settle(connection, intent.call_id)
+
+
+def add_outcome(connection: sqlite3.Connection, outcome: CallOutcome) -> None:
+    """A call ended without all its traces. Its intent is always written before it, in the same
+    segment series."""
+    connection.execute(
+        "UPDATE calls SET outcome = ?, status = ? WHERE call_id = ?",
+        (_json(outcome), outcome.status, outcome.call_id),
+    )
+    connection.execute(
+        "UPDATE trajectories SET ended_ns = MAX(ended_ns, ?) "
+        "WHERE trajectory = (SELECT trajectory FROM calls WHERE call_id = ?)",
+        (outcome.ended_ns, outcome.call_id),
+    )
+    _settle(connection, outcome.call_id)
+
+
+def add_trace(
+    connection: sqlite3.Connection,
+    head: TraceHead,
+    place: Place,
+    *,
+    has_logprobs: bool,
+    has_routes: bool,
+) -> None:
+    """A trace is in a segment. A second record with the same trace id is ignored."""
+    meta = head.meta
+    scorable = head.prompt_len is not None and head.response_len is not None and has_logprobs
+    connection.execute(
+        "INSERT OR IGNORE INTO traces VALUES (?,?,?,?,?,?,?,?,?,?,?, EXISTS"
+        "(SELECT 1 FROM scores WHERE trace_id = ? AND kind = 'drift'),?,?,?,?,?,?,?,?,?,?)",
+        (
+            meta.trace_id,
+            meta.call_id,
+            meta.trajectory,
+            meta.step,
+            meta.choice,
+            meta.model,
+            meta.engine.digest,
+            meta.started_ns,
+            meta.retry,
+            int(meta.status != "complete" or bool(meta.missing)),
+            int(scorable),
+            meta.trace_id,
+            head.prompt_len,
+            head.response_len,
+            int(has_routes),
+            head.twin_key,
+            head.delta.base if head.delta else None,
+            head.depth,
+            place.segment,
+            place.offset,
+            place.size_bytes,
+            _json(meta),
+        ),
+    )
+    _touch_call(
+        connection,
+        call_id=meta.call_id,
+        trajectory=meta.trajectory,
+        step=meta.step,
+        model=meta.model,
+        retry=meta.retry,
+        started_ns=meta.started_ns,
+    )
+    connection.execute(
+        "UPDATE calls SET choices = MAX(choices, ?2), "
+        "(captured, flawed) = (SELECT COUNT(*), SUM(flawed) FROM traces WHERE call_id = ?1) "
+        "WHERE call_id = ?1",
+        (meta.call_id, meta.sampling.n),
+    )
+    _touch_trajectory(connection, meta.trajectory, meta.started_ns, meta.ended_ns)
+    _settle(connection, meta.call_id)
+
+
+def next_seq(connection: sqlite3.Connection) -> int:
+    """The number of the next score; stable only inside a ``transaction``."""
+    (last,) = connection.execute("SELECT COALESCE(MAX(seq), 0) FROM scores").fetchone()
+    return int(last) + 1
+
+
+def has_score(connection: sqlite3.Connection, head: ScoreHead) -> bool:
+    """Whether the index has a score for this (trace, engine, trainer, kind)."""
+    return _seq_of_key(connection, head) is not None
+
+
+def add_score(
+    connection: sqlite3.Connection, head: ScoreHead, place: Place
+) -> Literal["added", "duplicate", "seq_taken"]:
+    """A score is in a segment. Of two with one key the higher ``seq`` counts (FORMAT.md,
+    *Score*)."""
+    old = _seq_of_key(connection, head)
+    if old is not None and old >= head.seq:
+        return "duplicate"
+    if connection.execute("SELECT 1 FROM scores WHERE seq = ?", (head.seq,)).fetchone():
+        return "seq_taken"
+    if old is not None:
+        connection.execute("DELETE FROM scores WHERE seq = ?", (old,))
+    meta = head.meta
+    connection.execute(
+        "INSERT INTO scores VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+        (
+            head.seq,
+            meta.trace_id,
+            meta.trajectory,
+            meta.kind,
+            meta.engine.digest,
+            meta.trainer.digest,
+            meta.model,
+            place.segment,
+            place.offset,
+            place.size_bytes,
+            _json(meta),
+        ),
+    )
+    if meta.kind == "drift":
+        connection.execute("UPDATE traces SET scored = 1 WHERE trace_id = ?", (meta.trace_id,))
+    return "added"
+
+
+def add_reward(connection: sqlite3.Connection, reward: Reward) -> None:
+    """A trajectory got a reward; the one given last counts."""
+    connection.execute(
+        "INSERT INTO rewards VALUES (?, ?, ?) ON CONFLICT (trajectory) DO UPDATE "
+        "SET given_ns = excluded.given_ns, reward = excluded.reward "
+        "WHERE excluded.given_ns >= given_ns",
+        (reward.trajectory, reward.given_ns, _json(reward)),
+    )
+
+
+def _json(value: msgspec.Struct) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _seq_of_key(connection: sqlite3.Connection, head: ScoreHead) -> int | None:
+    meta = head.meta
+    row = connection.execute(
+        "SELECT seq FROM scores WHERE trace_id = ? AND engine = ? AND trainer = ? AND kind = ?",
+        (meta.trace_id, meta.engine.digest, meta.trainer.digest, meta.kind),
+    ).fetchone()
+    return int(row[0]) if row else None
+
+
+def _touch_call(
+    connection: sqlite3.Connection,
+    *,
+    call_id: str,
+    trajectory: str,
+    step: int,
+    model: str,
+    retry: int,
+    started_ns: int,
+) -> None:
+    """The call's row exists from here on; what the first record said of it stays."""
+    connection.execute(
+        "INSERT OR IGNORE INTO calls (call_id, trajectory, step, model, retry, started_ns) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        (call_id, trajectory, step, model, retry, started_ns),
+    )
+
+
+def _touch_trajectory(
+    connection: sqlite3.Connection, trajectory: str, started_ns: int, ended_ns: int
+) -> None:
+    connection.execute(
+        "INSERT INTO trajectories VALUES (?, ?, ?) ON CONFLICT (trajectory) DO UPDATE SET "
+        "started_ns = MIN(started_ns, excluded.started_ns), "
+        "ended_ns = MAX(ended_ns, excluded.ended_ns)",
+        (trajectory, started_ns, ended_ns),
+    )
+
+
+def _settle(connection: sqlite3.Connection, call_id: str) -> None:
+    """Recompute which calls of this call's step are gaps: a failed call that was repeated well is
+    none."""
+    connection.execute(
+        "UPDATE calls SET gap = NOT whole AND NOT (status IN ('failed', 'cancelled') AND EXISTS ("
+        "  SELECT 1 FROM calls other WHERE other.trajectory = calls.trajectory "
+        "  AND other.step = calls.step AND other.whole)) "
+        "WHERE (trajectory, step) = (SELECT trajectory, step FROM calls WHERE call_id = ?)",
+        (call_id,),
+    )

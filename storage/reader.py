@@ -1,0 +1,349 @@
+"""What is in a store: a read-only view for any process and any thread.
+
+Sees what writers have indexed. Row queries use the index only; ``trace`` and ``score`` read
+segments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from driftgate.errors import NotFoundError
+from driftgate.mismatch import Bucket
+from driftgate.storage.cells import Cells
+from driftgate.storage.index import Connections
+from driftgate.storage.load import TraceCache, load_payload, load_trace
+from driftgate.storage.records import Kind, decode_score
+from driftgate.storage.rows import CallRow, CellRow, Counts, ScoreRow, TraceRow, TrajectoryRow
+from driftgate.trace import CallIntent, CallOutcome, Reward, Score, ScoreMeta, Trace, TraceMeta
+
+__all__ = ["Reader"]
+
+CACHE_BYTES = 64 << 20
+"""Decoded traces kept: reading the steps of a trajectory in order then decodes each record once."""
+
+MAX_PAGE = 10_000
+"""Rows of one answer, whatever the caller asks for."""
+
+_CALLS = (
+    "SELECT call_id, trajectory, step, model, retry, "
+    "COALESCE(status, CASE WHEN captured THEN 'done' ELSE 'open' END), "
+    "intent, outcome, choices, captured, started_ns FROM calls "
+)
+_TRACES = (
+    "SELECT meta, prompt_len, response_len, has_routes, scorable, scored, twin_key, base, "
+    "size_bytes FROM traces "
+)
+
+T = TypeVar("T")
+
+
+class Reader:
+    """Read-only view of the store at ``root``. StorageError where there is none."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._connections = Connections(root)
+        self._cache = TraceCache(CACHE_BYTES)
+        self._cells = Cells()
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        self._connections.close()
+
+    def trace(self, trace_id: str) -> Trace:
+        """A whole trace; its arrays must not be written to. NotFoundError."""
+        return load_trace(self._connections.get(), self._root, trace_id, self._cache).trace
+
+    def score(self, trace_id: str, trainer: str | None = None) -> Score:
+        """The drift score of a trace by the trainer of that digest; None: the latest.
+        NotFoundError."""
+        row = self._one(
+            "SELECT segment, offset FROM scores WHERE trace_id = ?1 AND kind = 'drift' "
+            "AND (?2 IS NULL OR trainer = ?2) ORDER BY seq DESC LIMIT 1",
+            trace_id,
+            trainer,
+        )
+        if row is None:
+            by = f" by trainer {trainer!r}" if trainer else ""
+            raise NotFoundError(f"no score of trace {trace_id!r}{by}")
+        return decode_score(load_payload(self._root, row[0], row[1], Kind.SCORE))[1]
+
+    def trajectories(
+        self,
+        *,
+        limit: int = 50,
+        before: str | None = None,
+        model: str | None = None,
+        complete: bool | None = None,
+        scored: bool | None = None,
+    ) -> list[TrajectoryRow]:
+        """Newest first. ``before``: id of the last row of the previous page; NotFoundError if
+        unknown.
+
+        ``scored``: whether every scorable trace (and at least one) has a drift score.
+        """
+        where, values = ["TRUE"], list[Any]()
+        if before is not None:
+            (started,) = self._known(before)
+            where.append("(started_ns, t.trajectory) < (?, ?)")
+            values += [started, before]
+        if model is not None:
+            where.append(
+                "EXISTS (SELECT 1 FROM calls c WHERE c.trajectory = t.trajectory AND c.model = ?)"
+            )
+            values.append(model)
+        if complete is not None:
+            where.append(("NOT " if complete else "") + _HAS_GAP)
+        if scored is not None:
+            where.append(_IS_SCORED if scored else f"NOT ({_IS_SCORED})")
+        rows = self._all(
+            f"SELECT trajectory FROM trajectories t WHERE {' AND '.join(where)} "
+            "ORDER BY started_ns DESC, trajectory DESC LIMIT ?",
+            *values,
+            min(limit, MAX_PAGE),
+        )
+        return [self.trajectory(row[0]) for row in rows]
+
+    def trajectory(self, trajectory: str) -> TrajectoryRow:
+        """One trajectory with its coverage. NotFoundError."""
+        started_ns, ended_ns = self._known(trajectory, "started_ns, ended_ns")
+        calls = self._one(_CALL_SUMS, trajectory)
+        traces = self._one(_TRACE_SUMS, trajectory)
+        assert calls is not None
+        assert traces is not None
+        steps, missing, open_calls, failed_calls, gap_calls = calls
+        captured, scorable, scored = traces
+        models = self._all(
+            "SELECT DISTINCT model FROM calls WHERE trajectory = ? ORDER BY 1", trajectory
+        )
+        reward = self.reward(trajectory)
+        return TrajectoryRow(
+            trajectory=trajectory,
+            steps=steps,
+            choices=captured + missing,
+            complete=not gap_calls,
+            captured=captured,
+            scorable=scorable,
+            scored=scored,
+            missing=missing,
+            open_calls=open_calls,
+            failed_calls=failed_calls,
+            models=[row[0] for row in models],
+            started_ns=started_ns,
+            ended_ns=ended_ns,
+            reward=reward.value if reward else None,
+            gaps=self._gaps(trajectory) if gap_calls else [],
+        )
+
+    def calls(self, trajectory: str) -> list[CallRow]:
+        """Every call of a trajectory in order of step and time; empty where it is unknown."""
+        rows = self._all(
+            _CALLS + "WHERE trajectory = ? ORDER BY step, retry, started_ns", trajectory
+        )
+        return [_call_row(row) for row in rows]
+
+    def open_calls(self) -> list[CallRow]:
+        """Calls that were begun and have neither a trace nor an outcome: running, or lost in a
+        crash."""
+        where = "WHERE captured = 0 AND status IS NULL ORDER BY started_ns"
+        return [_call_row(row) for row in self._all(_CALLS + where)]
+
+    def traces(self, trajectory: str, step: int | None = None) -> list[TraceRow]:
+        """Traces of a trajectory (of one step of it), in order of step, time and choice."""
+        rows = self._all(
+            _TRACES + "WHERE trajectory = ?1 AND (?2 IS NULL OR step = ?2) "
+            "ORDER BY step, started_ns, choice",
+            trajectory,
+            step,
+        )
+        return [_trace_row(row) for row in rows]
+
+    def scores(
+        self,
+        trajectory: str | None = None,
+        *,
+        after: int = 0,
+        limit: int = 1000,
+        kind: str | None = None,
+    ) -> list[ScoreRow]:
+        """Scores with ``seq > after``, in order of ``seq``. Nothing ever appears below a number
+        already seen."""
+        of = "trajectory = ? AND " if trajectory is not None else ""
+        rows = self._all(
+            f"SELECT seq, meta FROM scores WHERE {of} seq > ? AND (? IS NULL OR kind = ?) "
+            "ORDER BY seq LIMIT ?",
+            *([trajectory] if trajectory is not None else []),
+            after,
+            kind,
+            kind,
+            min(limit, MAX_PAGE),
+        )
+        return [ScoreRow(seq=seq, meta=_decode(meta, ScoreMeta)) for seq, meta in rows]
+
+    def last_seq(self) -> int:
+        """``seq`` of the newest score; 0 where there is none."""
+        row = self._one("SELECT COALESCE(MAX(seq), 0) FROM scores")
+        assert row is not None
+        return int(row[0])
+
+    def cells(self) -> list[CellRow]:
+        """One row per (engine, trainer, model, kind) with scores; only new scores are folded
+        again."""
+        return self._cells.rows(self._connections.get())
+
+    def cell_buckets(
+        self, engine: str, trainer: str, model: str, kind: str = "drift"
+    ) -> dict[str, Bucket]:
+        """Folded bucket per trajectory of one cell (digests of engine and trainer), for
+        intervals."""
+        return self._cells.buckets(self._connections.get(), (engine, trainer, model, kind))
+
+    def twins(self, *, unscored: bool = False, limit: int = 1000) -> list[tuple[str, str]]:
+        """Pairs of scorable traces, earlier first, that a deterministic engine had to answer alike.
+
+        Same prompt ids, sampling with seed, choice, model and engine; different calls, no retries.
+        Of three, the first and second and the second and third. ``unscored``: without those whose
+        second trace has a noise-floor score.
+        """
+        rows = self._all(
+            f"{_TWINS} {_NOT_A_FLOOR if unscored else ''} ORDER BY started_ns LIMIT ?",
+            min(limit, MAX_PAGE),
+        )
+        return [(first, second) for first, second in rows]
+
+    def unscored(
+        self, trainer: str, *, model: str | None = None, limit: int = MAX_PAGE
+    ) -> list[str]:
+        """Ids of scorable traces without a drift score by the trainer of that digest, oldest
+        first."""
+        rows = self._all(
+            "SELECT trace_id FROM traces t WHERE scorable AND (?2 IS NULL OR model = ?2) "
+            "AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.trace_id = t.trace_id "
+            "AND s.trainer = ?1 AND s.kind = 'drift') ORDER BY rowid LIMIT ?3",
+            trainer,
+            model,
+            min(limit, MAX_PAGE),
+        )
+        return [row[0] for row in rows]
+
+    def reward(self, trajectory: str) -> Reward | None:
+        """The reward given last."""
+        row = self._one("SELECT reward FROM rewards WHERE trajectory = ?", trajectory)
+        return _decode(row[0], Reward) if row else None
+
+    def counts(self) -> Counts:
+        """Of the whole store."""
+        row = self._one(_COUNTS)
+        assert row is not None
+        return Counts(**dict(zip(Counts.__struct_fields__, row, strict=True)))
+
+    def _known(self, trajectory: str, columns: str = "started_ns") -> tuple[Any, ...]:
+        row = self._one(f"SELECT {columns} FROM trajectories WHERE trajectory = ?", trajectory)
+        if row is None:
+            raise NotFoundError(f"no trajectory {trajectory!r}")
+        return row
+
+    def _gaps(self, trajectory: str) -> list[str]:
+        """In words, what keeps a trajectory from being complete."""
+        gaps = list[str]()
+        gap_calls = _CALLS + "WHERE trajectory = ? AND gap ORDER BY step, retry, started_ns"
+        for row in self._all(gap_calls, trajectory):
+            call = _call_row(row)
+            if call.state == "open":
+                gaps.append(f"step {call.step}: call {call.call_id} has not ended")
+            elif call.outcome is not None:
+                gaps.append(f"step {call.step}: {call.state}: {call.outcome.reason}")
+            elif call.captured < call.choices:
+                gaps.append(f"step {call.step}: {call.captured} of {call.choices} choices captured")
+        for row in self._all(
+            _TRACES + "WHERE trajectory = ? AND flawed ORDER BY step, started_ns, choice",
+            trajectory,
+        ):
+            meta = _trace_row(row).meta
+            what = meta.missing or ["the answer did not end"]
+            gaps += [f"step {meta.step} choice {meta.choice}: {text}" for text in what]
+        return gaps
+
+    def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
+        row: tuple[Any, ...] | None = self._connections.get().execute(sql, values).fetchone()
+        return row
+
+    def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        return self._connections.get().execute(sql, values).fetchall()
+
+
+_TWINS = (
+    "SELECT first, second FROM (SELECT trace_id AS second, started_ns, LAG(trace_id) OVER "
+    "(PARTITION BY twin_key, engine ORDER BY started_ns, trace_id) AS first FROM traces "
+    "WHERE twin_key IS NOT NULL AND retry = 0 AND scorable) WHERE first IS NOT NULL"
+)
+_NOT_A_FLOOR = (
+    "AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.trace_id = second AND s.kind = 'noise_floor')"
+)
+_HAS_GAP = "EXISTS (SELECT 1 FROM calls c WHERE c.trajectory = t.trajectory AND c.gap)"
+_IS_SCORED = (
+    "NOT EXISTS (SELECT 1 FROM traces u "
+    "WHERE u.trajectory = t.trajectory AND scorable AND NOT scored) "
+    "AND EXISTS (SELECT 1 FROM traces u WHERE u.trajectory = t.trajectory AND scored)"
+)
+# A call without any trace misses one, unless it failed and its step was repeated.
+_CALL_SUMS = (
+    "SELECT COUNT(DISTINCT step), "
+    "COALESCE(SUM(CASE WHEN captured THEN MAX(choices - captured, 0) ELSE gap END), 0), "
+    "COALESCE(SUM(captured = 0 AND status IS NULL), 0), COUNT(status), COALESCE(SUM(gap), 0) "
+    "FROM calls WHERE trajectory = ?"
+)
+_TRACE_SUMS = (
+    "SELECT COUNT(*), COALESCE(SUM(scorable), 0), COALESCE(SUM(scorable AND scored), 0) "
+    "FROM traces WHERE trajectory = ?"
+)
+_COUNTS = (
+    "SELECT (SELECT COUNT(*) FROM trajectories), "
+    "(SELECT COUNT(*) FROM (SELECT DISTINCT trajectory, step FROM calls)), "
+    "(SELECT COUNT(*) FROM calls), (SELECT COUNT(*) FROM traces), "
+    f"(SELECT COUNT(*) FROM trajectories t WHERE NOT {_HAS_GAP}), "
+    "(SELECT COUNT(*) FROM traces WHERE scorable), (SELECT COUNT(*) FROM traces WHERE scored), "
+    "(SELECT COUNT(*) FROM scores)"
+)
+
+
+def _decode(text: str, type_: type[T]) -> T:
+    return msgspec.json.decode(text, type=type_)
+
+
+def _call_row(row: tuple[Any, ...]) -> CallRow:
+    call_id, trajectory, step, model, retry, state, intent, outcome, choices, captured, started = (
+        row
+    )
+    return CallRow(
+        call_id=call_id,
+        trajectory=trajectory,
+        step=step,
+        model=model,
+        retry=retry,
+        state=state,
+        intent=_decode(intent, CallIntent) if intent else None,
+        outcome=_decode(outcome, CallOutcome) if outcome else None,
+        choices=choices,
+        captured=captured,
+        started_ns=started,
+    )
+
+
+def _trace_row(row: tuple[Any, ...]) -> TraceRow:
+    meta, prompt_len, response_len, has_routes, scorable, scored, twin_key, base, size = row
+    return TraceRow(
+        meta=_decode(meta, TraceMeta),
+        prompt_len=prompt_len,
+        response_len=response_len,
+        has_routes=bool(has_routes),
+        scorable=bool(scorable),
+        scored=bool(scored),
+        twin_key=twin_key,
+        base=base,
+        size_bytes=size,
+    )

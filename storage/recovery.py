@@ -1,0 +1,255 @@
+"""Bringing the index in line with the segments: after a crash, and from nothing.
+
+Recovery runs when a writer starts. It touches only segments whose writer is gone (it holds their
+lock), indexes what the index does not have, and cuts torn tails. A rebuild reads every segment into
+a new index beside the old one and renames it; it needs every writer and lease holder of the store
+to be closed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from driftgate.errors import FormatError, StorageError
+from driftgate.storage.delta import TraceHead
+from driftgate.storage.index import INDEX_NAME, open_index, transaction
+from driftgate.storage.inserts import (
+    Place,
+    add_intent,
+    add_outcome,
+    add_reward,
+    add_score,
+    add_trace,
+    indexed_bytes,
+    next_seq,
+    set_indexed,
+)
+from driftgate.storage.records import Kind, ScoreHead, decode_score, decode_small, head_of
+from driftgate.storage.rows import RebuildReport
+from driftgate.storage.segments import (
+    Entry,
+    fsync_dir,
+    read_entry,
+    scan,
+    segment_paths,
+    segments_dir,
+    take_over,
+)
+from driftgate.trace import CallIntent, CallOutcome, Score
+
+__all__ = ["StoreLock", "rebuild_index", "recover"]
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME = "writers.lock"
+
+
+class StoreLock:
+    """Shared while something writes to the index, exclusive while it is rebuilt. Goes with the
+    process."""
+
+    def __init__(self, root: Path, *, exclusive: bool = False) -> None:
+        """Create the store's folders where they are missing and take the lock; StorageError if it
+        is taken."""
+        if not segments_dir(root).is_dir():
+            segments_dir(root).mkdir(parents=True, exist_ok=True)
+            fsync_dir(root)
+        self._fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise StorageError(
+                f"{root} has live writers (a gateway or a worker): stop them, then rebuild"
+                if exclusive
+                else f"the index of {root} is being rebuilt: try again when that is done"
+            ) from None
+
+    def close(self) -> None:
+        """Release the lock; idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def recover(root: Path, connection: sqlite3.Connection) -> list[Score]:
+    """Index what dead writers synced but did not index, and cut their torn tails.
+
+    Returns scores whose number was given away meanwhile: the caller writes them again.
+    """
+    again: list[Score] = []
+    for path in segment_paths(root):
+        fd = take_over(path)
+        if fd is None:
+            continue
+        try:
+            with transaction(connection):
+                again += _catch_up(path, fd, connection)
+        finally:
+            os.close(fd)
+    return again
+
+
+def rebuild_index(root: Path) -> RebuildReport:
+    """Make the index anew from the segments; leases are dropped. StorageError while writers live.
+
+    The old index stays until the new one is whole.
+    """
+    if not segments_dir(root).is_dir():
+        raise StorageError(f"{root} has no segments folder: it is no driftgate store")
+    with _exclusive(root):
+        path, new = root / INDEX_NAME, root / (INDEX_NAME + ".rebuild")
+        _unlink(new)
+        connection = open_index(new, create=True)
+        try:
+            with transaction(connection):
+                report = _index_all(root, connection)
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            connection.close()
+        _sync(new)
+        _unlink(Path(f"{path}-wal"), Path(f"{path}-shm"))
+        os.replace(new, path)
+        fsync_dir(root)
+    return report
+
+
+def _catch_up(path: Path, fd: int, connection: sqlite3.Connection) -> list[Score]:
+    start, size = indexed_bytes(connection, path.name), os.fstat(fd).st_size
+    if start == size:
+        return []
+    again: list[Score] = []
+    found = _Found()
+    end = start
+    for entry in _entries(path, start, found):
+        if _index(connection, path.name, entry, found) == "seq_taken":
+            again.append(decode_score(entry.payload())[1])
+        end = entry.end
+    if end > start:
+        set_indexed(connection, path.name, end)
+    if 0 < end < size:
+        log.warning("%s: cut %d bytes of an unfinished batch", path, size - end)
+        os.ftruncate(fd, end)
+        os.fsync(fd)
+    return again
+
+
+def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
+    found = _Found()
+    taken: list[tuple[int, Path, int]] = []
+    paths = segment_paths(root)
+    for path in paths:
+        end = 0
+        for entry in _entries(path, None, found):
+            if _index(connection, path.name, entry, found) == "seq_taken":
+                taken.append((entry.header.time_ns, path, entry.offset))
+            end = entry.end
+        if end:
+            set_indexed(connection, path.name, end)
+            found.torn_bytes += path.stat().st_size - end
+    for _, path, offset in sorted(taken):
+        entry = read_entry(path, offset)
+        head = head_of(entry.payload(), ScoreHead)
+        place = Place(path.name, offset, entry.header.record_bytes)
+        if add_score(connection, head, place) == "seq_taken":
+            add_score(connection, ScoreHead(meta=head.meta, seq=next_seq(connection)), place)
+    return RebuildReport(
+        segments=len(paths),
+        records=found.records,
+        damaged_bytes=found.damaged_bytes,
+        torn_bytes=found.torn_bytes,
+        unreadable=found.unreadable,
+    )
+
+
+def _entries(path: Path, start: int | None, found: _Found) -> Iterator[Entry]:
+    """Whole records of a segment; damage, and a file that is no segment, is noted and passed
+    over."""
+    try:
+        for item in scan(path, start):
+            if isinstance(item, Entry):
+                found.records += 1
+                yield item
+            else:
+                found.damaged_bytes += item.end - item.start
+                log.warning("%s: bytes %d to %d are no record", path, item.start, item.end)
+    except FormatError as error:
+        found.skip(str(error))
+
+
+def _index(connection: sqlite3.Connection, segment: str, entry: Entry, found: _Found) -> str:
+    """Insert one record; ``seq_taken`` for a score whose number another score has."""
+    try:
+        return _insert(connection, Place(segment, entry.offset, entry.header.record_bytes), entry)
+    except FormatError as error:
+        found.skip(f"{segment} at {entry.offset}: {error}")
+        return "skipped"
+
+
+def _insert(connection: sqlite3.Connection, place: Place, entry: Entry) -> str:
+    payload, kind = entry.payload(), entry.header.kind
+    if kind == Kind.TRACE:
+        columns = payload.columns
+        add_trace(
+            connection,
+            head_of(payload, TraceHead),
+            place,
+            has_logprobs="logprobs" in columns,
+            has_routes="routes" in columns,
+        )
+        return "added"
+    if kind == Kind.SCORE:
+        return add_score(connection, head_of(payload, ScoreHead), place)
+    small = decode_small(kind, payload)
+    if isinstance(small, CallIntent):
+        add_intent(connection, small)
+    elif isinstance(small, CallOutcome):
+        add_outcome(connection, small)
+    else:
+        add_reward(connection, small)
+    return "added"
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was met on the way through segments."""
+
+    records: int = 0
+    damaged_bytes: int = 0
+    torn_bytes: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def skip(self, what: str) -> None:
+        """One bad file or record must not keep the store from opening; it is logged and
+        reported."""
+        log.error("%s", what)
+        self.unreadable.append(what)
+
+
+@contextmanager
+def _exclusive(root: Path) -> Iterator[None]:
+    lock = StoreLock(root, exclusive=True)
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def _unlink(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

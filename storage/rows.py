@@ -1,0 +1,171 @@
+"""What readers of a store get besides traces and scores: one row per trajectory, call, trace,
+score, cell."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from driftgate.mismatch import Bucket, Worst
+from driftgate.router import RouterBucket
+from driftgate.trace import CallIntent, CallOutcome, Engine, ScoreMeta, TraceMeta, Trainer
+
+__all__ = [
+    "CallRow",
+    "CallState",
+    "CellRow",
+    "Counts",
+    "Lease",
+    "RebuildReport",
+    "ScoreRow",
+    "TraceRow",
+    "TrajectoryRow",
+]
+
+CallState = Literal["open", "done", "failed", "cancelled", "capture_failed"]
+"""``open``: neither a trace nor an outcome yet; ``done``: at least one trace and no outcome; else
+the outcome's status."""
+
+
+class TrajectoryRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent run, with its coverage."""
+
+    trajectory: str
+    steps: int
+    choices: int
+    """Traces that can exist: the captured ones and the missing ones."""
+    complete: bool
+    """Every call has all its traces and none of them misses anything; failed calls whose step a
+    later call repeated do not count against it."""
+    captured: int
+    """Traces in the store."""
+    scorable: int
+    """Of those, the ones with prompt ids, response ids and logprobs."""
+    scored: int
+    """Of those, the ones with a drift score by at least one trainer."""
+    missing: int
+    """Traces that a call should have and has not."""
+    open_calls: int
+    failed_calls: int
+    """Calls that ended without all their traces, repeated ones included."""
+    models: list[str]
+    started_ns: int
+    ended_ns: int
+    """Latest thing known of it: the end of a call, or the start of an open one."""
+    reward: float | None
+    gaps: list[str]
+    """In words, each reason why it is not complete."""
+
+
+class CallRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One model call and how it ended."""
+
+    call_id: str
+    trajectory: str
+    step: int
+    model: str
+    retry: int
+    state: CallState
+    intent: CallIntent | None
+    outcome: CallOutcome | None
+    choices: int
+    """Traces it should have (``n``); 0 while none has arrived."""
+    captured: int
+    started_ns: int
+
+
+class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A trace without its arrays."""
+
+    meta: TraceMeta
+    prompt_len: int | None
+    response_len: int | None
+    has_routes: bool
+    scorable: bool
+    scored: bool
+    twin_key: str | None
+    base: str | None
+    """Trace that it is stored as a difference to."""
+    size_bytes: int
+    """On disk."""
+
+
+class ScoreRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A score without its arrays."""
+
+    seq: int
+    """Position in the store's order of scores; grows by one, never reused: the cursor of
+    ``/api/drift``."""
+    meta: ScoreMeta
+
+
+class CellRow(msgspec.Struct, frozen=True, kw_only=True):
+    """All scores of one pair of fingerprints, model and kind, folded. Never mixes fingerprints."""
+
+    engine: Engine | Trainer
+    trainer: Engine | Trainer
+    model: str
+    kind: Literal["drift", "noise_floor"]
+    bucket: Bucket | None
+    """Over every score that has numbers, comparable or not: read ``comparable`` first."""
+    comparable_bucket: Bucket | None
+    """Over the scores whose verdict is ``yes`` or ``converted``."""
+    router: RouterBucket | None
+    comparable: dict[str, int]
+    """Scores by verdict: ``yes``, ``converted``, ``no``."""
+    reasons: dict[str, int]
+    """Scores by reason code."""
+    worst: Worst | None
+    """The token with the largest |log ratio|."""
+    n_seqs: int
+    """Scores with numbers."""
+    scored: int
+    """Scores."""
+    captured: int
+    """Traces of this engine and model in the store."""
+    trajectories: int
+    last_seq: int
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the whole store, by SQL."""
+
+    trajectories: int
+    steps: int
+    calls: int
+    traces: int
+    complete: int
+    """Trajectories without a gap."""
+    scorable: int
+    scored: int
+    """Traces with a drift score."""
+    scores: int
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """The right, until ``expires``, to score these traces for this trainer."""
+
+    trajectory: str
+    trainer: str
+    worker: str
+    token: str
+    trace_ids: list[str]
+    """Unscored, scorable traces in order of step and choice."""
+    ttl_s: float
+    expires: float
+    """Seconds since the epoch."""
+
+
+class RebuildReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rebuild of the index read."""
+
+    segments: int
+    records: int
+    damaged_bytes: int
+    """Bytes inside segments that are no record and were skipped."""
+    torn_bytes: int
+    """Bytes at ends of segments that are no whole record."""
+    unreadable: list[str]
+    """Files that are no segment of a known version and records whose content breaks the format:
+    skipped."""

@@ -1,0 +1,144 @@
+"""Torch FSDP2: the model sharded over the ranks of a process group, equal to the reference bit for
+bit.
+
+Every rank scores its own sequences (data parallel) while the weights of a layer are gathered for as
+long as it runs. All ranks must therefore run the same number of forwards: a round gives one
+sequence to each rank, of similar lengths, and a rank without one runs a dummy. Rank 0 is the only
+one that knows of storage; the others do what it sends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as Seq
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from driftgate.adapters.hf import checkpoint_digest, inspect_model
+from driftgate.teacher.base import SliceResult
+from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.reference import fingerprint, load_model, model_limit, pick_device
+from driftgate.teacher.scorer import Scorer
+from driftgate.teacher.sequences import Sequence, Slice
+from driftgate.trace import Reason
+
+__all__ = ["FsdpBackend"]
+
+CONTROL_TIMEOUT = timedelta(days=3650)
+"""The other ranks wait for work as long as rank 0 follows a quiet store. A rank that dies closes
+its connections, which ends the wait at once."""
+
+DUMMY = Sequence(
+    ids=np.zeros(2, np.int32),
+    slices=(Slice(trace_id="", prompt_len=1, response_ids=np.zeros(1, np.int32)),),
+)
+
+
+class FsdpBackend:
+    """One rank of the sharded trainer. Rank 0 calls ``score``; every other rank calls ``serve``."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        checkpoint: str | None,
+        device: torch.device,
+        train_dtype: str | None = None,
+    ) -> None:
+        self.rank, self.parallel = dist.get_rank(), dist.get_world_size()
+        self._device = device
+        self._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        self.findings: list[Reason] = inspect_model(model)
+        self.vocab_size = int(model.config.vocab_size)
+        self.max_tokens = model_limit(model)
+        self._scorer = Scorer(model).eval().requires_grad_(False)
+        mesh = init_device_mesh(device.type, (self.parallel,))
+        for layer in model.base_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self._scorer, mesh=mesh)
+        self.trainer = fingerprint(
+            model,
+            backend="fsdp",
+            name=name,
+            checkpoint=checkpoint,
+            ordered=self._scorer.probe(device),
+            findings=self.findings,
+            train_dtype=train_dtype,
+            world_size=self.parallel,
+        )
+
+    @classmethod
+    def load(cls, config: TeacherConfig) -> FsdpBackend:
+        """Join the process group that torchrun describes in the environment and load the
+        checkpoint."""
+        device = pick_device(config)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        root = Path(config.model)
+        digest = checkpoint_digest(root) if dist.get_rank() == 0 else None
+        return cls(
+            load_model(config),
+            name=root.resolve().name,
+            checkpoint=digest,
+            device=device,
+            train_dtype=config.train_dtype,
+        )
+
+    def score(self, sequences: Seq[Sequence]) -> list[SliceResult]:
+        """Rank 0: score ``sequences`` on all ranks, the results in their order.
+
+        A rank that fails inside a forward leaves the others waiting for its weights, so no error
+        here can be survived: it ends the process, and torchrun ends the rest.
+        """
+        assert self.rank == 0
+        # Longest first, so that the sequences of one round are of similar length.
+        order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].ids))
+        ordered = [sequences[index] for index in order]
+        dist.broadcast_object_list([ordered], src=0, group=self._control)
+        gathered: list[Any] = [None] * self.parallel
+        dist.gather_object(self._share(ordered), gathered, dst=0, group=self._control)
+        by_sequence: list[list[SliceResult]] = [[] for _ in sequences]
+        for place, index in enumerate(order):
+            by_sequence[index] = gathered[place % self.parallel][place // self.parallel]
+        return [result for results in by_sequence for result in results]
+
+    def serve(self) -> None:
+        """Other ranks: do what rank 0 sends until it closes."""
+        assert self.rank != 0
+        while True:
+            work: list[Any] = [None]
+            dist.broadcast_object_list(work, src=0, group=self._control)
+            if work[0] is None:
+                return
+            dist.gather_object(self._share(work[0]), None, dst=0, group=self._control)
+
+    def dismiss(self) -> None:
+        """Rank 0: end the ``serve`` of the other ranks."""
+        assert self.rank == 0
+        dist.broadcast_object_list([None], src=0, group=self._control)
+
+    def close(self) -> None:
+        """Dismiss the others, then leave the process group; every rank does."""
+        if self.rank == 0:
+            self.dismiss()
+        dist.destroy_process_group()
+
+    def _share(self, ordered: Seq[Sequence]) -> list[list[SliceResult]]:
+        """This rank's results, one per round: sequence ``rank`` of each ``parallel``, or a
+        dummy."""
+        shared = []
+        for start in range(0, len(ordered), self.parallel):
+            place = start + self.rank
+            sequence = ordered[place] if place < len(ordered) else DUMMY
+            shared.append(self._scorer.run(sequence, self._device))
+        return shared

@@ -1,0 +1,283 @@
+"""From a trace and the trainer's numbers to the score that is stored. Pure.
+
+Three kinds: the drift of a trace, a refusal that says why there is none (so that it is not tried
+forever), and a noise floor, where one side ran twice and its second run stands in the trainer's
+place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from driftgate import mismatch
+from driftgate.comparable import headline_temperature, judge
+from driftgate.mismatch import Bucket
+from driftgate.router import RouterBucket, ShiftFinding, route_shift
+from driftgate.teacher.base import SliceResult
+from driftgate.trace import (
+    F32,
+    Comparable,
+    Engine,
+    Reason,
+    Routes,
+    Score,
+    ScoreMeta,
+    Trace,
+    TraceMeta,
+    Trainer,
+)
+
+__all__ = ["drift", "engine_floor", "refusal", "trainer_floor"]
+
+NOTHING = np.zeros(0, np.float32)
+
+
+def drift(
+    trace: Trace,
+    result: SliceResult,
+    *,
+    trainer: Trainer,
+    now_ns: int,
+    findings: Seq[Reason] = (),
+    weight_version: str | None = None,
+) -> Score:
+    """The trainer's numbers for one trace, against what its engine reported.
+
+    ``findings``: what is known to be wrong with the trainer. ``weight_version``: of its weights.
+    """
+    assert trace.logprobs is not None
+    assert trace.response_ids is not None
+    at_one = _bucket(trace, result.logprobs)
+    at_asked = None if result.at_temperature is None else _bucket(trace, result.at_temperature)
+    router, shift, reason = _router(trace, result, trainer)
+    judged = judge(
+        trace.meta,
+        trainer,
+        at_one=at_one,
+        at_requested=at_asked,
+        router=router,
+        shift=shift,
+        findings=findings,
+        trainer_weight_version=weight_version,
+    )
+    temperature = headline_temperature(
+        trace.meta.engine, trace.meta.sampling, at_one=at_one, at_requested=at_asked
+    )
+    headline = result.logprobs if temperature == 1.0 else result.at_temperature
+    assert headline is not None
+    return Score(
+        meta=ScoreMeta(
+            **_names(trace.meta),
+            engine=trace.meta.engine,
+            trainer=trainer,
+            temperature=temperature,
+            bucket=at_one if temperature == 1.0 else at_asked,
+            at_requested_temperature=at_asked,
+            router=router,
+            router_reason=reason,
+            comparable=judged,
+            worst=mismatch.worst(
+                headline, trace.logprobs, trace.response_ids, trace_id=trace.meta.trace_id
+            ),
+            one_pass=result.one_pass,
+            forward_s=result.forward_s,
+            scored_ns=now_ns,
+        ),
+        logprobs=result.logprobs,
+        entropy=result.entropy,
+        logprobs_at_temperature=result.at_temperature,
+        routes=result.routes,
+    )
+
+
+def refusal(meta: TraceMeta, reason: Reason, *, trainer: Trainer, now_ns: int) -> Score:
+    """A score without numbers: why this trainer cannot score this trace."""
+    return Score(
+        meta=ScoreMeta(
+            **_names(meta),
+            engine=meta.engine,
+            trainer=trainer,
+            bucket=None,
+            router_reason=reason.detail,
+            comparable=Comparable(verdict="no", reasons=[reason]),
+            scored_ns=now_ns,
+        ),
+        logprobs=NOTHING,
+        entropy=NOTHING,
+    )
+
+
+class _Run(NamedTuple):
+    """One of two runs of the same side over the same tokens."""
+
+    logprobs: F32
+    """[n] nats."""
+    routes: Routes | None
+    """[n, L, K]."""
+
+
+def trainer_floor(
+    trace: Trace, first: SliceResult, second: SliceResult, *, trainer: Trainer, now_ns: int
+) -> Score:
+    """The trainer's second run over a trace against its first."""
+    assert trace.response_ids is not None
+    return _floor(
+        trace,
+        len(trace.response_ids),
+        _Run(first.logprobs, first.routes),
+        _Run(second.logprobs, second.routes),
+        side=trainer,
+        now_ns=now_ns,
+        entropy=second.entropy,
+        margins=second.margins,
+        layer_ids=second.layer_ids,
+    )
+
+
+def engine_floor(first: Trace, second: Trace, *, now_ns: int) -> Score:
+    """An engine's second answer to one request against its first, for the tokens that they share.
+
+    Two runs that sample different tokens are only comparable before the first different one; the
+    score's reasons then say where that is.
+    """
+    assert first.response_ids is not None
+    assert second.response_ids is not None
+    assert first.logprobs is not None
+    assert second.logprobs is not None
+    shared = _common_prefix(first, second)
+    score = _floor(
+        second,
+        shared,
+        _Run(first.logprobs[:shared], _response_routes(first, shared)),
+        _Run(second.logprobs[:shared], _response_routes(second, shared)),
+        side=second.meta.engine,
+        now_ns=now_ns,
+    )
+    lengths = len(first.response_ids), len(second.response_ids)
+    if shared < max(lengths):
+        seen = (
+            f"two runs of {first.meta.engine.name} with one seed share {shared} tokens of "
+            f"{lengths[0]} and {lengths[1]}; {first.meta.trace_id} is the other run"
+        )
+        score.meta.comparable.reasons.append(
+            Reason(
+                code="samples_diverged",
+                detail=seen,
+                fix="expect a noise floor above 0: this engine does not repeat itself",
+            )
+        )
+    return score
+
+
+def _floor(
+    trace: Trace,
+    tokens: int,
+    first: _Run,
+    second: _Run,
+    *,
+    side: Engine | Trainer,
+    now_ns: int,
+    entropy: F32 = NOTHING,
+    margins: F32 | None = None,
+    layer_ids: tuple[int, ...] = (),
+) -> Score:
+    """``tokens``: of the response, how many both runs share."""
+    assert trace.response_ids is not None
+    ids = trace.response_ids[:tokens]
+    named = trace.meta.trace_id
+    router = None
+    if first.routes is not None and second.routes is not None and tokens:
+        router = RouterBucket.of(
+            first.routes,
+            second.routes,
+            rollout_ordered=side.routes_ordered,
+            train_ordered=side.routes_ordered,
+            margins=margins,
+            layer_ids=layer_ids or None,
+        )
+    bucket = Bucket.of(second.logprobs, first.logprobs, token_ids=ids, trace_id=named)
+    return Score(
+        meta=ScoreMeta(
+            **_names(trace.meta),
+            kind="noise_floor",
+            engine=side,
+            trainer=side,
+            bucket=bucket if tokens else None,
+            router=router,
+            router_reason=None if router is not None else "no routes on both runs",
+            comparable=Comparable(verdict="yes" if tokens else "no", reasons=[]),
+            worst=mismatch.worst(second.logprobs, first.logprobs, ids, trace_id=named),
+            scored_ns=now_ns,
+        ),
+        logprobs=second.logprobs,
+        entropy=entropy,
+        routes=second.routes,
+    )
+
+
+def _bucket(trace: Trace, train: F32) -> Bucket:
+    assert trace.logprobs is not None
+    return Bucket.of(
+        train, trace.logprobs, token_ids=trace.response_ids, trace_id=trace.meta.trace_id
+    )
+
+
+def _router(
+    trace: Trace, result: SliceResult, trainer: Trainer
+) -> tuple[RouterBucket | None, ShiftFinding | None, str | None]:
+    """Router drift over the rows that predict the response, rows that stand elsewhere, or why there
+    is neither."""
+    if result.routes is None:
+        return None, None, "the trainer's model has no routers"
+    if trace.routes is None:
+        said = [text for text in trace.meta.missing if "rout" in text]
+        return None, None, said[0] if said else "the trace has no routes"
+    rollout = _response_routes(trace, len(result.routes))
+    if rollout is None:
+        return None, None, f"the engine gave {len(trace.routes)} rows of routes, not P + R - 1"
+    try:
+        bucket = RouterBucket.of(
+            rollout,
+            result.routes,
+            rollout_ordered=trace.meta.engine.routes_ordered,
+            train_ordered=trainer.routes_ordered,
+            margins=result.margins,
+            layer_ids=result.layer_ids,
+        )
+    except ValueError as error:
+        return None, None, str(error)
+    same_layers = rollout.shape == result.routes.shape
+    return bucket, route_shift(rollout, result.routes) if same_layers else None, None
+
+
+def _response_routes(trace: Trace, tokens: int) -> Routes | None:
+    """[tokens, L, K] rows that predict the first ``tokens`` of the response."""
+    if trace.routes is None or trace.prompt_ids is None or trace.response_ids is None:
+        return None
+    prompt_len = len(trace.prompt_ids)
+    if len(trace.routes) != prompt_len + len(trace.response_ids) - 1:
+        return None
+    return trace.routes[prompt_len - 1 : prompt_len - 1 + tokens]
+
+
+def _common_prefix(first: Trace, second: Trace) -> int:
+    a, b = first.response_ids, second.response_ids
+    assert a is not None
+    assert b is not None
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if different.size else length
+
+
+def _names(meta: TraceMeta) -> dict[str, Any]:
+    """Keyword arguments that every score takes over from its trace."""
+    return {
+        "trace_id": meta.trace_id,
+        "trajectory": meta.trajectory,
+        "step": meta.step,
+        "choice": meta.choice,
+        "model": meta.model,
+    }

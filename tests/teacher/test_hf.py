@@ -1,0 +1,99 @@
+"""The traps of Hugging Face models, found and named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from driftgate.adapters.hf import RouterTap, checkpoint_digest, inspect_model
+from driftgate.errors import TeacherError
+from driftgate.testing.checkpoints import CheckpointKind, make_checkpoint
+
+
+@pytest.fixture
+def dense(checkpoints: dict[CheckpointKind, Path]) -> Path:
+    return checkpoints["dense"]
+
+
+def test_a_model_loaded_in_bfloat16_has_no_findings(dense: Path) -> None:
+    assert inspect_model(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)) == []
+
+
+def test_a_cast_model_is_found_by_its_dtype(dense: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).to(torch.bfloat16)
+    (finding,) = inspect_model(model)
+    assert finding.code == "rotary_inv_freq_cast"
+    assert "model.rotary_emb.inv_freq is bfloat16, not float32" in finding.detail
+
+
+def test_a_model_cast_there_and_back_is_found_by_its_values(dense: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    (finding,) = inspect_model(model.to(torch.bfloat16).float())
+    assert "differs from its float32 value" in finding.detail
+
+
+def test_the_digest_follows_the_weights_and_the_config(dense: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", "dense", seed=1)
+    again = make_checkpoint(tmp_path / "again", "dense")
+    assert checkpoint_digest(dense) == checkpoint_digest(again)
+    assert checkpoint_digest(dense) != checkpoint_digest(other)
+
+
+def test_a_directory_without_weights_has_no_digest(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="holds no checkpoint"):
+        checkpoint_digest(tmp_path)
+
+
+class SigmoidTopKRouter(nn.Module):
+    """Chooses by sigmoid + bias, as DeepSeek does: its softmax says nothing about its choice."""
+
+    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        bias = torch.linspace(3.0, -3.0, logits.shape[-1])
+        weights, indices = (logits.sigmoid() + bias).topk(2, sorted=False)
+        return logits, weights, indices
+
+
+class OldTopKRouter(nn.Linear):
+    """Returns logits alone, as transformers 4 did."""
+
+
+def holder(router: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.Identity(), router])})
+
+
+def test_another_way_of_choosing_has_no_margins_and_no_order() -> None:
+    router = SigmoidTopKRouter()
+    logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    with RouterTap(holder(router)).capture(torch.arange(50)) as capture:
+        _, _, chosen = router(logits)
+    routed = capture.result()
+    assert routed is not None
+    assert routed.layer_ids == (1,)
+    assert (routed.routes[:, 0] == chosen.numpy()).all()
+    assert routed.margins is None
+    assert not routed.ordered
+
+
+def test_hooks_are_gone_after_the_capture() -> None:
+    router = SigmoidTopKRouter()
+    with RouterTap(holder(router)).capture(torch.arange(1)):
+        pass
+    assert not router._forward_hooks
+
+
+def test_an_older_layout_is_refused() -> None:
+    router = OldTopKRouter(4, 8)
+    tap = RouterTap(holder(router))
+    with tap.capture(torch.arange(1)), pytest.raises(TeacherError, match=r"transformers >= 5\.19"):
+        router(torch.zeros(1, 4))
+
+
+def test_a_router_that_did_not_run_is_named() -> None:
+    with RouterTap(holder(SigmoidTopKRouter())).capture(torch.arange(1)) as capture:
+        pass
+    with pytest.raises(TeacherError, match=r"layers \[1\]"):
+        capture.result()
