@@ -8,19 +8,19 @@ not 200, or a connection that ends, stops the run with what was seen: nothing is
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 import uvloop
 
 from benchmarks.payloads import CREATED, FIRST_NONCE, Canned, Episode, since_us
 
-__all__ = ["Agents", "Rate", "delays_us", "drive"]
+__all__ = ["Agents", "Rate", "call", "delays_us", "drive"]
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CREATED_FIELD = re.compile(rb'"created":(\d{10})')
@@ -123,8 +123,7 @@ class _Client(asyncio.Protocol):
         self._sent = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         asyncio.get_running_loop().call_later(self._delay_s, self._send)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -177,23 +176,86 @@ class _Client(asyncio.Protocol):
         self._send()
 
 
-async def _play(
-    run: _Run, agents: Agents, url: str, connections: int, *, spread_s: float = 0.0
-) -> None:
-    """Open the connections; each starts by itself, evenly spread over ``spread_s``."""
-    loop, address = asyncio.get_running_loop(), urlsplit(url)
-    for number in range(connections):
-        client = _Client(run, agents.one(), spread_s * number / connections)
-        await loop.create_connection(lambda made=client: made, address.hostname, address.port)  # type: ignore[misc]
-        run.clients.append(client)
+class _Loop:
+    """The connections of one run, opened and closed."""
+
+    def __init__(self, url: str, agents: Agents, connections: int) -> None:
+        address = urlsplit(url)
+        self._host, self._port = address.hostname or "", address.port or 80
+        self._agents = agents
+        self._count = connections
+        self._clients: list[_Client] = []
+        self.run = _Run(asyncio.get_running_loop().create_future(), connections)
+
+    async def open(self, spread_s: float = 0.0) -> None:
+        """Connect all; agent ``i`` sends its first request ``i / n`` of ``spread_s`` later."""
+        loop = asyncio.get_running_loop()
+        for number in range(self._count):
+            client = _Client(self.run, self._agents.one(), spread_s * number / self._count)
+            self._clients.append(client)
+            await loop.create_connection(
+                lambda made=client: made,  # type: ignore[misc]
+                self._host,
+                self._port,
+            )
+
+    async def go_on(self, seconds: float) -> None:
+        """Let it run; raises at once what a connection raised."""
+        await asyncio.wait([self.run.finished], timeout=seconds)
+        if self.run.finished.done():
+            self.run.finished.result()
+
+    async def finish(self) -> None:
+        """Send nothing more and wait for the answers that are due."""
+        self.run.stopping = True
+        async with asyncio.timeout(STALL_TIMEOUT_S):
+            await self.run.finished
+        for client in self._clients:
+            client.transport.close()
 
 
-def drive(
-    agents: Agents, url: str, connections: int, *, warm_s: float, window_s: float
-) -> Rate:
+def drive(agents: Agents, url: str, connections: int, *, warm_s: float, window_s: float) -> Rate:
     """Requests as fast as they are answered, for a fixed time. Raises ``ConnectionError``."""
 
     async def play() -> Rate:
-        pass
+        loop, started = _Loop(url, agents, connections), time.monotonic()
+        await loop.open()
+        await loop.go_on(warm_s)
+        before, opened = loop.run.answered, time.perf_counter()
+        await loop.go_on(window_s)
+        after, elapsed_s = loop.run.answered, time.perf_counter() - opened
+        await loop.finish()
+        latencies_s = loop.run.latencies_s[before:after]
+        return Rate(after - before, elapsed_s, loop.run.answered, started, latencies_s)
+
+    return uvloop.run(play())
+
+
+def call(agents: Agents, url: str, connections: int, *, calls: int) -> None:
+    """Exactly ``calls`` answered requests. Raises ``ConnectionError``."""
+
+    async def play() -> None:
+        loop = _Loop(url, agents, connections)
+        loop.run.calls_left = calls
+        await loop.open()
+        await loop.run.finished
+        await loop.finish()
+        assert loop.run.answered == calls
+
+    uvloop.run(play())
+
+
+def delays_us(agents: Agents, url: str, streams: int, *, spread_s: float) -> list[int]:
+    """The age of every event of ``streams`` parallel paced streams when it arrives, one answer each."""
+
+    async def play() -> list[int]:
+        loop = _Loop(url, agents, streams)
+        loop.run.calls_left = streams
+        delays: list[int] = []
+        loop.run.delays_us = delays
+        await loop.open(spread_s)
+        await loop.run.finished
+        await loop.finish()
+        return delays
 
     return uvloop.run(play())

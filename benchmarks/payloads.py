@@ -12,6 +12,7 @@ Key order, nulls and chunks are those of vLLM 0.29.0 (``model_dump`` of its JSON
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import time
@@ -23,7 +24,26 @@ import numpy as np
 import numpy.typing as npt
 import pybase64
 
-__all__ = ["CREATED", "MODEL", "ROUTES", "SHAPES", "SMALL", "TYPICAL", "Canned", "Episode", "Shape", "since_us", "stamp"]
+__all__ = [
+    "CREATED",
+    "FIRST_NONCE",
+    "MODEL",
+    "ROUTES",
+    "SEED_FIELD",
+    "SHAPES",
+    "SMALL",
+    "STEP_BASE",
+    "STEP_FIELD",
+    "TYPICAL",
+    "Canned",
+    "Episode",
+    "Shape",
+    "random_ids",
+    "random_routes",
+    "random_words",
+    "since_us",
+    "stamp",
+]
 
 MODEL = "bench"
 
@@ -85,6 +105,31 @@ SMALL = Shape("small", 100, 20, 20, 4, routes=False, text_bytes=600)
 SHAPES = {shape.name: shape for shape in (TYPICAL, ROUTES, SMALL)}
 
 
+def random_ids(count: int, *, seed: int) -> npt.NDArray[np.int64]:
+    """[count] token ids; frequent tokens have small ids, roughly as in a byte-level BPE."""
+    u = np.random.default_rng(seed).random(count)
+    return (VOCABULARY * u**4).astype(np.int64)
+
+
+def random_words(count: int, *, seed: int) -> list[str]:
+    """``count`` words of 2 to 8 letters, each with a space before it."""
+    rng = np.random.default_rng(seed)
+    letters = rng.integers(97, 123, size=(count, 8), dtype=np.uint8)
+    lengths = rng.integers(2, 9, size=count)
+    return [" " + row[:n].tobytes().decode() for row, n in zip(letters, lengths, strict=True)]
+
+
+def random_routes(rows: int, *, seed: int) -> npt.NDArray[np.uint8]:
+    """[rows, 48, 8] expert ids, each a random choice of 8 of 128 without repeats, in random order."""
+    rng = np.random.default_rng(seed)
+    routes = np.empty((rows, LAYERS, TOP_K), np.uint8)
+    for start in range(0, rows, 1024):
+        block = routes[start : start + 1024]
+        scores = rng.random((*block.shape[:2], EXPERTS), dtype=np.float32)
+        block[:] = np.argpartition(scores, TOP_K, axis=2)[:, :, :TOP_K]
+    return routes
+
+
 class Canned:
     """Bytes with slots for a trajectory's number and an answer's id, all of fixed width."""
 
@@ -107,12 +152,11 @@ class Canned:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """One trajectory's tokens: ids and texts by absolute position, routes where there are any."""
+    """One trajectory's tokens: ids, texts and logprobs by absolute position."""
 
     ids: npt.NDArray[np.int64]
     words: list[str]
     logprobs: npt.NDArray[np.float32]
-    routes: npt.NDArray[np.uint8] | None
 
 
 class Episode:
@@ -120,7 +164,6 @@ class Episode:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self._rng = np.random.default_rng(20)
         total = shape.first_prompt + shape.steps * (shape.response + shape.between)
         self._tokens = self._draw(total)
         self.contents = [
@@ -227,20 +270,11 @@ class Episode:
         return [Canned(b"data: %b\n\n" % data) for data in [*encoded, b"[DONE]"]]
 
     def _draw(self, total: int) -> _Tokens:
-        rng = self._rng
-        # Frequent tokens have small ids, roughly as in a byte-level BPE.
-        ids = (VOCABULARY * rng.random(total) ** 4).astype(np.int64)
-        letters = rng.integers(97, 123, size=(total, 10), dtype=np.uint8)
-        lengths = rng.integers(2, 9, size=total)
-        words = [
-            " " + row[:n].tobytes().decode() for row, n in zip(letters, lengths, strict=True)
-        ]
-        logprobs = -rng.exponential(0.4, total).astype(np.float32)
-        routes = None
-        if self.shape.routes:
-            scores = rng.random((total, LAYERS, EXPERTS), dtype=np.float32)
-            routes = np.argpartition(scores, TOP_K, axis=2)[:, :, :TOP_K].astype(np.uint8)
-        return _Tokens(ids, words, logprobs, routes)
+        return _Tokens(
+            random_ids(total, seed=20),
+            random_words(total, seed=22),
+            -np.random.default_rng(23).exponential(0.4, total).astype(np.float32),
+        )
 
     def _logprob(self, position: int) -> dict[str, Any]:
         token = self._tokens.words[position]
@@ -254,11 +288,15 @@ class Episode:
     def _prompt_ids(self, prompt: int) -> list[int]:
         return [11111, 22222, *self._tokens.ids[2:prompt].tolist()]
 
+    @functools.cached_property
+    def _all_routes(self) -> npt.NDArray[np.uint8]:
+        return random_routes(len(self._tokens.ids), seed=21)
+
     def _routes(self, rows: int) -> str | None:
-        if self._tokens.routes is None:
+        if not self.shape.routes:
             return None
         file = io.BytesIO()
-        np.save(file, self._tokens.routes[:rows])
+        np.save(file, self._all_routes[:rows])
         return pybase64.b64encode(file.getvalue()).decode()
 
 
@@ -273,4 +311,3 @@ def _head(kind: str) -> dict[str, Any]:
 
 def _delta(delta: dict[str, str], logprobs: Any, finish: str | None = None) -> dict[str, Any]:
     return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-

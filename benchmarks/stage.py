@@ -15,6 +15,9 @@ from driftgate.testing.engine import process_log, stop, wait_for_http
 
 __all__ = ["Cores", "Stage", "resident_bytes"]
 
+ROOT = Path(__file__).resolve().parent.parent
+"""Where ``python -m benchmarks.…`` finds itself."""
+
 START_TIMEOUT_S = 60.0
 
 
@@ -68,6 +71,7 @@ class Stage:
         with process_log(log) as out, pinned(cores):
             self.children[name] = subprocess.Popen(
                 command,
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -75,9 +79,7 @@ class Stage:
             )
         wait_for_http(ready, self.children[name], log, timeout_s=START_TIMEOUT_S)
 
-    def module(
-        self, name: str, module: str, *arguments: str, cores: set[int], ready: str
-    ) -> None:
+    def module(self, name: str, module: str, *arguments: str, cores: set[int], ready: str) -> None:
         """Start a module of this environment."""
         self.start(name, [sys.executable, "-m", module, *arguments], cores=cores, ready=ready)
 

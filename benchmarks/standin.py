@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
+from typing import cast
 
 import msgspec
 import uvloop
@@ -106,8 +107,7 @@ class Engine(asyncio.Protocol):
         """Bytes of the request that is arriving, head included; 0: the head is not whole yet."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -168,9 +168,7 @@ def _field(request: bytes, name: bytes, digits: int) -> bytes | None:
 async def serve(port: int, answers: Answers) -> None:
     """Answer until the process is ended."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: Engine(answers), "127.0.0.1", port, backlog=1024
-    )
+    server = await loop.create_server(lambda: Engine(answers), "127.0.0.1", port, backlog=1024)
     await server.serve_forever()
 
 

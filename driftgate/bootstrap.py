@@ -8,6 +8,7 @@ again. Deterministic for a given seed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -61,14 +62,16 @@ def intervals(
     if rows and all(b.linear is not None for b in rows):
         for name, linear in _LINEAR_SUMS.items():
             columns[name] = (_column(rows, linear), n)
-    kish: dict[str, tuple[F64, F64, F64]] = {}
-    if rows and all(b.weight_sq.shift == 0.0 for b in rows):
-        total = _column(rows, lambda b: b.weight.total)
-        square = _column(rows, lambda b: b.weight_sq.total)
-        columns["mean_weight_token"] = (total, n)
-        kish["ess_kish_token"] = (total, square, n)
+    kish = {}
     if rows:
-        kish["ess_kish_seq"] = (*_scaled_weights(rows), m)
+        kish["ess_kish_token"] = _LogWeights(
+            _column(rows, lambda b: b.weight.log()), _column(rows, lambda b: b.weight_sq.log()), n
+        )
+        kish["ess_kish_seq"] = _LogWeights(
+            _column(rows, lambda b: b.seq_weight.log()),
+            _column(rows, lambda b: b.seq_weight_sq.log()),
+            m,
+        )
     return _resample(len(rows), columns, kish, seed, resamples)
 
 
@@ -93,6 +96,22 @@ def router_intervals(
     return _resample(len(rows), columns, {}, seed, resamples)
 
 
+class _LogWeights(NamedTuple):
+    """Per trajectory: log of the sum of weights and of their squares, and how many there are."""
+
+    total: F64
+    square: F64
+    n: F64
+
+    def kish(self, counts: F64) -> F64:
+        """[B] Kish of each resample, from its counts [B, trajectories]."""
+        with np.errstate(divide="ignore"):
+            times = np.log(counts)  # -inf: not drawn
+        total = np.logaddexp.reduce(times + self.total, axis=1)
+        square = np.logaddexp.reduce(times + self.square, axis=1)
+        return np.asarray(np.exp(2.0 * total - square) / (counts @ self.n))
+
+
 _TOKEN_SUMS: dict[str, Callable[[Bucket], float]] = {
     "log_ratio_mean": lambda b: b.log_ratio.mean * b.n_tokens,
     "kl_k1_rollout_train": lambda b: -b.log_ratio.mean * b.n_tokens,
@@ -101,6 +120,7 @@ _TOKEN_SUMS: dict[str, Callable[[Bucket], float]] = {
     "prob_abs_diff_mean": lambda b: b.prob_abs_diff.mean * b.n_tokens,
 }
 _LINEAR_SUMS: dict[str, Callable[[Bucket], float]] = {
+    "mean_weight_token": lambda b: b.n_tokens * (1.0 + b.linear.excess.mean) if b.linear else 0.0,
     "kl_k3_rollout_train": lambda b: b.linear.k3 if b.linear else 0.0,
     "kl_train_rollout_is": lambda b: b.linear.kl_train if b.linear else 0.0,
     "js_is": lambda b: b.linear.js if b.linear else 0.0,
@@ -112,18 +132,10 @@ def _column(rows: list[Bucket], value: Callable[[Bucket], float]) -> F64:
     return np.array([value(b) for b in rows], dtype=np.float64)
 
 
-def _scaled_weights(rows: list[Bucket]) -> tuple[F64, F64]:
-    """Sequence weights and their squares per trajectory, over a common scale that Kish cancels."""
-    log_w = np.array([b.seq_weight.log() for b in rows])
-    log_w2 = np.array([b.seq_weight_sq.log() for b in rows])
-    scale = max(float(log_w.max()), float(log_w2.max()) / 2.0)
-    return np.exp(log_w - scale), np.exp(log_w2 - 2.0 * scale)
-
-
 def _resample(
     n: int,
     columns: dict[str, tuple[F64, F64]],
-    kish: dict[str, tuple[F64, F64, F64]],
+    kish: dict[str, _LogWeights],
     seed: int,
     resamples: int,
 ) -> Intervals:
@@ -138,12 +150,11 @@ def _resample(
         counts = rng.multinomial(n, np.full(n, 1.0 / n), size=size).astype(np.float64)
         for name, (total, weight) in columns.items():
             draws[name].append((counts @ total) / (counts @ weight))
-        for name, (total, square, of) in kish.items():
-            draws[name].append((counts @ total) ** 2 / ((counts @ square) * (counts @ of)))
+        for name, weights in kish.items():
+            draws[name].append(weights.kish(counts))
     tail = (1.0 - CONFIDENCE) / 2.0
     values = {}
     for name, parts in draws.items():
         low, high = np.quantile(np.concatenate(parts), [tail, 1.0 - tail])
-        if np.isfinite(low) and np.isfinite(high):
-            values[name] = (float(low), float(high))
+        values[name] = (float(low), float(high))
     return Intervals(n_trajectories=n, few=few, resamples=resamples, values=values)

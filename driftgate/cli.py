@@ -110,9 +110,9 @@ def serve(
         str | None, typer.Option(help="Version of the policy that the engine serves.")
     ] = None,
 ) -> None:
-    """Run the gateway: point OPENAI_BASE_URL at http://HOST:PORT/v1.
+    """Run the gateway in front of an engine.
 
-    Options win over the file given with --config.
+    Then point an agent's OPENAI_BASE_URL at http://HOST:PORT/v1. Options win over --config.
     """
     given = {
         "upstream": upstream,
@@ -136,7 +136,10 @@ def probe(
     url: Annotated[str, typer.Argument(help="Base URL of the engine, without /v1.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what an engine gives of what a trace needs, and how to switch on the rest."""
+    """Say which parts of a trace an engine gives.
+
+    And in plain words, for each part that is missing, how to switch it on.
+    """
     from driftgate.gateway.upstream import probe as probe_engine
 
     report = asyncio.run(probe_engine(url))
@@ -164,7 +167,10 @@ def teach(
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
     ] = "auto",
 ) -> None:
-    """Score the store's traces with the trainer, beside or after the rollout."""
+    """Score the store's traces with the trainer.
+
+    Beside a running gateway with --follow, or afterwards. Several may share a store.
+    """
     try:
         from driftgate.teacher.config import TeacherConfig
         from driftgate.teacher.launch import launch
@@ -199,7 +205,10 @@ def tail(
     as_json: JsonOption = False,
     key: KeyOption = None,
 ) -> None:
-    """Print one line for each scored step as it arrives, coloured by band."""
+    """Print a line for each scored step as it arrives.
+
+    Green, amber and red are METRICS' bands; grey is what is not comparable.
+    """
     if after != "now" and not after.isdigit():
         raise typer.BadParameter(f"{after!r} is neither a cursor nor `now`", param_hint="--after")
     start: int | Literal["now"] = "now" if after == "now" else int(after)
@@ -228,7 +237,10 @@ def show(
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
 ) -> None:
-    """Show a trajectory: its steps, what is missing, where trainer and engine differ."""
+    """Show a trajectory, or one step of it in full.
+
+    Its steps, what is missing, and where trainer and engine differ.
+    """
     if step is not None:
         in_full = _from(
             store, url, key, lambda a: a.step(trajectory, step), lambda c: c.step(trajectory, step)
@@ -253,7 +265,10 @@ def cells(
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
 ) -> None:
-    """Print the matrix: every engine against every trainer, with intervals and noise floors."""
+    """Print the matrix of engines against trainers.
+
+    Each number has its 95 % interval and, beside it, the noise floor.
+    """
     found = _from(store, url, key, lambda answers: answers.cells(), lambda client: client.cells())
     _print(found, as_json, lambda render: render.matrix(found.items))
 
@@ -269,7 +284,10 @@ def export(
     ] = None,
     trajectory: Annotated[str | None, typer.Option(help="Only this trajectory.")] = None,
 ) -> None:
-    """Write state, action and reward of every trace, complete, one JSON object a line."""
+    """Write every trace as state, action and reward.
+
+    One JSON object a line, complete: nothing is truncated.
+    """
     from driftgate.adapters.jsonl import rows
     from driftgate.storage import Reader
 
@@ -286,7 +304,10 @@ def export(
 
 @index_app.command("rebuild")
 def rebuild(store: StoreOption = DEFAULT_STORE) -> None:
-    """Make the index anew from the segments; no gateway or teacher may be writing."""
+    """Make the index anew from the segments.
+
+    No gateway or teacher may be writing to the store.
+    """
     from driftgate.storage import rebuild_index
 
     report = rebuild_index(_existing(store))

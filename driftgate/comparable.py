@@ -189,8 +189,8 @@ def _better(fits: Bucket, other: Bucket) -> bool:
 
 
 def _convention(pair: _Pair) -> tuple[Convention, list[Reason]]:
-    """Which convention the logprobs follow, as declared or as the numbers tell, and what is
-    wrong."""
+    """Which convention the logprobs follow, declared or told by the numbers, and what is wrong."""
+    mode = pair.engine.logprobs_mode
     if mode in ("raw_logits", "processed_logits"):
         fix = "start the engine with --logprobs-mode raw_logprobs or processed_logprobs"
         return "unknown", [reason("logits_not_logprobs", f"logprobs_mode is {mode}", fix)]

@@ -130,11 +130,9 @@ def _weights(b: Bucket) -> dict[str, Value]:
 
 def _ess(b: Bucket) -> dict[str, Value]:
     n, m = b.n_tokens, b.n_seqs
-    log_inverse = 0.0 - b.seq_weight_sq.log_mean(m) if m else None
-    fits = log_inverse is not None and log_inverse <= MAX_EXPONENT
     return {
-        "ess_inv_second_moment_seq": _inverse_mean(b.seq_weight_sq, m) if fits else None,
-        "log_ess_inv_second_moment_seq": log_inverse,
+        "ess_inv_second_moment_seq": _inverse_mean(b.seq_weight_sq, m) if m else None,
+        "log_ess_inv_second_moment_seq": 0.0 - b.seq_weight_sq.log_mean(m) if m else None,
         "ess_kish_response": _over(b.kish_response, m),
         "ess_kish_seq": kish(b.seq_weight, b.seq_weight_sq, m) if m > 1 else None,
         "ess_kish_seq_n": m,
@@ -146,9 +144,13 @@ def _ess(b: Bucket) -> dict[str, Value]:
     }
 
 
-def _inverse_mean(square: LogSum, n: int) -> float:
+def _inverse_mean(square: LogSum, n: int) -> float | None:
+    """1 / mean; None where float64 cannot hold it."""
+    log_mean = square.log_mean(n)
+    if -log_mean > MAX_EXPONENT:
+        return None
     mean = square.mean(n)
-    return 1.0 / mean if mean else math.exp(-square.log_mean(n))
+    return 1.0 / mean if mean else math.exp(-log_mean)
 
 
 def _truncated(total: float, square: float, n: int) -> float | None:

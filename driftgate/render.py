@@ -70,6 +70,9 @@ ROWS: tuple[tuple[str, str], ...] = (
 )
 """What the matrix shows of METRICS 2: (label, name)."""
 
+AGAINST_FLOOR = tuple(name for _, name in ROWS if not name.startswith("ess"))
+"""Shown with the noise floor; effective sample sizes are 1 at a floor of 0."""
+
 ROUTER_ROWS: tuple[tuple[str, str], ...] = (
     ("router set-disagree", "router_set_disagree_rate"),
     ("router expert-miss", "router_expert_miss_rate"),
@@ -210,9 +213,9 @@ def _measure(cell: CellView, name: str) -> Text:
     text = Text(number(shown.metrics.get(name) if shown else None), STYLES[colour(cell)])
     if interval := cell.intervals.get(name):
         text.append(f" [{number(interval.low)}, {number(interval.high)}]", "dim")
-    for floor in cell.floors:
-        value = number(floor.measures.metrics.get(name))
-        text.append(f"\n{floor.side} floor {value}", "dim")
+    if name in AGAINST_FLOOR:
+        floors = [(f.side, number(f.measures.metrics.get(name))) for f in cell.floors]
+        text.append(_floors(floors), "dim")
     return text
 
 
@@ -220,10 +223,18 @@ def _router_measure(cell: CellView, name: str) -> Text:
     if cell.router is None:
         return Text(MISSING)
     text = Text(_percent(cell.router.metrics.get(name)), STYLES[colour(cell)])
-    for floor in cell.floors:
-        if floor.router is not None:
-            text.append(f"\n{floor.side} floor {_percent(floor.router.metrics.get(name))}", "dim")
+    if interval := cell.intervals.get(name):
+        text.append(f" [{_percent(interval.low)}, {_percent(interval.high)}]", "dim")
+    routers = [(floor.side, floor.router) for floor in cell.floors if floor.router is not None]
+    floors = [(side, _percent(router.metrics.get(name))) for side, router in routers]
+    text.append(_floors(floors), "dim")
     return text
+
+
+def _floors(floors: Sequence[tuple[str, str]]) -> str:
+    if not floors:
+        return ""
+    return "\nfloor: " + ", ".join(f"{side} {value}" for side, value in floors)
 
 
 def _worst_cell(worst: WorstView | None) -> str:
@@ -294,9 +305,11 @@ def trajectory(detail: TrajectoryDetail) -> RenderableType:
 
 
 def _score_columns(scores: Sequence[ScoreView]) -> list[RenderableType]:
-    drift = [score for score in scores if score.kind == "drift"]
-    if not drift or (last := drift[-1]).measures is None:
+    drift = [score for score in scores if score.kind == "drift" and score.measures]
+    if not drift:
         return [MISSING] * 4
+    last = max(drift, key=lambda score: (score.comparable.verdict != "no", score.scored_ns))
+    assert last.measures is not None
     names = ("kl_k3_rollout_train", "abs_log_ratio_mean", "abs_log_ratio_max")
     values = [Text(number(last.measures.metrics.get(name)), STYLES[colour(last)]) for name in names]
     return [*values, _worst_cell(last.worst)]

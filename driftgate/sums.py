@@ -36,6 +36,9 @@ float64 (max 1.8e308), and equal inputs then give exactly equal sums, which a lo
 MAX_EXPONENT = 709.0
 """e^709 is the last whole exponent that float64 holds."""
 
+ULPS = 8 * 2.0**-52
+"""Relative spread that rounding alone gives a column of equal values."""
+
 QUANTILE_RELATIVE_ERROR = 0.005
 """Bound of `Sketch.quantile`: |answer - order statistic| <= 0.5 % of the order statistic. Halving
 it doubles the bins; 0.5 % is far below the difference between two runs."""
@@ -173,19 +176,25 @@ class CoMoments(msgspec.Struct, frozen=True, array_like=True):
 
     def correlation(self) -> float | None:
         """Pearson's r; None where a side does not vary."""
+        if not (self._varies(self.m_xx, self.mean_x) and self._varies(self.m_yy, self.mean_y)):
+            return None
         scale = math.sqrt(self.m_xx) * math.sqrt(self.m_yy)
-        return max(-1.0, min(1.0, self.m_xy / scale)) if scale > 0.0 else None
+        return max(-1.0, min(1.0, self.m_xy / scale))
 
     def slope(self) -> float | None:
         """Least squares of y on x; None where x does not vary."""
-        return self.m_xy / self.m_xx if self.m_xx > 0.0 else None
+        return self.m_xy / self.m_xx if self._varies(self.m_xx, self.mean_x) else None
 
     def slope_se(self) -> float | None:
         """Standard error of `slope` from its residuals; None for n < 3 or constant x."""
-        if self.n < 3 or self.m_xx <= 0.0:
+        if self.n < 3 or not self._varies(self.m_xx, self.mean_x):
             return None
         residual = max(self.m_yy - self.m_xy * self.m_xy / self.m_xx, 0.0)
         return math.sqrt(residual / (self.n - 2) / self.m_xx)
+
+    def _varies(self, m2: float, mean: float) -> bool:
+        """More than the rounding of equal values: their mean can be off by a few ulp."""
+        return m2 > self.n * (ULPS * mean) ** 2
 
 
 class Sketch(msgspec.Struct, frozen=True, array_like=True):

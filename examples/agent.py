@@ -126,7 +126,8 @@ class _Asker:
 
 def _read_stream(stream: Any) -> dict[str, Any]:
     """Join the deltas of a stream into the assistant's message."""
-    content, calls = "", {}
+    content = ""
+    calls: dict[int, Any] = {}
     for chunk in stream:
         for choice in chunk.choices:
             content += choice.delta.content or ""

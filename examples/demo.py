@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from driftgate.testing.checkpoints import make_checkpoint
+from driftgate.testing.checkpoints import CheckpointKind, make_checkpoint
 from driftgate.testing.engine import (
     START_TIMEOUT_S,
     EngineProcess,
@@ -37,7 +37,7 @@ from driftgate.testing.engine import (
 from examples.summary import finish, pending
 
 RUNS = Path("runs/demo")
-KINDS = ("dense", "moe")
+KINDS: tuple[CheckpointKind, ...] = ("dense", "moe")
 AGENT_RUNS = 6
 """Conversations per model; one more repeats the first for the noise floor."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from driftgate.comparable import CODES
 from driftgate.errors import NotFoundError
 from driftgate.gateway import shape
 from driftgate.gateway.spread import Spread
-from driftgate.mismatch import Bucket, Worst
+from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket
 from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
 from driftgate.trace import Score, ScoreMeta
@@ -168,7 +168,9 @@ class Answers:
             page, after = len(rows), rows[-1].seq if rows else after
 
     def _score(self, meta: ScoreMeta, *, text: bool = False) -> ScoreView:
-        worst = shape.placed(meta.worst, meta) if meta.worst else None
+        worst = (
+            shape.placed(meta.worst, meta.trace_id, meta.step, meta.choice) if meta.worst else None
+        )
         return ScoreView(
             trace_id=meta.trace_id,
             trajectory=meta.trajectory,
@@ -194,27 +196,25 @@ class Answers:
 
     def _in_context(self, worst: WorstView) -> WorstView:
         """With the text around it, where the store has it."""
-        position, text, before, after = self._context(worst.trace_id, worst.token_index)
-        return msgspec.structs.replace(
-            worst, position=position, text=text, before=before, after=after
-        )
+        found = self._context(worst.trace_id, worst.token_index)
+        return msgspec.structs.replace(worst, **found) if found else worst
 
-    def _read_context(self, trace_id: str, index: int) -> tuple[int | None, str | None, str, str]:
+    def _read_context(self, trace_id: str, index: int) -> dict[str, Any] | None:
+        """The fields of ``WorstView`` that only the trace knows."""
         try:
             trace = self.reader.trace(trace_id)
         except NotFoundError:
-            return None, None, "", ""
-        position = None if trace.prompt_ids is None else len(trace.prompt_ids) + index
-        if trace.token_offsets is None:
-            return position, None, "", ""
-        last = len(trace.token_offsets) - 1
-        first, upto = max(0, index - CONTEXT_TOKENS), min(last, index + 1 + CONTEXT_TOKENS)
-        return (
-            position,
-            shape.text(trace, index, index + 1),
-            shape.text(trace, first, index),
-            shape.text(trace, index + 1, upto),
-        )
+            return None
+        found: dict[str, Any] = {"step": trace.meta.step, "choice": trace.meta.choice}
+        if trace.prompt_ids is not None:
+            found["position"] = len(trace.prompt_ids) + index
+        if trace.token_offsets is not None:
+            last = len(trace.token_offsets) - 1
+            first, upto = max(0, index - CONTEXT_TOKENS), min(last, index + 1 + CONTEXT_TOKENS)
+            found["text"] = shape.text(trace, index, index + 1)
+            found["before"] = shape.text(trace, first, index)
+            found["after"] = shape.text(trace, index + 1, upto)
+        return found
 
     def _trace(self, trace_id: str, *, routes: bool) -> TraceView:
         trace = self.reader.trace(trace_id)
@@ -244,9 +244,10 @@ class Answers:
         self, metas: Sequence[ScoreMeta], row: TrajectoryRow, cells: Sequence[CellRow]
     ) -> CellView:
         """One trajectory's scores of one cell as the cell they would be by themselves."""
+        comparable = [meta for meta in metas if meta.comparable.verdict != "no"]
         buckets = [meta.bucket for meta in metas if meta.bucket]
-        valid = [m.bucket for m in metas if m.bucket and m.comparable.verdict != "no"]
-        worst = [meta.worst for meta in metas if meta.worst]
+        valid = [meta.bucket for meta in comparable if meta.bucket]
+        worst = [meta.worst for meta in comparable or metas if meta.worst]
         cell = CellRow(
             engine=metas[0].engine,
             trainer=metas[0].trainer,
@@ -268,7 +269,6 @@ class Answers:
 
     def _cell(self, row: CellRow, rows: Sequence[CellRow], *, intervals: bool = True) -> CellView:
         headline = row.comparable_bucket or row.bucket
-        worst = (headline.worst if headline else None) or row.worst
         return CellView(
             engine=row.engine,
             engine_digest=row.engine.digest,
@@ -290,17 +290,19 @@ class Answers:
             measures=shape.measures(row.comparable_bucket),
             all_measures=shape.measures(row.bucket),
             router=shape.router(row.router),
-            worst=self._cell_worst(worst) if worst else None,
+            worst=self._cell_worst(row),
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),
         )
 
-    def _cell_worst(self, worst: Worst) -> WorstView | None:
-        try:
-            meta = self.reader.score(worst.trace_id).meta
-        except NotFoundError:
+    def _cell_worst(self, row: CellRow) -> WorstView | None:
+        """Among the comparable scores where there are any."""
+        valid = row.comparable_bucket.worst if row.comparable_bucket else None
+        worst = valid if valid and valid.trace_id else row.worst
+        found = self._context(worst.trace_id, worst.token_index) if worst else None
+        if worst is None or found is None:
             return None
-        return self._in_context(shape.placed(worst, meta))
+        return self._in_context(shape.placed(worst, worst.trace_id, found["step"], found["choice"]))
 
 
 def _key(cell: CellRow) -> tuple[str, str, str, Kind]:

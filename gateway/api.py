@@ -26,7 +26,7 @@ from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
 from driftgate.gateway import openapi
 from driftgate.gateway.answers import Answers
-from driftgate.gateway.feed import Event, Feed, Source
+from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
 from driftgate.gateway.openapi import Route
 from driftgate.gateway.wire import body_of, error_answer, json_answer, query_of, step_of
 from driftgate.storage import Reader, Record
@@ -74,6 +74,7 @@ class ApiContext:
     mint: Callable[[str | None], tuple[str, str]]
     """Name (or None) -> (trajectory, key). RequestError where the name cannot be one."""
     heartbeat_s: float = HEARTBEAT_S
+    poll_interval_s: float = POLL_INTERVAL_S
 
 
 class TrajectoriesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,7 +118,11 @@ class Api:
         self._context = context
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="driftgate-api")
         self._answers = Answers(context.reader)
-        self.feed = Feed(Source(context.reader.last_seq, self._events), executor=self._threads)
+        self.feed = Feed(
+            Source(context.reader.last_seq, self._events),
+            executor=self._threads,
+            poll_interval_s=context.poll_interval_s,
+        )
         self._document = msgspec.json.encode(openapi.document(ROUTES, version=version("driftgate")))
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
@@ -231,7 +236,7 @@ class Api:
         newest = await self.feed.last_seq()
         if after == "now":
             return newest
-        if not after.isascii() or not after.isdigit():
+        if not after.isascii() or not after.isdigit() or len(after) > 18:
             raise RequestError(f"Last-Event-ID {after!r} is not a cursor of this stream")
         if int(after) > newest:
             raise RequestError(
@@ -241,7 +246,7 @@ class Api:
         return int(after)
 
     async def _known(self, trajectory: str) -> None:
-        """NotFoundError unless the trajectory exists, also when its first record is being synced."""
+        """NotFoundError unless the trajectory is there, or is just being synced."""
         try:
             await self._thread(lambda: self._context.reader.trajectory(trajectory))
         except NotFoundError:

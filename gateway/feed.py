@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 from driftgate.views import Kind
 
-__all__ = ["Event", "Feed", "Source"]
+__all__ = ["POLL_INTERVAL_S", "Event", "Feed", "Source"]
 
 T = TypeVar("T")
 

@@ -20,7 +20,17 @@ from driftgate.errors import RequestError
 from driftgate.gateway import sse
 from driftgate.trace import Sampling
 
-__all__ = ["Api", "Fields", "Plan", "StreamMode", "read", "read_request", "rewrite", "strip_answer", "strip_event"]
+__all__ = [
+    "Api",
+    "Fields",
+    "Plan",
+    "StreamMode",
+    "read",
+    "read_request",
+    "rewrite",
+    "strip_answer",
+    "strip_event",
+]
 
 Api: TypeAlias = Literal["chat", "completions"]
 Fields: TypeAlias = dict[str, Raw]
@@ -38,6 +48,7 @@ _CHOICES = msgspec.json.Decoder(list[dict[str, Raw]])
 _ENCODER = msgspec.json.Encoder()
 
 _EMPTY_DELTA = re.compile(rb"\{\s*\}")
+_LIST_OF_PROMPTS = re.compile(rb"\[\s*[\"\[]")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +103,9 @@ def read(fields: Fields, name: str, type_: type[T]) -> T | None:
         return None
 
 
-def rewrite(api: Api, fields: Fields, adapter: EngineAdapter, mode: StreamMode) -> tuple[bytes | None, Plan]:
+def rewrite(
+    api: Api, fields: Fields, adapter: EngineAdapter, mode: StreamMode
+) -> tuple[bytes | None, Plan]:
     """The body for the engine (None: send the agent's own bytes) and the plan.
 
     RequestError for a field that must not reach the engine.
@@ -197,10 +210,9 @@ def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
 
 def _prompts(fields: Fields) -> int:
     """A list of texts or of id lists is one prompt each; a text or a list of ids is one."""
-    prompts = read(fields, "prompt", list[Raw])
-    if not prompts or bytes(prompts[0][:1]) not in (b'"', b"["):
+    if _LIST_OF_PROMPTS.match(bytes(fields.get("prompt", _NULL))) is None:
         return 1
-    return len(prompts)
+    return len(read(fields, "prompt", list[Raw]) or [_NULL])
 
 
 def _sampling(fields: Fields, n: int) -> Sampling:
@@ -240,14 +252,20 @@ def _structured(fields: Fields) -> str | None:
     return ", ".join(forced) or None
 
 
-def strip_answer(body: bytes, plan: Plan) -> bytes:
-    """A JSON answer as the agent would have got it; unchanged where it is not an answer."""
-    if plan.uncaptured is not None:
-        return body
+def strip_answer(body: bytes, plan: Plan) -> tuple[bytes, list[Raw]]:
+    """A JSON answer as the agent would have got it, and its messages (JSON) in order of choices.
+
+    What is not an answer is left as it is and has no messages.
+    """
     try:
-        return _strip(_FIELDS.decode(body), plan) or body
+        answer = _FIELDS.decode(body)
+        choices = _CHOICES.decode(answer.get("choices", b"[]"))
     except msgspec.DecodeError:
-        return body
+        return body, []
+    messages = [choice["message"] for choice in choices if "message" in choice]
+    if plan.uncaptured is not None:
+        return body, messages
+    return (_hidden(answer, choices, plan) or body), messages
 
 
 def strip_event(event: bytes, plan: Plan) -> bytes | None:
@@ -261,25 +279,22 @@ def strip_event(event: bytes, plan: Plan) -> bytes | None:
         chunk = _FIELDS.decode(data)
         if plan.mark in chunk:
             return None
-        stripped = _strip(chunk, plan, stream=True)
+        choices = _CHOICES.decode(chunk.get("choices", b"[]"))
     except msgspec.DecodeError:
         return event
-    if stripped is None:
-        return event
-    return sse.replace_data(event, stripped) if stripped else None
+    if plan.api == "chat" and not plan.ids_asked and _is_filler(choices):
+        return None
+    stripped = _hidden(chunk, choices, plan)
+    return event if stripped is None else sse.replace_data(event, stripped)
 
 
-def _strip(answer: Fields, plan: Plan, *, stream: bool = False) -> bytes | None:
-    """The answer with hidden fields as null; None: nothing to change; empty: drop the chunk."""
+def _hidden(answer: Fields, choices: list[Fields], plan: Plan) -> bytes | None:
+    """The answer or chunk with hidden fields as null; None where nothing has to change."""
     changed = _hide(answer, plan.hide_top)
-    if "choices" in answer:
-        choices = _CHOICES.decode(answer["choices"])
-        if stream and plan.api == "chat" and not plan.ids_asked and _is_filler(choices):
-            return b""
-        # A list, not a generator: every choice has to be seen.
-        if any([_hide(choice, plan.hide_choice) for choice in choices]):
-            answer["choices"] = Raw(_ENCODER.encode(choices))
-            changed = True
+    # A list, not a generator: every choice has to be seen.
+    if any([_hide(choice, plan.hide_choice) for choice in choices]):
+        answer["choices"] = Raw(_ENCODER.encode(choices))
+        changed = True
     return _ENCODER.encode(answer) if changed else None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from driftgate.mismatch import Bucket, Worst
 from driftgate.router import RouterBucket
-from driftgate.trace import Routes, Score, ScoreMeta, Trace
+from driftgate.trace import Routes, Score, Trace
 from driftgate.views import Measures, RouterMeasures, RoutesView, TokenView, WorstView
 
 __all__ = ["measures", "placed", "raw", "router", "routes", "text", "tokens"]
@@ -32,12 +32,12 @@ def router(bucket: RouterBucket | None) -> RouterMeasures | None:
     return RouterMeasures(metrics=bucket.metrics(), undefined=bucket.undefined())
 
 
-def placed(worst: Worst, meta: ScoreMeta) -> WorstView:
+def placed(worst: Worst, trace_id: str, step: int, choice: int) -> WorstView:
     """The worst token with its step and choice, without its text."""
     return WorstView(
-        trace_id=meta.trace_id,
-        step=meta.step,
-        choice=meta.choice,
+        trace_id=trace_id,
+        step=step,
+        choice=choice,
         token_index=worst.token_index,
         position=None,
         token_id=worst.token_id,

@@ -71,9 +71,7 @@ def replace_data(event: bytes, data: bytes) -> bytes:
     """``event`` with other data on one line; its other fields and comments stay."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
         return b"data: " + data + b"\n\n"
-    others = [
-        line for line in _LINE.split(event) if line and line.split(b":", 1)[0] != b"data"
-    ]
+    others = [line for line in _LINE.split(event) if line and line.split(b":", 1)[0] != b"data"]
     return b"\n".join([*others, b"data: " + data, b"", b""])
 
 

@@ -109,7 +109,7 @@ def resolve(chain: Sequence[StoredTrace], base: Trace | None = None) -> Trace:
     """The trace of ``chain[0]``. ``chain[i + 1]`` is the base of ``chain[i]``; ``base`` that of the
     last.
 
-    FormatError where a record takes more from its base than that has.
+    All arrays are read-only. FormatError where a record takes more from its base than that has.
     """
     newest = chain[0].head
     prompt_len, response_len = newest.prompt_len or 0, newest.response_len or 0
@@ -119,6 +119,7 @@ def resolve(chain: Sequence[StoredTrace], base: Trace | None = None) -> Trace:
         raise _broken(first, f"{count} ids for {prompt_len} + {response_len}")
     ids = np.empty(count, np.int32)
     _fill_ids(ids, chain, base)
+    ids.setflags(write=False)
     return Trace(
         meta=newest.meta,
         prompt_ids=None if newest.prompt_len is None else ids[:prompt_len],
@@ -285,6 +286,7 @@ def _routes(chain: Sequence[StoredTrace], base: Trace | None) -> Routes | None:
         _fill_base_rows(out[:need], chain[-1], base)
     for stored, rows in reversed(list(zip(chain, needs, strict=False))):
         _patch(out[:rows], stored)
+    out.setflags(write=False)
     return out
 
 

@@ -89,7 +89,10 @@ def load_payload(root: Path, segment: str, offset: int, kind: Kind) -> Payload:
 def load_trace(
     connection: sqlite3.Connection, root: Path, trace_id: str, cache: TraceCache
 ) -> CachedTrace:
-    """A trace, from the cache or from disk; NotFoundError where the index has none of that id."""
+    """A trace, from the cache or from disk; NotFoundError where the index has none of that id.
+
+    FormatError where it, or a record that it is built on, is damaged or lost.
+    """
     cached = cache.get(trace_id)
     if cached is not None:
         return cached
@@ -100,6 +103,10 @@ def load_trace(
         if len(chain) > MAX_DEPTH:
             raise FormatError(f"trace {trace_id}: more than {MAX_DEPTH} records to its full record")
         stored = _read(connection, root, wanted)
+        if stored is None and chain:
+            raise FormatError(f"trace {trace_id} is built on {wanted}, which is lost: see the log")
+        if stored is None:
+            raise NotFoundError(f"no trace {trace_id!r} in {root}")
         chain.append(stored)
         wanted = stored.head.delta.base if stored.head.delta else None
         base = cache.get(wanted) if wanted is not None else None
@@ -108,13 +115,11 @@ def load_trace(
     return CachedTrace(trace, chain[0].head.depth)
 
 
-def _read(connection: sqlite3.Connection, root: Path, trace_id: str) -> StoredTrace:
+def _read(connection: sqlite3.Connection, root: Path, trace_id: str) -> StoredTrace | None:
     row = connection.execute(
         "SELECT segment, offset FROM traces WHERE trace_id = ?", (trace_id,)
     ).fetchone()
-    if row is None:
-        raise NotFoundError(f"no trace {trace_id!r} in {root}")
-    return decode_trace(load_payload(root, row[0], row[1], Kind.TRACE))
+    return decode_trace(load_payload(root, row[0], row[1], Kind.TRACE)) if row else None
 
 
 def _size(trace: Trace) -> int:

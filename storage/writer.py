@@ -235,18 +235,18 @@ class Writer:
             self._stats.last_fsync_s = result.fsync_s or self._stats.last_fsync_s
 
     def _resolve(self, items: list[_Item], errors: list[Exception | None]) -> None:
-        """Tell the futures, and ``on_error`` once per distinct error."""
+        """Tell ``on_error``, once per distinct error, then the futures."""
         with self._wake:
             self._stats.failed_records += sum(error is not None for error in errors)
             self._stats.queued_records -= len(items)
             self._stats.queued_bytes -= sum(item.size_bytes for item in items)
+        for distinct in {id(error): error for error in errors if error is not None}.values():
+            self._report(distinct)
         for item, error in zip(items, errors, strict=True):
             if error is None:
                 item.future.set_result(None)
             else:
                 item.future.set_exception(error)
-        for error in {id(error): error for error in errors if error is not None}.values():
-            self._report(error)
         with self._wake:
             self._done += len(items)
             self._wake.notify_all()

@@ -1,7 +1,7 @@
 """Log-probabilities from hidden states, for as many positions as a trajectory has.
 
 Shape letters: ``N`` scored positions, ``H`` hidden size, ``V`` vocabulary, ``C`` positions of a
-chunk.
+chunk, ``B`` of a block.
 
 The logits of a long trajectory do not fit: 32k positions of a 150k vocabulary are 20 GB in float32.
 So the head runs over chunks of the scored positions only, and each chunk's logits give the
@@ -19,7 +19,12 @@ from torch import Tensor
 __all__ = ["CHUNK_POSITIONS", "Scored", "score_hidden"]
 
 CHUNK_POSITIONS = 1024
-"""0.6 GB of float32 logits for a vocabulary of 150k; larger chunks are not faster."""
+"""Positions that the head runs over at once: 0.6 GB of float32 logits for a vocabulary of 150k.
+Larger chunks are not faster."""
+
+CPU_BLOCK_ELEMENTS = 1 << 20
+"""Logits that a CPU reduces at once: 1 MB of float32 stays in its cache over the nine passes, which
+is three times faster than passing over a whole chunk. A GPU takes the chunk whole."""
 
 
 class Scored(NamedTuple):
@@ -47,17 +52,39 @@ def score_hidden(
     ``head`` is the model's own ``lm_head``, so that a bias and tied or sharded weights are right by
     construction. The logits are widened to float32 before anything else, as engines do.
     """
-    logprobs, entropy, scaled = [], [], []
+    parts = []
     for start in range(0, len(targets_N), chunk):
-        rows = slice(start, start + chunk)
-        z_CV = head(hidden_NH[rows]).float()
-        target_C1 = targets_N[rows, None]
-        lse_C = z_CV.logsumexp(-1)
-        picked_C = z_CV.gather(-1, target_C1).squeeze(-1)
-        logprobs.append(picked_C - lse_C)
-        if temperature_N is not None:
-            t_C = temperature_N[rows]
-            scaled.append(picked_C / t_C - (z_CV / t_C[:, None]).logsumexp(-1))
-        # entr(p) is -p log p, and 0 for a banned token, whose logit is -inf.
-        entropy.append(torch.special.entr((z_CV - lse_C[:, None]).exp_()).sum(-1))
-    return Scored(torch.cat(logprobs), torch.cat(entropy), torch.cat(scaled) if scaled else None)
+        logits_CV = head(hidden_NH[start : start + chunk])
+        block = chunk if logits_CV.is_cuda else max(1, CPU_BLOCK_ELEMENTS // logits_CV.shape[-1])
+        for offset in range(0, len(logits_CV), block):
+            rows = slice(start + offset, start + min(offset + block, len(logits_CV)))
+            temperature = None if temperature_N is None else temperature_N[rows]
+            z_BV = logits_CV[offset : offset + block].float()
+            parts.append(_reduce(z_BV, targets_N[rows], temperature))
+    scaled = [part.at_temperature for part in parts if part.at_temperature is not None]
+    return Scored(
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.entropy for part in parts]),
+        torch.cat(scaled) if scaled else None,
+    )
+
+
+def _reduce(z_BV: Tensor, target_B: Tensor, temperature_B: Tensor | None) -> Scored:
+    """Numbers of a block of logits.
+
+    All exponents are relative to the largest logit m: with s = sum e^(z-m) the entropy is
+    log s + sum p (m - z), a sum of what is not negative, so nothing cancels.
+    """
+    z_BV = z_BV - z_BV.amax(-1, keepdim=True)
+    picked_B = z_BV.gather(-1, target_B[:, None]).squeeze(-1)
+    e_BV = z_BV.exp()
+    s_B = e_BV.sum(-1)
+    entropy_B = s_B.log() - torch.linalg.vecdot(e_BV, z_BV) / s_B
+    if not entropy_B.isfinite().all():  # a banned token has z = -inf, and adds nothing
+        p_BV = e_BV / s_B[:, None]
+        entropy_B = torch.special.entr(p_BV).sum(-1)
+    scaled_B = None
+    if temperature_B is not None:
+        log_s_B = torch.div(z_BV, temperature_B[:, None], out=z_BV).exp_().sum(-1).log()
+        scaled_B = picked_B / temperature_B - log_s_B
+    return Scored(picked_B - s_B.log(), entropy_B, scaled_B)

@@ -32,6 +32,8 @@ from driftgate.trace import (
 
 __all__ = [
     "ENGINE",
+    "EPOCH_NS",
+    "STEP_NS",
     "TRAINER",
     "assert_same_score",
     "assert_same_trace",
@@ -51,7 +53,10 @@ ENGINE = Engine(
 TRAINER = Trainer(backend="reference", model="tiny-moe", checkpoint="c0ffee", dtype="float32")
 
 EPOCH_NS = 1_750_000_000_000_000_000
+"""Start of step 0 of every synthetic trajectory."""
+
 STEP_NS = 1_000_000_000
+"""From the start of one step to that of the next; each takes half of it."""
 
 
 def make_trace(

@@ -19,7 +19,7 @@ from driftgate.testing.checkpoints import CheckpointKind
 EXACT = 1e-6
 """Nats, float32 log-sum-exp against float64 over the same logits, for values below 16."""
 ONE_PASS = 1e-4
-"""Nats, float32. A longer sequence changes the tiling of matrix products: 2e-5 was measured here."""
+"""Nats, float32. A longer sequence changes the tiling of matrix products: 2e-5 was measured."""
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])

@@ -1,0 +1,151 @@
+"""The ways from the load generator to the engine stand-in that are compared."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.payloads import Shape
+from benchmarks.stage import Cores, Stage
+from driftgate.storage import Reader
+from driftgate.testing.engine import free_port
+
+__all__ = ["Gateway", "start_forward", "start_gateway", "start_nginx", "start_standin"]
+
+DRAIN_TIMEOUT_S = 120.0
+POLL_S = 0.02
+QUIET_POLLS = 50
+"""A second without a new trace, while some are missing: they are lost."""
+
+NGINX = """\
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log stderr warn;
+events {{ worker_connections 4096; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder};
+    proxy_temp_path {folder};
+    fastcgi_temp_path {folder};
+    uwsgi_temp_path {folder};
+    scgi_temp_path {folder};
+    keepalive_requests 100000000;
+    client_max_body_size 1g;
+    client_body_buffer_size 1m;
+    upstream engine {{ server {upstream}; keepalive 1024; keepalive_requests 100000000; }}
+    server {{
+        listen 127.0.0.1:{port} backlog=1024;
+        location / {{
+            proxy_pass http://engine;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_buffering {buffering};
+            proxy_buffer_size 64k;
+            proxy_buffers 128 64k;
+            proxy_busy_buffers_size 1m;
+            proxy_max_temp_file_size 0;
+            proxy_read_timeout 300s;
+        }}
+    }}
+}}
+"""
+
+
+def start_standin(stage: Stage, shape: Shape, cores: Cores, *, pace_ms: float | None = None) -> str:
+    """The engine stand-in; returns its address."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    pace = () if pace_ms is None else ("--pace-ms", str(pace_ms))
+    stage.module(
+        "standin",
+        "benchmarks.standin",
+        *("--port", str(port), "--shape", shape.name, *pace),
+        cores=cores.rest,
+        ready=f"{url}/health",
+    )
+    return url
+
+
+def start_forward(stage: Stage, upstream: str, cores: Cores) -> str:
+    """aiohttp that forwards bytes; returns its address."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    stage.module(
+        "forward",
+        "benchmarks.forward",
+        *("--port", str(port), "--upstream", upstream),
+        cores=cores.proxy,
+        ready=f"{url}/health",
+    )
+    return url
+
+
+def start_nginx(stage: Stage, upstream: str, cores: Cores, *, buffering: bool) -> str | None:
+    """nginx with one worker; None where it is not installed."""
+    binary = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+    if binary is None:
+        return None
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    folder = stage.logs / "nginx"
+    folder.mkdir()
+    config = folder / "nginx.conf"
+    config.write_text(
+        NGINX.format(
+            folder=folder,
+            upstream=upstream.removeprefix("http://"),
+            port=port,
+            buffering="on" if buffering else "off",
+        )
+    )
+    stage.start(
+        "nginx",
+        [binary, "-p", str(folder), "-e", "stderr", "-c", str(config)],
+        cores=cores.proxy,
+        ready=f"{url}/health",
+    )
+    return url
+
+
+@dataclass(slots=True)
+class Gateway:
+    """A running driftgate with capture on, and how many traces it owes."""
+
+    url: str
+    store: Path
+    owed: int = 0
+
+    def drain(self) -> float:
+        """Wait until every owed trace is durable and indexed; returns ``time.monotonic()`` of that.
+
+        Raises ``RuntimeError`` when some never come: a benchmark of a gateway that loses
+        records is none.
+        """
+        reader, deadline = Reader(self.store), time.monotonic() + DRAIN_TIMEOUT_S
+        seen, quiet = -1, 0
+        while (count := reader.counts().traces) < self.owed:
+            quiet = quiet + 1 if count == seen else 0
+            seen = count
+            if time.monotonic() > deadline or quiet > QUIET_POLLS:
+                raise RuntimeError(f"{self.owed - count} of {self.owed} answers have no trace")
+            time.sleep(POLL_S)
+        if count > self.owed:
+            raise RuntimeError(f"{count} traces for {self.owed} answers")
+        return time.monotonic()
+
+
+def start_gateway(stage: Stage, upstream: str, cores: Cores) -> Gateway:
+    """driftgate as ``driftgate serve`` starts it, with an empty store."""
+    port = free_port()
+    url, store = f"http://127.0.0.1:{port}", stage.logs / "store"
+    stage.module(
+        "driftgate",
+        "driftgate.cli",
+        *("serve", "--upstream", upstream, "--store", str(store), "--port", str(port)),
+        cores=cores.proxy,
+        ready=f"{url}/readyz",
+    )
+    return Gateway(url, store)

@@ -1,0 +1,412 @@
+"""Folds an engine's answer, whole or streamed, into the arrays and proofs of its traces. Pure.
+
+Runs on the writer thread: it turns ids and logprobs into Python objects, which is where a gateway's time
+goes. Nothing is padded, guessed or retokenised: what does not fit is left out and named in ``missing``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Raw
+
+from driftgate.adapters.base import EngineAdapter
+from driftgate.errors import UpstreamError
+from driftgate.gateway import sse
+from driftgate.gateway.messages import Delta, assemble
+from driftgate.gateway.openai import Plan
+from driftgate.gateway.texts import text_matches, token_texts
+from driftgate.trace import F32, I32, Proof, Routes, RoutesVia
+
+__all__ = ["Folded", "Sample", "fold_answer", "fold_stream"]
+
+MAX_TOKEN_ID = 2**31 - 1
+
+ARRAY_KEYS = ("token_ids", "prompt_token_ids", "logprobs", "prompt_logprobs", "routed_experts")
+"""Left out of ``Sample.response``: the arrays hold them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Sample:
+    """One choice; the fields are those of ``trace.Trace`` and ``trace.TraceMeta``."""
+
+    choice: int
+    prompt_ids: I32 | None
+    response_ids: I32 | None
+    logprobs: F32 | None
+    routes: Routes | None
+    routes_via: RoutesVia
+    token_bytes: bytes
+    token_offsets: I32 | None
+    response: bytes
+    finish_reason: str | None
+    missing: list[str]
+    proof: Proof
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folded:
+    """An answer's samples, in order of choices."""
+
+    samples: list[Sample]
+    fingerprint: str | None
+    """``system_fingerprint``, where the answer carries it."""
+    error: str | None = None
+    """What went wrong for the whole answer, in words."""
+
+
+class _Row(msgspec.Struct):
+    token: str = ""
+    logprob: float | None = None
+    bytes: list[int] | None = None
+
+
+class _Rows(msgspec.Struct):
+    content: list[_Row] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: Delta | None = None
+    message: Delta | None = None
+    text: str | None = None
+    logprobs: _Rows | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    routed_experts: Raw = Raw()
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Head(msgspec.Struct):
+    choices: list[Raw] = []
+    prompt_token_ids: list[int] | None = None
+    usage: _Usage | None = None
+    system_fingerprint: str | None = None
+    error: Raw = Raw()
+
+
+_HEAD = msgspec.json.Decoder(_Head)
+_CHOICE = msgspec.json.Decoder(_Choice)
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    """What came for one choice so far."""
+
+    index: int
+    prompt_ids: list[int] | None = None
+    ids: list[int] | None = None
+    rows: int | None = None
+    logprobs: list[float | None] = field(default_factory=list)
+    texts: list[bytes | None] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    routes: bytes | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    response: bytes | None = None
+    missing: list[str] = field(default_factory=list)
+
+    def add(self, choice: _Choice) -> None:
+        if choice.prompt_token_ids is not None:
+            self.prompt_ids = choice.prompt_token_ids
+        if choice.token_ids is not None:
+            self.ids = self.ids or []
+            self.ids.extend(choice.token_ids)
+        if choice.logprobs is not None:
+            self._add_rows(choice.logprobs)
+        delta = choice.delta or choice.message
+        if delta is not None:
+            self.deltas.append(delta)
+        if choice.text is not None:
+            self.text.append(choice.text)
+        if choice.finish_reason is not None:
+            self.finish_reason = choice.finish_reason
+        if choice.stop_reason is not None:
+            self.stop_reason = choice.stop_reason
+        self.add_routes(choice.routed_experts)
+
+    def add_routes(self, raw: Raw) -> None:
+        if raw and raw != Raw(b"null"):
+            self.routes = msgspec.json.decode(raw, type=str).encode()
+
+    def _add_rows(self, rows: _Rows) -> None:
+        if rows.content is not None:
+            values = [row.logprob for row in rows.content]
+            texts = token_texts((row.token, row.bytes) for row in rows.content)
+        elif rows.tokens is not None and rows.token_logprobs is not None:
+            values = rows.token_logprobs
+            texts = token_texts((token, None) for token in rows.tokens)
+        else:
+            return
+        self.rows = (self.rows or 0) + len(values)
+        self.logprobs += values
+        self.texts += texts
+
+
+def fold_answer(
+    body: bytes,
+    plan: Plan,
+    adapter: EngineAdapter,
+    *,
+    expect_routes: bool,
+    via: Literal["json", "synthesised"] = "json",
+) -> Folded:
+    """The samples of a JSON answer. UpstreamError where it is none."""
+    try:
+        head = _HEAD.decode(body)
+    except msgspec.DecodeError as error:
+        raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
+    drafts = [_draft(raw, position) for position, raw in enumerate(head.choices)]
+    folder = _Folder(plan, adapter, expect_routes=expect_routes, via=via, end=None)
+    return folder.fold(drafts, head.prompt_token_ids, head.usage, head.system_fingerprint)
+
+
+def _draft(raw: Raw, position: int) -> _Draft:
+    draft = _Draft(index=position)
+    try:
+        choice = _CHOICE.decode(raw)
+    except msgspec.DecodeError as error:
+        draft.missing.append(f"answer: choice {position} cannot be read: {error}")
+        draft.response = bytes(raw)
+        return draft
+    draft.index = choice.index
+    draft.add(choice)
+    fields = _FIELDS.decode(raw)
+    draft.response = msgspec.json.encode(
+        {name: value for name, value in fields.items() if name not in ARRAY_KEYS}
+    )
+    return draft
+
+
+def fold_stream(
+    events: Sequence[bytes],
+    plan: Plan,
+    adapter: EngineAdapter,
+    *,
+    expect_routes: bool,
+    end: str | None = None,
+) -> Folded:
+    """The samples of a stream's events. ``end`` says why it did not end by itself, None if it did."""
+    drafts: dict[int, _Draft] = {}
+    prompt_ids: list[int] | None = None
+    usage: _Usage | None = None
+    fingerprint = error = None
+    done = False
+    unread: list[str] = []
+    for event in events:
+        data = sse.event_data(event)
+        if data is None:
+            continue
+        if data == sse.DONE:
+            done = True
+            continue
+        try:
+            head = _HEAD.decode(data)
+            choices = [_CHOICE.decode(raw) for raw in head.choices]
+        except msgspec.DecodeError as problem:
+            unread.append(str(problem))
+            continue
+        for choice in choices:
+            drafts.setdefault(choice.index, _Draft(index=choice.index)).add(choice)
+        prompt_ids = head.prompt_token_ids or prompt_ids
+        if not choices:
+            usage = head.usage or usage  # beside choices it is the continuous usage of one of them
+        fingerprint = head.system_fingerprint or fingerprint
+        if head.error:
+            error = f"the engine ended the stream with an error: {bytes(head.error)[:500].decode(errors='replace')}"
+    if end is None:
+        end = error or (None if done else "the stream ended without data: [DONE]")
+    if unread:
+        for draft in drafts.values():
+            draft.missing.append(f"events: {len(unread)} cannot be read, the first: {unread[0]}")
+    via: RoutesVia = "plugin" if plan.mode == "plugin" else "none"
+    folder = _Folder(plan, adapter, expect_routes=expect_routes, via=via, end=end)
+    ordered = [drafts[index] for index in sorted(drafts)]
+    return folder.fold(ordered, prompt_ids, usage, fingerprint, error=end)
+
+
+class _Folder:
+    """Turns drafts into samples, checking each number against the others."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        adapter: EngineAdapter,
+        *,
+        expect_routes: bool,
+        via: RoutesVia,
+        end: str | None,
+    ) -> None:
+        self._plan = plan
+        self._adapter = adapter
+        self._expect_routes = expect_routes
+        self._via = via
+        self._end = end
+
+    def fold(
+        self,
+        drafts: list[_Draft],
+        prompt_ids: list[int] | None,
+        usage: _Usage | None,
+        fingerprint: str | None,
+        *,
+        error: str | None = None,
+    ) -> Folded:
+        usage = usage or _Usage()
+        for draft in drafts:
+            draft.prompt_ids = draft.prompt_ids or prompt_ids
+        counted = self._usage_gap(drafts, usage)
+        samples = [self._sample(draft, usage, counted) for draft in drafts]
+        return Folded(samples=samples, fingerprint=fingerprint, error=error)
+
+    def _usage_gap(self, drafts: list[_Draft], usage: _Usage) -> list[str]:
+        """Where the engine's own count differs from what came."""
+        if self._end is not None or any(draft.ids is None for draft in drafts):
+            return []
+        came = sum(len(draft.ids or ()) for draft in drafts)
+        if usage.completion_tokens in (None, came):
+            return []
+        return [f"response_ids: usage counts {usage.completion_tokens} tokens, {came} ids came"]
+
+    def _sample(self, draft: _Draft, usage: _Usage, counted: list[str]) -> Sample:
+        missing = [*draft.missing, *counted]
+        terminal = self._end is None and draft.finish_reason is not None
+        if not terminal:
+            missing.append(f"end: {self._end or 'no finish_reason came'}")
+        if self._plan.uncaptured is not None:
+            missing.append(f"tokens: {self._plan.uncaptured}")
+        prompt_ids = self._ids("prompt_ids", draft.prompt_ids, missing)
+        response_ids = self._ids("response_ids", draft.ids, missing)
+        logprobs = self._logprobs(draft, response_ids, missing)
+        token_bytes, token_offsets = self._texts(draft, response_ids, missing)
+        routes = self._routes(draft, prompt_ids, response_ids, missing)
+        proof = Proof(
+            ids=None if response_ids is None else len(response_ids),
+            logprob_rows=draft.rows,
+            usage_completion=usage.completion_tokens,
+            usage_prompt=usage.prompt_tokens if self._plan.prompts == 1 else None,
+            prompt_ids=None if prompt_ids is None else len(prompt_ids),
+            route_rows=None if routes is None else len(routes),
+            text_matches=self._text_matches(draft, token_offsets),
+            terminal=terminal,
+        )
+        return Sample(
+            choice=draft.index,
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            logprobs=logprobs,
+            routes=routes,
+            routes_via="none" if routes is None else self._via,
+            token_bytes=token_bytes,
+            token_offsets=token_offsets,
+            response=draft.response or self._response(draft),
+            finish_reason=draft.finish_reason,
+            missing=missing,
+            proof=proof,
+        )
+
+    def _ids(self, name: str, ids: list[int] | None, missing: list[str]) -> I32 | None:
+        if ids is None:
+            if self._plan.hides_reasoning and name == "response_ids":
+                missing.append(f"{name}: include_reasoning=false makes the engine hide them")
+            elif self._plan.uncaptured is None:
+                missing.append(f"{name}: the engine sent none")
+            return None
+        if ids and not (0 <= min(ids) and max(ids) <= MAX_TOKEN_ID):
+            missing.append(f"{name}: {min(ids)} .. {max(ids)} are no token ids")
+            return None
+        return np.array(ids, dtype=np.int32)
+
+    def _logprobs(self, draft: _Draft, ids: I32 | None, missing: list[str]) -> F32 | None:
+        if draft.rows is None:
+            if ids is not None and not len(ids):
+                return np.empty(0, np.float32)
+            if self._plan.uncaptured is None:
+                why = (
+                    "hidden by include_reasoning=false"
+                    if self._plan.hides_reasoning
+                    else "the engine sent none"
+                )
+                missing.append(f"logprobs: {why}")
+            return None
+        if ids is not None and draft.rows != len(ids):
+            missing.append(f"logprobs: {draft.rows} rows came for {len(ids)} ids")
+            return None
+        nulls = draft.logprobs.count(None)
+        if nulls:
+            missing.append(f"logprobs: {nulls} of {draft.rows} are null")
+            return None
+        return np.array(draft.logprobs, dtype=np.float32) if ids is not None else None
+
+    def _texts(
+        self, draft: _Draft, ids: I32 | None, missing: list[str]
+    ) -> tuple[bytes, I32 | None]:
+        if ids is None or draft.rows != len(ids):
+            return b"", np.zeros(1, np.int32) if ids is not None and not len(ids) else None
+        if None in draft.texts:
+            missing.append(
+                "token_text: the engine named tokens token_id:N (return_tokens_as_token_ids)"
+            )
+            return b"", None
+        texts = [text for text in draft.texts if text is not None]
+        offsets = np.zeros(len(texts) + 1, np.int32)
+        np.cumsum([len(text) for text in texts], out=offsets[1:])
+        return b"".join(texts), offsets
+
+    def _routes(
+        self, draft: _Draft, prompt_ids: I32 | None, ids: I32 | None, missing: list[str]
+    ) -> Routes | None:
+        if draft.routes is None:
+            if self._expect_routes and self._end is None:
+                plain = self._plan.stream and self._via == "none"
+                why = "the engine does not stream them" if plain else "the engine sent none"
+                missing.append(f"routed_experts: {why}")
+            return None
+        if prompt_ids is None or ids is None:
+            missing.append("routed_experts: they came, but no token ids to align them with")
+            return None
+        try:
+            return self._adapter.decode_routes(
+                draft.routes, prompt_len=len(prompt_ids), response_len=len(ids)
+            )
+        except ValueError as error:
+            missing.append(f"routed_experts: {error}")
+            return None
+
+    def _text_matches(self, draft: _Draft, offsets: I32 | None) -> bool | None:
+        if offsets is None or self._plan.echo or self._end is not None:
+            return None
+        text: str | None = "".join(draft.text)
+        if not draft.text:
+            message = assemble(draft.deltas)
+            if message.get("tool_calls") or message.get("reasoning") is not None:
+                return None
+            text = message["content"]
+        if text is None:
+            return None
+        texts = [t for t in draft.texts if t is not None]
+        return text_matches(texts, text.encode(), stopped=draft.finish_reason == "stop")
+
+    def _response(self, draft: _Draft) -> bytes:
+        """A streamed choice, with the keys of a JSON answer's."""
+        body: dict[str, Any] = {"index": draft.index}
+        if self._plan.api == "chat":
+            body["message"] = assemble(draft.deltas)
+        else:
+            body["text"] = "".join(draft.text)
+        body |= {"finish_reason": draft.finish_reason, "stop_reason": draft.stop_reason}
+        return msgspec.json.encode(body)

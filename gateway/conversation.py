@@ -1,0 +1,121 @@
+"""A conversation as a chain of digests, so that a later call can be recognised as its continuation. Pure.
+
+Histories come back changed: reasoning stripped, tool-call JSON written anew, ids renamed, cache marks moved.
+The chain is over what survives that: roles, texts, tool names and canonical arguments. Tool-call ids stay
+out of it and are kept beside it, to tell equal conversations apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+__all__ = ["Conversation", "Turn", "read_conversation"]
+
+_DIGEST_BYTES = 16
+
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+"""Reasoning in the text itself, where the engine runs without a reasoning parser; agents cut it off."""
+
+_MOVING = ("cache_control",)
+"""Marks that agents move from message to message."""
+
+
+class Turn(NamedTuple):
+    """The conversation up to and including one assistant message."""
+
+    digest: bytes
+    tool_ids: frozenset[str]
+    """Of all its tool calls."""
+
+
+class Conversation(NamedTuple):
+    """The messages of a request."""
+
+    digest: bytes
+    """Of all of them."""
+    tool_ids: frozenset[str]
+    turns: tuple[Turn, ...]
+    """One for each assistant message, in order."""
+
+    def answered(self, message: Mapping[str, Any]) -> Turn:
+        """The turn that ``message``, an answer to this conversation, completes."""
+        return Turn(_link(self.digest, message), self.tool_ids | set(_tool_ids(message)))
+
+
+def read_conversation(messages: bytes) -> Conversation | None:
+    """The chain of a request's ``messages`` (JSON); None where they are not a list of objects."""
+    try:
+        items = msgspec.json.decode(messages, type=list[dict[str, Any]])
+    except msgspec.DecodeError:
+        return None
+    digest, ids = b"", frozenset[str]()
+    turns = []
+    for item in items:
+        digest = _link(digest, item)
+        if item.get("role") == "assistant":
+            ids |= set(_tool_ids(item))
+            turns.append(Turn(digest, ids))
+    return Conversation(digest, ids, tuple(turns))
+
+
+def _link(digest: bytes, message: Mapping[str, Any]) -> bytes:
+    canonical = _assistant(message) if message.get("role") == "assistant" else _other(message)
+    encoded = msgspec.json.encode(canonical, order="sorted")
+    return hashlib.blake2b(digest + encoded, digest_size=_DIGEST_BYTES).digest()
+
+
+def _assistant(message: Mapping[str, Any]) -> list[Any]:
+    text = _text(message.get("content")) or ""
+    if isinstance(text, str):
+        text = _THOUGHT.sub("", text).strip()
+    calls = [[f.get("name"), _arguments(f.get("arguments"))] for _, f in _calls(message)]
+    return ["assistant", text, calls]
+
+
+def _other(message: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in message.items() if k != "tool_call_id" and k not in _MOVING}
+    kept["content"] = _text(message.get("content"))
+    return kept
+
+
+def _text(content: object) -> Any:
+    """Content as text where it is only text; other parts as they are, without moving marks."""
+    if not isinstance(content, list):
+        return content
+    parts = [
+        {k: v for k, v in part.items() if k not in _MOVING} if isinstance(part, dict) else part
+        for part in content
+    ]
+    texts = [
+        part["text"]
+        for part in parts
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    ]
+    return "".join(texts) if len(texts) == len(parts) else parts
+
+
+def _arguments(arguments: object) -> object:
+    """Arguments as the value they spell; as they are where they spell none."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return msgspec.json.decode(arguments)
+    except msgspec.DecodeError:
+        return arguments
+
+
+def _calls(message: Mapping[str, Any]) -> Iterator[tuple[object, dict[str, Any]]]:
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            yield call.get("id"), function
+
+
+def _tool_ids(message: Mapping[str, Any]) -> Iterator[str]:
+    return (call_id for call_id, _ in _calls(message) if isinstance(call_id, str))

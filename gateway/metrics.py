@@ -1,0 +1,84 @@
+"""What the gateway counts, in its own Prometheus registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from driftgate.storage import WriterStats
+
+__all__ = ["Metrics"]
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, float("inf"))
+"""A generation takes from parts of a second to minutes."""
+
+
+class Metrics:
+    """The gateway's counters. Thread-safe, as prometheus_client's are."""
+
+    def __init__(self, stats: Callable[[], WriterStats]) -> None:
+        registry = CollectorRegistry()
+        registry.register(_Store(stats))
+        self._registry = registry
+        self.calls = Counter(
+            "driftgate_calls",
+            "Calls that ended, by outcome: answered, refused by the engine, cancelled, …",
+            ["api", "streamed", "outcome"],
+            registry=registry,
+        )
+        self.traces = Counter(
+            "driftgate_traces", "Traces handed to storage", ["status"], registry=registry
+        )
+        self.lost = Counter(
+            "driftgate_capture_lost",
+            "Records that did not reach storage, by kind",
+            ["record"],
+            registry=registry,
+        )
+        self.unattributed = Counter(
+            "driftgate_ambiguous_calls",
+            "Calls that several trajectories could have led to",
+            registry=registry,
+        )
+        self.in_flight = Gauge("driftgate_calls_in_flight", "Calls under way", registry=registry)
+        self.first_byte = Histogram(
+            "driftgate_first_byte_seconds",
+            "From the call's arrival to the first byte of its answer",
+            ["streamed"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.upstream_up = Gauge(
+            "driftgate_upstream_up", "1 while the last probe found the engine", registry=registry
+        )
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self._registry)
+
+
+class _Store(Collector):
+    """The writer's own counters, read when asked for."""
+
+    def __init__(self, stats: Callable[[], WriterStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for name, text, value in (
+            ("queued_records", "Submissions that wait for storage", stats.queued_records),
+            ("queued_bytes", "Memory of the submissions that wait", stats.queued_bytes),
+            ("last_fsync_seconds", "How long the last sync took", stats.last_fsync_s),
+        ):
+            yield GaugeMetricFamily(f"driftgate_store_{name}", text, value=value)
+        for name, text, count in (
+            ("written_records", "Records on disk", stats.written_records),
+            ("written_bytes", "Bytes on disk", stats.written_bytes),
+            ("refused_records", "Submissions refused: the queue was full", stats.refused_records),
+            ("failed_records", "Submissions that could not be written", stats.failed_records),
+            ("fsyncs", "Syncs", stats.fsyncs),
+        ):
+            yield CounterMetricFamily(f"driftgate_store_{name}", text, value=count)

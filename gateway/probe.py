@@ -1,0 +1,264 @@
+"""Asks an engine what it is and what it gives, with a handful of one-token requests.
+
+The answer is a report in plain values; what is missing comes with a sentence on how to switch it on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from driftgate.adapters.base import EngineAdapter
+from driftgate.adapters.vllm import Vllm
+from driftgate.errors import UpstreamError
+from driftgate.gateway import sse
+from driftgate.trace import LogprobsMode
+
+__all__ = ["ModelInfo", "ProbeReport", "logprobs_mode", "probe"]
+
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 60.0
+"""One token, behind whatever the engine is busy with."""
+
+MAX_PROBE_BYTES = 16 << 20
+"""Of one answer to the probe; a few tokens with routes are kilobytes."""
+
+COLD, WARM = 0.25, 1.0
+"""Two temperatures: logprobs after the temperature differ between them by this ratio, raw ones not."""
+
+MIN_GAP = 0.05
+"""Nats between the two best tokens below which the ratio of their gaps says nothing."""
+
+RATIO_TOLERANCE = 0.25
+
+_PROMPT = [{"role": "user", "content": "Say something."}]
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of ``/v1/models``."""
+
+    id: str
+    root: str | None = None
+    """Where the engine read the weights from."""
+    max_model_len: int | None = None
+    owned_by: str | None = None
+
+
+class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is and gives."""
+
+    url: str
+    engine: str
+    """``vllm``, ``sglang`` or ``unknown``."""
+    version: str
+    models: list[ModelInfo]
+    model: str
+    """The one that was asked."""
+    system_fingerprint: str | None = None
+    token_ids: bool = False
+    logprobs: bool = False
+    routes: bool = False
+    """JSON answers carry routed experts."""
+    streaming: bool = False
+    """Streams carry ids and logprobs."""
+    streaming_routes: bool = False
+    """driftgate's plugin runs in the engine."""
+    logprobs_mode: LogprobsMode = "unknown"
+    checkpoint: str | None = None
+    """Digest of the weights, where ``root`` is a directory that is readable here."""
+    notes: list[str] = []
+    """A sentence for each missing thing, with how to switch it on."""
+
+    @property
+    def captures(self) -> bool:
+        """Ids and logprobs come, whole and streamed: enough for a score."""
+        return self.token_ids and self.logprobs and self.streaming
+
+
+async def probe(
+    url: str,
+    *,
+    key: str | None = None,
+    model: str | None = None,
+    adapter: EngineAdapter | None = None,
+) -> ProbeReport:
+    """Probe the engine at ``url`` (without ``/v1``). UpstreamError where none answers there."""
+    headers = {"Accept-Encoding": "identity"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+        return await _Probe(session, url.rstrip("/"), adapter or Vllm()).run(model)
+
+
+class _Probe:
+    """The requests of one probe."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, adapter: EngineAdapter) -> None:
+        self._session = session
+        self._url = url
+        self._adapter = adapter
+        self._notes: list[str] = []
+
+    async def run(self, model: str | None) -> ProbeReport:
+        models = await self._models()
+        known = {info.id for info in models}
+        if model is not None and model not in known:
+            raise UpstreamError(f"{self._url} serves {sorted(known)}, not {model!r}")
+        asked = model or models[0].id
+        warm = await self._ask(asked, WARM)
+        mode: LogprobsMode = "unknown"
+        if _choice(warm).get("logprobs"):
+            mode = logprobs_mode(_top(warm), _top(await self._ask(asked, COLD)))
+        streamed = await self._stream(asked) if warm else []
+        report = ProbeReport(
+            url=self._url,
+            engine=_engine_name(models, warm),
+            version=await self._version(),
+            models=models,
+            model=asked,
+            system_fingerprint=warm.get("system_fingerprint"),
+            token_ids=bool(warm.get("prompt_token_ids") and _choice(warm).get("token_ids")),
+            logprobs=bool(_choice(warm).get("logprobs")),
+            routes=bool(_choice(warm).get("routed_experts")),
+            streaming=any(_choice(c).get("token_ids") and _choice(c).get("logprobs") for c in streamed),
+            streaming_routes=any(self._adapter.routes_chunk_mark in chunk for chunk in streamed),
+            logprobs_mode=mode,
+        )
+        return msgspec.structs.replace(report, notes=self._notes + self._missing(report))
+
+    async def _models(self) -> list[ModelInfo]:
+        body = await self._json("GET", "/v1/models")
+        try:
+            models = msgspec.convert(body.get("data"), list[ModelInfo])
+        except msgspec.ValidationError as error:
+            raise UpstreamError(f"{self._url}/v1/models is not a list of models: {error}") from error
+        if not models:
+            raise UpstreamError(f"{self._url} serves no model")
+        return models
+
+    async def _version(self) -> str:
+        try:
+            return str((await self._json("GET", "/version")).get("version", "unknown"))
+        except UpstreamError:
+            return "unknown"
+
+    async def _ask(self, model: str, temperature: float) -> dict[str, Any]:
+        try:
+            return await self._json("POST", "/v1/chat/completions", self._body(model, temperature))
+        except UpstreamError as error:
+            self._notes.append(f"A chat completion was refused: {error}.")
+            return {}
+
+    def _body(self, model: str, temperature: float) -> dict[str, Any]:
+        return {
+            "model": model,
+            "messages": _PROMPT,
+            "max_tokens": 1,
+            "temperature": temperature,
+            "seed": 0,
+            "logprobs": True,
+            "top_logprobs": 2,
+            self._adapter.ask_ids: True,
+        }
+
+    async def _stream(self, model: str) -> list[dict[str, Any]]:
+        body = self._body(model, WARM) | {"stream": True, self._adapter.ask_stream_routes: True}
+        try:
+            raw = await self._request("POST", "/v1/chat/completions", body)
+        except UpstreamError as error:
+            self._notes.append(f"Streaming was refused: {error}.")
+            return []
+        splitter = sse.Splitter()
+        data = [sse.event_data(event) for event in splitter.feed(raw)]
+        return [msgspec.json.decode(d) for d in data if d is not None and d.startswith(b"{")]
+
+    async def _json(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        raw = await self._request(method, path, body)
+        try:
+            return msgspec.json.decode(raw, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise UpstreamError(f"{self._url}{path} did not answer with JSON: {error}") from error
+
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> bytes:
+        try:
+            async with self._session.request(method, self._url + path, json=body) as response:
+                raw = await response.content.read(MAX_PROBE_BYTES)
+                while not response.content.at_eof() and len(raw) < MAX_PROBE_BYTES:
+                    raw += await response.content.read(MAX_PROBE_BYTES)
+                status = response.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            raise UpstreamError(
+                f"no engine answers at {self._url}: {reason}; start it, or correct the upstream URL"
+            ) from error
+        if status >= 400:
+            said = raw[:300].decode(errors="replace")
+            raise UpstreamError(f"{method} {self._url}{path} answered {status}: {said}")
+        return raw
+
+    def _missing(self, report: ProbeReport) -> list[str]:
+        advice = self._adapter.advice
+        notes = []
+        if not report.token_ids:
+            notes.append(f"Answers carry no token ids: {advice('ids')}.")
+        if not report.logprobs:
+            notes.append(f"Answers carry no logprobs: {advice('logprobs')}.")
+        if report.token_ids and report.logprobs and not report.streaming:
+            notes.append("Streams carry no ids or logprobs: let agents ask without streaming.")
+        if not report.routes:
+            notes.append(f"Answers carry no routed experts: {advice('routes')}.")
+        elif not report.streaming_routes:
+            notes.append(f"Streams carry no routed experts: {advice('streaming_routes')}.")
+        if report.logprobs and report.logprobs_mode == "unknown":
+            notes.append(
+                "The logprobs mode could not be told from the answers: declare logprobs_mode."
+            )
+        return notes
+
+
+def _engine_name(models: list[ModelInfo], answer: Mapping[str, Any]) -> str:
+    said = f"{models[0].owned_by or ''} {answer.get('system_fingerprint') or ''}".lower()
+    return next((name for name in ("vllm", "sglang") if name in said), "unknown")
+
+
+def _choice(answer: Mapping[str, Any]) -> dict[str, Any]:
+    choices = answer.get("choices")
+    return choices[0] if isinstance(choices, list) and choices else {}
+
+
+def _top(answer: Mapping[str, Any]) -> dict[str, float]:
+    """The best tokens' logprobs at the first position, by token."""
+    rows = (_choice(answer).get("logprobs") or {}).get("content") or [{}]
+    return {row["token"]: float(row["logprob"]) for row in rows[0].get("top_logprobs") or ()}
+
+
+def logprobs_mode(warm: Mapping[str, float], cold: Mapping[str, float]) -> LogprobsMode:
+    """The mode, from the two best tokens' values at ``WARM`` and ``COLD``; ``unknown`` if unclear.
+
+    The gap between two tokens is the same at both temperatures where values are taken before the
+    temperature, and ``WARM / COLD`` times as large where they are taken after it.
+    """
+    both = sorted(warm.keys() & cold.keys(), key=lambda token: -warm[token])
+    if len(both) < 2:
+        return "unknown"
+    first, second = both[:2]
+    gap = warm[first] - warm[second]
+    if gap < MIN_GAP:
+        return "unknown"
+    ratio = (cold[first] - cold[second]) / gap
+    # Log-probabilities are below 0 and their probabilities do not add up to more than 1.
+    logits = sum(math.exp(min(value, 50.0)) for value in warm.values()) > 1.001
+    if abs(ratio - 1) < RATIO_TOLERANCE:
+        return "raw_logits" if logits else "raw_logprobs"
+    if abs(ratio - WARM / COLD) < RATIO_TOLERANCE * WARM / COLD:
+        return "processed_logits" if logits else "processed_logprobs"
+    return "unknown"

@@ -1,0 +1,50 @@
+"""Token texts as engines report them, and whether they add up to the text that was sent. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["text_matches", "token_texts"]
+
+_PLACEHOLDER = "token_id:"
+"""vLLM names tokens ``token_id:N`` under ``return_tokens_as_token_ids``: that is no text."""
+
+
+def token_texts(rows: Iterable[tuple[str, list[int] | None]]) -> list[bytes | None]:
+    """Each token's bytes from (token, bytes) rows; None where only a placeholder came.
+
+    The bytes win over the token's text: in chat answers vLLM keeps them true when it names tokens by id.
+    """
+    return [_text(token, values) for token, values in rows]
+
+
+def _text(token: str, values: list[int] | None) -> bytes | None:
+    if values is not None:
+        try:
+            text = bytes(values)
+        except ValueError:
+            return None
+    else:
+        text = token.encode(errors="surrogatepass")
+    named_only = token.startswith(_PLACEHOLDER) and text == token.encode()
+    return None if named_only else text
+
+
+def text_matches(texts: Sequence[bytes], sent: bytes, *, stopped: bool) -> bool | None:
+    """Do the tokens' texts join to the text that was sent?
+
+    ``stopped``: a stop token or stop string ended it, whose text the engine cuts off. None where the
+    sent text is the tokens' with whole tokens left out: special tokens are skipped by default, and
+    which tokens are special is not known here.
+    """
+    joined = b"".join(texts)
+    if joined == sent or (stopped and joined.startswith(sent)):
+        return True
+    at = 0
+    for text in texts:
+        rest = len(sent) - at
+        if text and sent.startswith(text, at):
+            at += len(text)
+        elif stopped and rest < len(text) and text.startswith(sent[at:]):
+            at = len(sent)  # the stop string begins inside this token
+    return None if at == len(sent) else False

@@ -1,0 +1,223 @@
+"""The command line over a real store and a real gateway, and its errors as one line."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from typer.testing import CliRunner, Result
+
+from driftgate import cli
+from driftgate.errors import RequestError
+from driftgate.gateway.answers import Answers
+from driftgate.gateway.api import ApiContext, add_api_routes
+from driftgate.gateway.config import GatewayConfig
+from driftgate.storage import Reader
+from driftgate.testing.stores import SLASHED, example_records, write_store
+from driftgate.trace import Trace
+from driftgate.views import Cells, DriftEvent, StepDetail, TrajectoryDetail
+
+COMMANDS = ["serve", "probe", "teach", "tail", "show", "cells", "export", "version", "index"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_store(tmp_path_factory.mktemp("store"), example_records())
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def output(*arguments: str | Path) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return str(result.stdout)
+
+
+@pytest.fixture
+async def url(store: Path) -> AsyncIterator[str]:
+    reader, app = Reader(store), web.Application()
+
+    def refuse(name: str | None) -> tuple[str, str]:
+        raise RequestError("not here")
+
+    context = ApiContext(reader=reader, submit=lambda record: refuse(None), mint=refuse)  # type: ignore[arg-type,return-value]
+    add_api_routes(app, context)
+    server = TestServer(app)
+    await server.start_server()
+    yield str(server.make_url("/"))
+    await server.close()
+    reader.close()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str) -> None:
+    assert "Usage: driftgate " in output(command, "--help")
+
+
+def test_the_overview_cuts_no_sentence() -> None:
+    overview = output("--help")
+    assert "..." not in overview
+    assert all(f"  {command} " in overview for command in COMMANDS)
+
+
+def test_help_needs_neither_torch_nor_a_server() -> None:
+    heavy = "{'torch', 'transformers', 'aiohttp', 'sqlite3'}"
+    code = f"import sys, driftgate.cli; print(*({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_version() -> None:
+    assert output("version").strip() == "0.1.0"
+
+
+def test_show_from_the_store(store: Path) -> None:
+    shown = output("show", SLASHED, "--store", store)
+    assert "3 of 3 scored, reward 0.5" in shown
+    assert "precision_differs" in shown
+    assert "step 0, choice 0, token 3" in shown
+
+
+def test_show_names_what_is_missing(store: Path) -> None:
+    shown = output("show", "two", "--store", store)
+    assert "INCOMPLETE_CAPTURE" in shown
+    assert "! step 0 choice 0: routed_experts: not asked for" in shown
+
+
+def test_show_json_is_the_view(store: Path) -> None:
+    detail = msgspec.json.decode(
+        output("show", SLASHED, "--store", store, "--json"), type=TrajectoryDetail
+    )
+    assert [step.step for step in detail.steps] == [0, 1, 2]
+    step = msgspec.json.decode(
+        output("show", SLASHED, "--step", "1", "--store", store, "--json"), type=StepDetail
+    )
+    assert step.step == 1
+
+
+def test_show_a_step_prints_its_text(store: Path) -> None:
+    trace = next(r for r in example_records() if isinstance(r, Trace))
+    shown = output("show", SLASHED, "--step", "0", "--store", store)
+    assert trace.token_bytes.decode() in shown
+    assert '"role": "system"' in shown
+
+
+def test_cells_from_the_store(store: Path) -> None:
+    assert "reference float32 ×1" in output("cells", "--store", store)
+    found = msgspec.json.decode(output("cells", "--store", store, "--json"), type=Cells)
+    reader = Reader(store)
+    assert found == Answers(reader).cells()
+    reader.close()
+
+
+async def test_cells_and_show_from_a_gateway(store: Path, url: str) -> None:
+    for arguments in (["cells"], ["show", SLASHED], ["show", SLASHED, "--step", "2"]):
+        served = await asyncio.to_thread(output, *arguments, "--url", url)
+        assert served == await asyncio.to_thread(output, *arguments, "--store", store)
+
+
+async def test_tail_prints_a_line_for_each_score(url: str) -> None:
+    printed = await asyncio.to_thread(output, "tail", "--url", url, "--after", "0", "--no-follow")
+    lines = printed.splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith(f"● {SLASHED} 0.0  n=5  k3 ")
+    assert 'worst " w' in lines[0]
+    assert "comparable no (precision_differs)" in lines[3]
+    assert "noise floor" in lines[4]
+
+
+async def test_tail_json_is_the_event(url: str) -> None:
+    arguments = ("--url", url, "--after", "2", "--no-follow", "--json", "--trajectory", SLASHED)
+    printed = await asyncio.to_thread(output, "tail", *arguments)
+    events = [msgspec.json.decode(line, type=DriftEvent) for line in printed.splitlines()]
+    assert [event.cursor for event in events] == [3, 4, 5]
+
+
+def test_export_writes_one_whole_row_for_each_trace(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert output("export", "--jsonl", "--store", store, "-o", file) == ""
+    lines = file.read_text().splitlines()
+    assert output("export", "--store", store).splitlines() == lines
+    rows = [json.loads(line) for line in lines]
+    traces = [r for r in example_records() if isinstance(r, Trace)]
+    assert sorted(row["trace_id"] for row in rows) == sorted(t.meta.trace_id for t in traces)[:4]
+    assert {row["schema_version"] for row in rows} == {1}
+    array = np.load(io.BytesIO(base64.b64decode(rows[0]["routes"]["npy_base64"])))
+    assert list(array.shape) == rows[0]["routes"]["shape"]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_index_rebuild_keeps_the_answers(tmp_path: Path) -> None:
+    write_store(tmp_path, example_records())
+    before = output("cells", "--store", tmp_path, "--json")
+    (tmp_path / "index.sqlite").unlink()
+    assert "records 15" in output("index", "rebuild", "--store", tmp_path)
+    assert output("cells", "--store", tmp_path, "--json") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cells", "--store", "/nowhere"], "no store at /nowhere"),
+        (["export", "--store", "/nowhere"], "no store at /nowhere"),
+        (["tail", "--after", "soon"], "'soon'"),
+        (["serve"], "--upstream"),
+        (["serve", "--upstream", "host:1"], "host:1"),
+        (["serve", "--upstream", "http://h:1", "--config", "/nowhere.toml"], "/nowhere.toml"),
+        (["teach", "--model", "/nowhere"], "/nowhere"),
+        (["teach", "--model", "/nowhere", "--backend", "magic"], "magic"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_says_what(arguments: list[str], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["show", "none", "--store", "STORE"], "driftgate: no trajectory 'none'"),
+        (["export", "--trajectory", "none", "--store", "STORE"], "no trajectory 'none'"),
+        (["cells", "--url", "http://127.0.0.1:9"], "no driftgate at http://127.0.0.1:9"),
+    ],
+)
+def test_errors_are_one_line(
+    store: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    given = [str(store) if a == "STORE" else a for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["driftgate", *given])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert said in str(ended.value.code)
+    assert "\n" not in str(ended.value.code)
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "driftgate.toml"
+    file.write_text(
+        'upstream = "http://engine:8000"\nport = 1\nstore = "s"\n[engine_settings]\na = "b"\n'
+    )
+    config = cli._gateway_config(file, {"port": 2})
+    assert config == GatewayConfig(
+        upstream="http://engine:8000", port=2, store=Path("s"), engine_settings={"a": "b"}
+    )
+
+
+def test_defaults_are_the_gateways() -> None:
+    config = GatewayConfig(upstream="http://engine:8000")
+    assert config.store == cli.DEFAULT_STORE
+    assert f"http://{config.host}:{config.port}" == cli.DEFAULT_URL

@@ -1,0 +1,121 @@
+"""Leases: every piece of work is done once, and a dead worker's is done by another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from driftgate.storage import Leases, Writer
+from driftgate.testing.traces import TRAINER, make_score, make_trace, make_trajectory
+
+WAIT_S = 20
+ME = TRAINER.digest
+
+
+@pytest.fixture
+def leases(tmp_path: Path) -> Iterator[Leases]:
+    leases = Leases(tmp_path)
+    yield leases
+    leases.close()
+
+
+def test_the_oldest_trajectory_is_leased_with_all_its_work(writer: Writer, leases: Leases) -> None:
+    old, new = list(make_trajectory("old", steps=2)), make_trace(trajectory="new")
+    for trace in (old[0], new, old[1]):
+        writer.submit(trace).result(WAIT_S)
+    lease = leases.acquire(ME, worker="a", ttl_s=10, now=100.0)
+    assert lease is not None
+    assert (lease.trajectory, lease.trace_ids, lease.expires) == (
+        "old",
+        ["old-0.0", "old-1.0"],
+        110,
+    )
+    second = leases.acquire(ME, worker="b", ttl_s=10, now=100.0)
+    assert second is not None
+    assert second.trajectory == "new"
+    assert leases.acquire(ME, worker="c", ttl_s=10, now=100.0) is None
+
+
+def test_an_expired_lease_is_taken_by_another_worker(writer: Writer, leases: Leases) -> None:
+    writer.submit(make_trace()).result(WAIT_S)
+    lost = leases.acquire(ME, worker="a", ttl_s=10, now=100.0)
+    assert lost is not None
+    assert leases.acquire(ME, worker="b", ttl_s=10, now=109.9) is None
+    taken = leases.acquire(ME, worker="b", ttl_s=10, now=110.0)
+    assert taken is not None
+    assert (taken.trace_ids, taken.worker) == (["t1-0.0"], "b")
+    assert not leases.renew(lost, now=111.0)
+    leases.release(lost)  # not his any more
+    assert leases.acquire(ME, worker="c", ttl_s=10, now=111.0) is None
+
+
+def test_a_renewed_lease_lasts_longer(writer: Writer, leases: Leases) -> None:
+    writer.submit(make_trace()).result(WAIT_S)
+    lease = leases.acquire(ME, worker="a", ttl_s=10, now=100.0)
+    assert lease is not None
+    assert leases.renew(lease, now=109.0)
+    assert leases.acquire(ME, worker="b", ttl_s=10, now=118.0) is None
+
+
+def test_released_and_scored_work(writer: Writer, leases: Leases) -> None:
+    one, two = make_trajectory(steps=2)
+    writer.submit(one)
+    writer.submit(two).result(WAIT_S)
+    lease = leases.acquire(ME, worker="a", ttl_s=10)
+    assert lease is not None
+    writer.submit(make_score(one)).result(WAIT_S)
+    leases.release(lease)
+    again = leases.acquire(ME, worker="a", ttl_s=10)
+    assert again is not None
+    assert again.trace_ids == ["t1-1.0"]
+    writer.submit(make_score(two)).result(WAIT_S)
+    leases.release(again)
+    assert leases.acquire(ME, worker="a", ttl_s=10) is None
+
+
+def test_new_steps_of_a_scored_trajectory_are_work_again(writer: Writer, leases: Leases) -> None:
+    one, two = make_trajectory(steps=2)
+    for record in (one, make_score(one)):
+        writer.submit(record).result(WAIT_S)
+    assert leases.acquire(ME, worker="a", ttl_s=10) is None
+    writer.submit(two).result(WAIT_S)
+    lease = leases.acquire(ME, worker="a", ttl_s=10)
+    assert lease is not None
+    assert lease.trace_ids == ["t1-1.0"]
+
+
+def test_trainers_and_models_have_their_own_work(writer: Writer, leases: Leases) -> None:
+    trace, dense = make_trace(), make_trace(trajectory="t2", model="dense")
+    for record in (trace, dense, make_score(trace)):
+        writer.submit(record).result(WAIT_S)
+    assert leases.acquire(ME, worker="a", ttl_s=10, model="tiny-moe") is None
+    mine = leases.acquire(ME, worker="a", ttl_s=10, model="dense")
+    others = leases.acquire("other", worker="a", ttl_s=10)
+    assert mine is not None
+    assert others is not None
+    assert (mine.trajectory, others.trajectory) == ("t2", "t1")
+
+
+def test_leases_are_shared_between_processes(
+    writer: Writer, leases: Leases, tmp_path: Path
+) -> None:
+    writer.submit(make_trace()).result(WAIT_S)
+    elsewhere = Leases(tmp_path)  # its own connection, as another process has
+    assert elsewhere.acquire(ME, worker="b", ttl_s=10) is not None
+    assert leases.acquire(ME, worker="a", ttl_s=10) is None
+    elsewhere.close()
+
+
+def test_a_score_written_twice_after_a_takeover_counts_once(
+    writer: Writer, leases: Leases, tmp_path: Path
+) -> None:
+    trace = make_trace()
+    writer.submit(trace).result(WAIT_S)
+    slow, fast = Writer(tmp_path, name="slow"), Writer(tmp_path, name="fast")
+    fast.submit(make_score(trace)).result(WAIT_S)
+    slow.submit(make_score(trace, seed=1)).result(WAIT_S)
+    assert (fast.stats.duplicate_records, slow.stats.duplicate_records) == (0, 1)
+    slow.close()
+    fast.close()

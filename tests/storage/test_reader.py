@@ -1,0 +1,281 @@
+"""What readers say of a store, against what was put in."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from driftgate.errors import NotFoundError
+from driftgate.mismatch import Bucket
+from driftgate.storage import Reader, Record, Writer
+from driftgate.testing.traces import (
+    ENGINE,
+    EPOCH_NS,
+    STEP_NS,
+    TRAINER,
+    make_intent,
+    make_score,
+    make_trace,
+    make_trajectory,
+)
+from driftgate.trace import CallOutcome, Comparable, Reason, Reward, Sampling
+
+WAIT_S = 20
+
+
+def put(writer: Writer, *records: Record) -> None:
+    for future in [writer.submit(record) for record in records]:
+        future.result(WAIT_S)
+
+
+def failed(call_id: str, status: str = "failed") -> CallOutcome:
+    fields = {"call_id": call_id, "status": status, "reason": "HTTP 500", "ended_ns": EPOCH_NS}
+    return msgspec.convert(fields, CallOutcome)
+
+
+def test_what_is_unknown_is_not_found(writer: Writer, reader: Reader) -> None:
+    for ask in (reader.trace, reader.score, reader.trajectory):
+        with pytest.raises(NotFoundError, match="'nope'"):
+            ask("nope")
+    with pytest.raises(NotFoundError, match="'nope'"):
+        reader.trajectories(before="nope")
+    assert reader.calls("nope") == []
+    assert reader.traces("nope") == []
+    assert reader.scores("nope") == []
+    assert reader.reward("nope") is None
+
+
+def test_a_whole_trajectory(writer: Writer, reader: Reader) -> None:
+    traces = list(make_trajectory(steps=3))
+    for trace in traces:
+        put(writer, make_intent(trace), trace)
+    put(writer, make_score(traces[0]), Reward(trajectory="t1", value=0.25, given_ns=1))
+    row = reader.trajectory("t1")
+    assert (row.steps, row.choices, row.captured, row.scorable, row.scored) == (3, 3, 3, 3, 1)
+    assert (row.complete, row.gaps, row.missing) == (True, [], 0)
+    assert (row.models, row.reward) == (["tiny-moe"], 0.25)
+    assert (row.started_ns, row.ended_ns) == (EPOCH_NS, EPOCH_NS + 2 * STEP_NS + STEP_NS // 2)
+    assert reader.traces("t1", 1)[0].meta == traces[1].meta
+    assert [call.state for call in reader.calls("t1")] == ["done"] * 3
+
+
+def test_an_open_call_is_a_gap_until_its_trace_arrives(writer: Writer, reader: Reader) -> None:
+    trace = make_trace()
+    put(writer, make_intent(trace))
+    row = reader.trajectory("t1")
+    assert (row.complete, row.open_calls, row.missing) == (False, 1, 1)
+    assert row.gaps == ["step 0: call t1-0 has not ended"]
+    assert [call.call_id for call in reader.open_calls()] == ["t1-0"]
+    put(writer, trace)
+    assert reader.trajectory("t1").complete
+    assert reader.open_calls() == []
+
+
+def test_a_choice_that_is_missing_is_a_gap(writer: Writer, reader: Reader) -> None:
+    put(writer, make_trace(n=3), make_trace(n=3, choice=2))
+    row = reader.trajectory("t1")
+    assert (row.choices, row.captured, row.missing, row.complete) == (3, 2, 1, False)
+    assert row.gaps == ["step 0: 2 of 3 choices captured"]
+
+
+def test_what_a_trace_misses_is_a_gap(writer: Writer, reader: Reader) -> None:
+    put(writer, make_trace(missing=["routed_experts: engine does not stream them"]))
+    put(writer, make_trace(step=1, status="partial"))
+    assert reader.trajectory("t1").gaps == [
+        "step 0 choice 0: routed_experts: engine does not stream them",
+        "step 1 choice 0: the answer did not end",
+    ]
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "capture_failed"])
+def test_a_failed_call_is_a_gap_unless_it_is_repeated(
+    writer: Writer, reader: Reader, status: str
+) -> None:
+    lost = make_trace(call_id="lost")
+    put(writer, make_intent(lost), failed("lost", status))
+    row = reader.trajectory("t1")
+    assert (row.complete, row.failed_calls, row.missing) == (False, 1, 1)
+    assert row.gaps == [f"step 0: {status}: HTTP 500"]
+    again = make_trace(call_id="again", retry=1)
+    put(writer, make_intent(again), again)
+    row = reader.trajectory("t1")
+    assert row.complete == (status != "capture_failed")  # the agent got that answer: it stays lost
+    assert row.failed_calls == 1
+    assert row.missing == (status == "capture_failed")
+
+
+def test_pages_are_newest_first(writer: Writer, reader: Reader) -> None:
+    for i in range(5):
+        put(writer, make_trace(trajectory=f"t{i}", step=i))
+    page = reader.trajectories(limit=2)
+    assert [row.trajectory for row in page] == ["t4", "t3"]
+    page = reader.trajectories(limit=2, before="t3")
+    assert [row.trajectory for row in page] == ["t2", "t1"]
+    assert [row.trajectory for row in reader.trajectories(before="t1")] == ["t0"]
+    assert reader.trajectories(before="t0") == []
+
+
+def test_filters(writer: Writer, reader: Reader) -> None:
+    whole, partial = make_trace(trajectory="whole"), make_trace(trajectory="partial", n=2)
+    other = make_trace(trajectory="other", model="dense")
+    put(writer, whole, partial, other, make_score(whole))
+
+    def names(**asked: object) -> set[str]:
+        return {row.trajectory for row in reader.trajectories(**asked)}  # type: ignore[arg-type]
+
+    assert names(complete=True) == {"whole", "other"}
+    assert names(complete=False) == {"partial"}
+    assert names(scored=True) == {"whole"}
+    assert names(scored=False) == {"partial", "other"}
+    assert names(model="dense") == {"other"}
+    assert names(model="dense", scored=True) == set()
+
+
+def test_counts(writer: Writer, reader: Reader) -> None:
+    traces = list(make_trajectory(steps=2))
+    put(writer, *traces, make_trace(trajectory="t2", n=2), make_score(traces[0]))
+    assert msgspec.structs.asdict(reader.counts()) == {
+        "trajectories": 2,
+        "steps": 3,
+        "calls": 3,
+        "traces": 3,
+        "complete": 1,
+        "scorable": 3,
+        "scored": 1,
+        "scores": 1,
+    }
+
+
+def test_scores_follow_a_cursor(writer: Writer, reader: Reader) -> None:
+    traces = list(make_trajectory(steps=4))
+    put(writer, *traces)
+    put(writer, make_score(traces[0], kind="noise_floor"), *map(make_score, traces))
+    assert [row.seq for row in reader.scores()] == [1, 2, 3, 4, 5]
+    assert [row.seq for row in reader.scores(after=3)] == [4, 5]
+    assert [row.seq for row in reader.scores("t1", after=1, limit=2)] == [2, 3]
+    assert [row.seq for row in reader.scores(kind="noise_floor")] == [1]
+    assert reader.scores("t2") == []
+    assert reader.last_seq() == 5
+    assert reader.scores(after=1)[0].meta == make_score(traces[0]).meta
+
+
+def test_the_latest_score_or_that_of_a_trainer(writer: Writer, reader: Reader) -> None:
+    trace = make_trace()
+    other = msgspec.structs.replace(TRAINER, dtype="bfloat16")
+    put(writer, trace, make_score(trace), make_score(trace, seed=1, trainer=other))
+    assert reader.score("t1-0.0").meta.trainer == other
+    assert reader.score("t1-0.0", TRAINER.digest).meta.trainer == TRAINER
+    with pytest.raises(NotFoundError, match="nobody"):
+        reader.score("t1-0.0", "nobody")
+
+
+def test_a_reward_given_later_counts(writer: Writer, reader: Reader) -> None:
+    for value, given in ((1.0, 2), (5.0, 1), (0.5, 3)):
+        put(writer, Reward(trajectory="t1", value=value, given_ns=given))
+    reward = reader.reward("t1")
+    assert reward is not None
+    assert reward.value == 0.5
+
+
+def folded(buckets: list[Bucket | None]) -> Bucket:
+    total: Bucket | None = None
+    for bucket in buckets:
+        assert bucket is not None
+        total = bucket if total is None else total.merge(bucket)
+    assert total is not None
+    return total
+
+
+def test_cells_fold_every_score_once(writer: Writer, reader: Reader) -> None:
+    traces = [*make_trajectory("a", steps=2), *make_trajectory("b", steps=2)]
+    reason = Reason(code="weight_version_unknown", detail="d", fix="f")
+    no = Comparable(verdict="no", reasons=[reason])
+    scores = [make_score(trace, noise=0.1, seed=i) for i, trace in enumerate(traces[:3])]
+    scores.append(make_score(traces[3], noise=0.5, comparable=no))
+    put(writer, *traces, scores[0], scores[1])
+    assert reader.cells()[0].scored == 2  # folded now; the rest later
+    put(writer, scores[2], scores[3])
+    (cell,) = reader.cells()
+    assert (cell.engine, cell.trainer, cell.model, cell.kind) == (
+        ENGINE,
+        TRAINER,
+        "tiny-moe",
+        "drift",
+    )
+    assert cell.bucket == folded([score.meta.bucket for score in scores])
+    assert cell.comparable_bucket == folded([score.meta.bucket for score in scores[:3]])
+    assert (cell.comparable, cell.reasons) == ({"yes": 3, "no": 1}, {"weight_version_unknown": 1})
+    assert (cell.n_seqs, cell.scored, cell.captured, cell.trajectories) == (4, 4, 4, 2)
+    assert cell.worst is not None
+    ratios = [abs(s.meta.worst.log_ratio) for s in scores if s.meta.worst]
+    assert abs(cell.worst.log_ratio) == max(ratios)
+    by_trajectory = reader.cell_buckets(ENGINE.digest, TRAINER.digest, "tiny-moe")
+    assert by_trajectory == {
+        "a": folded([s.meta.bucket for s in scores[:2]]),
+        "b": folded([s.meta.bucket for s in scores[2:]]),
+    }
+
+
+def test_cells_never_mix_fingerprints(writer: Writer, reader: Reader) -> None:
+    trace = make_trace()
+    other = msgspec.structs.replace(TRAINER, dtype="bfloat16")
+    put(writer, trace, make_score(trace), make_score(trace, trainer=other))
+    put(writer, make_score(trace, trainer=ENGINE, kind="noise_floor"))
+    put(writer, make_score(make_trace(step=1), bucket=None, worst=None))
+    cells = reader.cells()
+    assert {(c.trainer.digest, c.kind) for c in cells} == {
+        (TRAINER.digest, "drift"),
+        (other.digest, "drift"),
+        (ENGINE.digest, "noise_floor"),
+    }
+    assert sorted((c.scored, c.n_seqs) for c in cells) == [(1, 1), (1, 1), (2, 1)]
+
+
+def test_twins(writer: Writer, reader: Reader) -> None:
+    one = make_trace(trajectory="x", call_id="one")
+    calls = [
+        make_trace(trajectory="x", call_id=f"twin{i}", started_ns=EPOCH_NS + i) for i in (1, 2)
+    ]
+    retry = make_trace(trajectory="x", call_id="retry", retry=1)
+    unseeded = make_trace(trajectory="x", call_id="free", sampling=Sampling(temperature=1.0))
+    put(writer, one, *calls, retry, unseeded, make_trace(trajectory="y"))
+    assert reader.twins() == [("one.0", "twin1.0"), ("twin1.0", "twin2.0")]
+    put(writer, make_score(calls[0], kind="noise_floor"))
+    assert reader.twins(unscored=True) == [("twin1.0", "twin2.0")]
+
+
+def test_unscored_leaves_out_what_cannot_be_scored(writer: Writer, reader: Reader) -> None:
+    scored, open_ = make_trajectory(steps=2)
+    partial = make_trace(step=2, status="partial")
+    without = replace(make_trace(step=3), logprobs=None)
+    put(writer, scored, open_, partial, without, make_score(scored))
+    assert reader.unscored(TRAINER.digest) == ["t1-1.0", "t1-2.0"]
+    assert reader.unscored("other") == ["t1-0.0", "t1-1.0", "t1-2.0"]
+    assert reader.unscored("other", model="dense") == []
+    assert reader.trajectory("t1").scorable == 3
+
+
+def test_queries_use_indexes(tmp_path: Path, writer: Writer, reader: Reader) -> None:
+    """No query of a page reads a whole table."""
+    put(writer, make_trace())
+    seen: list[str] = []
+    connection = sqlite3.connect(tmp_path / "index.sqlite")
+    live = reader._connections.get()
+    live.set_trace_callback(seen.append)
+    reader.trajectories(before="t1", model="m", complete=True, scored=False)
+    reader.trajectory("t1")
+    reader.calls("t1")
+    reader.traces("t1", 0)
+    reader.scores("t1")
+    reader.scores(after=3)
+    reader.open_calls()
+    live.set_trace_callback(None)
+    plans = [row[3] for sql in seen for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}")]
+    connection.close()
+    assert len(seen) >= 7
+    scans = [plan for plan in plans if plan.startswith("SCAN") and "INDEX" not in plan]
+    assert scans == []

@@ -1,0 +1,306 @@
+"""After a crash and from nothing: the index says again what the segments say."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from driftgate.errors import FormatError, NotFoundError, StorageError
+from driftgate.storage import Leases, Reader, Writer, read_segment, rebuild_index
+from driftgate.storage.codec import pack_payload, pack_record
+from driftgate.storage.records import Kind, encode_score
+from driftgate.testing.traces import (
+    assert_same_trace,
+    make_intent,
+    make_score,
+    make_trace,
+    make_trajectory,
+)
+from driftgate.trace import CallOutcome, Reward
+
+Dump = Callable[[Path], dict[str, list[tuple[Any, ...]]]]
+WAIT_S = 20
+
+
+def fill(root: Path, *, trajectories: int = 2) -> None:
+    """A store with every kind of record, by a gateway and a worker at the same time."""
+    gateway, worker = Writer(root), Writer(root, name="worker")
+    for i in range(trajectories):
+        for trace in make_trajectory(f"t{i}", steps=3):
+            gateway.submit(make_intent(trace))
+            gateway.submit(trace)
+            gateway.flush(WAIT_S)
+            worker.submit(make_score(trace))
+        failed = make_trace(trajectory=f"t{i}", step=3)
+        gateway.submit(make_intent(failed))
+        gateway.submit(
+            CallOutcome(call_id=failed.meta.call_id, status="failed", reason="died", ended_ns=1)
+        )
+        gateway.submit(Reward(trajectory=f"t{i}", value=1.0, given_ns=i))
+        gateway.submit(make_intent(make_trace(trajectory=f"t{i}", step=4)))
+    gateway.close()
+    worker.close()
+
+
+def test_a_rebuilt_index_has_the_same_content(tmp_path: Path, dump_index: Dump) -> None:
+    fill(tmp_path)
+    before = dump_index(tmp_path)
+    assert {table: len(rows) for table, rows in before.items()} == {
+        "segments": 2,
+        "trajectories": 2,
+        "calls": 10,
+        "traces": 6,
+        "scores": 6,
+        "rewards": 2,
+    }
+    for name in ("index.sqlite", "index.sqlite-wal", "index.sqlite-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    report = rebuild_index(tmp_path)
+    assert (report.segments, report.records, report.torn_bytes) == (2, 26, 0)
+    assert dump_index(tmp_path) == before
+
+
+def test_a_missing_index_comes_back_when_a_writer_starts(tmp_path: Path, dump_index: Dump) -> None:
+    fill(tmp_path)
+    before = dump_index(tmp_path)
+    (tmp_path / "index.sqlite").unlink()
+    with pytest.raises(StorageError, match="index rebuild"):
+        Reader(tmp_path).counts()
+    Writer(tmp_path).close()
+    assert dump_index(tmp_path) == before
+
+
+def test_a_damaged_index_says_what_to_do_and_is_replaced(tmp_path: Path, dump_index: Dump) -> None:
+    fill(tmp_path)
+    before = dump_index(tmp_path)
+    (tmp_path / "index.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(StorageError, match="index rebuild"):
+        Reader(tmp_path).counts()
+    rebuild_index(tmp_path)
+    assert dump_index(tmp_path) == before
+
+
+def test_an_open_reader_sees_the_rebuilt_index(tmp_path: Path) -> None:
+    fill(tmp_path)
+    reader = Reader(tmp_path)
+    counts = reader.counts()
+    rebuild_index(tmp_path)
+    assert reader.counts() == counts
+
+
+def test_a_rebuild_waits_for_no_live_writer(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    with pytest.raises(StorageError, match="live writers"):
+        rebuild_index(tmp_path)
+    writer.close()
+    leases = Leases(tmp_path)
+    with pytest.raises(StorageError, match="live writers"):
+        rebuild_index(tmp_path)
+    leases.close()
+    assert rebuild_index(tmp_path).records == 0
+
+
+def test_a_folder_that_is_no_store_is_not_made_one(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no driftgate store"):
+        rebuild_index(tmp_path)
+    with pytest.raises(StorageError, match="no driftgate index"):
+        Reader(tmp_path).counts()
+    assert not list(tmp_path.iterdir())
+
+
+def forget(root: Path, *tables: str) -> None:
+    """An index that fell back to nothing, as after a power cut."""
+    connection = sqlite3.connect(root / "index.sqlite")
+    with connection:
+        for table in tables or ("segments", "trajectories", "calls", "traces", "scores", "rewards"):
+            connection.execute(f"DELETE FROM {table}")
+    connection.close()
+
+
+def test_what_was_synced_but_not_indexed_is_indexed_at_start(
+    tmp_path: Path, dump_index: Dump
+) -> None:
+    fill(tmp_path)
+    before = dump_index(tmp_path)
+    forget(tmp_path)
+    Writer(tmp_path).close()
+    assert dump_index(tmp_path) == before
+
+
+def test_a_torn_tail_is_cut_at_the_last_whole_record(tmp_path: Path, dump_index: Dump) -> None:
+    fill(tmp_path, trajectories=1)
+    before = dump_index(tmp_path)
+    (segment,) = tmp_path.glob("segments/gateway-*.dgs")
+    size = segment.stat().st_size
+    torn = pack_record(Kind.TRACE, pack_payload(b"{}", {}), time_ns=0)[:-1]
+    segment.write_bytes(segment.read_bytes() + torn)
+    assert rebuild_index(tmp_path).torn_bytes == len(torn)
+    assert segment.stat().st_size == size + len(torn)  # a rebuild changes no segment
+    Writer(tmp_path).close()
+    assert segment.stat().st_size == size
+    assert dump_index(tmp_path) == before
+
+
+def test_the_tail_of_a_live_writer_is_left_alone(tmp_path: Path) -> None:
+    live = Writer(tmp_path)
+    live.submit(make_trace()).result(WAIT_S)
+    (segment,) = tmp_path.glob("segments/*.dgs")
+    with segment.open("ab") as file:
+        file.write(b"being written")
+    size = segment.stat().st_size
+    Writer(tmp_path, name="worker").close()
+    assert segment.stat().st_size == size
+    live.close()
+
+
+def test_a_file_that_is_no_segment_stops_nothing(tmp_path: Path) -> None:
+    fill(tmp_path, trajectories=1)
+    (tmp_path / "segments" / "x.dgs").write_bytes(b"not a segment")
+    (tmp_path / "segments" / "empty.dgs").write_bytes(b"")
+    Writer(tmp_path).close()
+    report = rebuild_index(tmp_path)
+    assert len(report.unreadable) == 2
+    assert Reader(tmp_path).counts().traces == 3
+
+
+def test_a_record_whose_content_breaks_the_format_is_skipped_and_named(tmp_path: Path) -> None:
+    fill(tmp_path, trajectories=1)
+    (segment,) = tmp_path.glob("segments/gateway-*.dgs")
+    size = segment.stat().st_size
+    bad = [pack_record(kind, pack_payload(b"{}", {}), time_ns=0) for kind in (1, 2, 3, 99)]
+    segment.write_bytes(segment.read_bytes() + b"".join(bad))
+    report = rebuild_index(tmp_path)
+    assert [text.split(":")[0] for text in report.unreadable] == [
+        f"{segment.name} at {size + sum(map(len, bad[:n]))}" for n in range(4)
+    ]
+    assert Reader(tmp_path).counts().traces == 3
+
+
+def test_damage_inside_a_segment_is_reported_and_takes_its_dependants_only(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (segment,) = tmp_path.glob("segments/gateway-*.dgs")
+    entries = [entry for entry in read_segment(segment) if entry.header.kind == Kind.TRACE]
+    data = bytearray(segment.read_bytes())
+    data[entries[0].offset + 40] ^= 1
+    segment.write_bytes(data)
+    report = rebuild_index(tmp_path)
+    assert report.damaged_bytes == entries[0].header.record_bytes
+    reader = Reader(tmp_path)
+    with pytest.raises(NotFoundError):
+        reader.trace("t0-0.0")
+    with pytest.raises(FormatError, match=r"t0-2\.0 is built on t0-0\.0, which is lost"):
+        reader.trace("t0-2.0")
+    assert_same_trace(reader.trace("t1-2.0"), list(make_trajectory("t1", steps=3))[2])
+    assert not reader.trajectory("t0").complete
+
+
+def test_a_score_whose_number_was_given_away_gets_a_new_one(
+    tmp_path: Path, dump_index: Dump
+) -> None:
+    """The worker dies between sync and index; before it is recovered another takes its number."""
+    one, two = make_trajectory(steps=2)
+    gateway = Writer(tmp_path)
+    gateway.submit(one)
+    gateway.submit(two).result(WAIT_S)
+    dead = Writer(tmp_path, name="dead")
+    dead.submit(make_score(one)).result(WAIT_S)
+    dead.close()
+    connection = sqlite3.connect(tmp_path / "index.sqlite")
+    with connection:
+        connection.execute("DELETE FROM scores")
+        connection.execute("DELETE FROM segments WHERE name LIKE 'dead-%'")
+    connection.close()
+    gateway.submit(make_score(two)).result(WAIT_S)
+    recovering = Writer(tmp_path, name="worker")
+    recovering.close()
+    gateway.close()
+    rows = [(row.seq, row.meta.trace_id) for row in Reader(tmp_path).scores()]
+    assert rows == [(1, "t1-1.0"), (2, "t1-0.0")]
+    before = dump_index(tmp_path)
+    rebuild_index(tmp_path)
+    assert dump_index(tmp_path) == before
+
+
+def test_a_rebuild_numbers_a_score_that_was_never_recovered(tmp_path: Path) -> None:
+    one, two = make_trajectory(steps=2)
+    writer = Writer(tmp_path)
+    for record in (one, two, make_score(one)):
+        writer.submit(record).result(WAIT_S)
+    writer.close()
+    (segment,) = tmp_path.glob("segments/*.dgs")
+    orphan = pack_record(Kind.SCORE, encode_score(make_score(two), seq=1), time_ns=0)
+    segment.write_bytes(segment.read_bytes() + orphan)
+    rebuild_index(tmp_path)
+    rows = [(row.seq, row.meta.trace_id) for row in Reader(tmp_path).scores()]
+    assert rows == [(1, "t1-0.0"), (2, "t1-1.0")]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from driftgate.storage import Writer
+from driftgate.testing.traces import make_score, make_trajectory
+root, name = Path(sys.argv[1]), sys.argv[2]
+writer = Writer(root, name=name)
+for trace in make_trajectory(name, steps=15):
+    writer.submit(trace)
+    writer.submit(make_score(trace))
+    writer.flush(20)
+writer.close()
+"""
+
+
+def test_two_writing_processes_and_a_reader(tmp_path: Path, dump_index: Dump) -> None:
+    Writer(tmp_path).close()
+    children = [
+        subprocess.Popen([sys.executable, "-c", CHILD, tmp_path, name]) for name in ("a", "b")
+    ]
+    reader, seen = Reader(tmp_path), list[int]()
+    while len(seen) < 30:
+        new = reader.scores(after=seen[-1] if seen else 0)
+        seen += [row.seq for row in new]
+        for row in new:
+            assert reader.trace(row.meta.trace_id).meta.trajectory == row.meta.trajectory
+        if not new and all(child.poll() is not None for child in children):
+            break
+    assert [child.wait(60) for child in children] == [0, 0]
+    assert seen == list(range(1, 31))  # a follower misses nothing and sees nothing twice
+    before = dump_index(tmp_path)
+    rebuild_index(tmp_path)
+    assert dump_index(tmp_path) == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from driftgate.storage import Writer, append
+from driftgate.testing.traces import make_trajectory
+writer = Writer(Path(sys.argv[1]))
+first, second = make_trajectory(steps=2)
+writer.submit(first).result(20)
+append.set_indexed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+writer.submit(second).result(20)
+"""
+
+
+def test_a_kill_between_sync_and_index_loses_nothing(tmp_path: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", KILLED, tmp_path], timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    assert Reader(tmp_path).counts().traces == 1
+    Writer(tmp_path).close()
+    assert_same_trace(Reader(tmp_path).trace("t1-1.0"), list(make_trajectory(steps=2))[1])
+
+
+def test_files_are_where_the_format_says(tmp_path: Path) -> None:
+    fill(tmp_path, trajectories=1)
+    names = sorted(path.name.rsplit("-", 2)[0] for path in tmp_path.glob("segments/*"))
+    assert names == [f"gateway-{os.getpid()}", f"worker-{os.getpid()}"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"index.sqlite", "writers.lock"}
