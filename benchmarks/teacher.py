@@ -17,7 +17,7 @@ import transformers
 from benchmarks.report import Goal, Section, Table
 from benchmarks.trajectories import Growth, trajectory
 from driftgate.teacher.config import TeacherConfig
-from driftgate.teacher.reference import ReferenceBackend
+from driftgate.teacher.reference import ReferenceBackend, load_model
 from driftgate.teacher.sequences import Sequence as Tokens
 from driftgate.teacher.sequences import assemble
 from driftgate.testing.checkpoints import make_checkpoint
@@ -84,10 +84,9 @@ def load(model: Model) -> ReferenceBackend:
 
 
 def load_bare(model: Model) -> Any:
-    """The same weights as a user loads them to check by hand: same dtype, same attention, no hooks."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        model.path, dtype="auto", attn_implementation="sdpa", local_files_only=True
-    ).eval()
+    """The same weights in the same precision, with the same attention and experts, and no hooks."""
+    config = TeacherConfig(store="unused", model=str(model.path))
+    return load_model(config).eval()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from driftgate.gateway.answers import Answers
     from driftgate.gateway.config import GatewayConfig
+    from driftgate.gateway.probe import ProbeReport
 
 __all__ = ["app", "main"]
 
@@ -134,16 +135,20 @@ def serve(
 @app.command()
 def probe(
     url: Annotated[str, typer.Argument(help="Base URL of the engine, without /v1.")],
-    as_json: JsonOption = False,
+    model: Annotated[str | None, typer.Option(help="Served model to ask; else the first.")] = None,
+    key: Annotated[str | None, typer.Option(help="The engine's API key.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say which parts of a trace an engine gives.
 
-    And in plain words, for each part that is missing, how to switch it on.
+    And in plain words, for each part that is missing, how to switch it on. Status 1 where ids or
+    log-probabilities are missing, which every score needs.
     """
-    from driftgate.gateway.upstream import probe as probe_engine
+    from driftgate.gateway.probe import probe as probe_engine
 
-    report = asyncio.run(probe_engine(url))
-    print(_indented(report) if as_json else str(report))
+    report = asyncio.run(probe_engine(url, key=key, model=model))
+    print(_indented(report) if as_json else _report(report))
+    raise typer.Exit(0 if report.captures else 1)
 
 
 @app.command()
@@ -320,6 +325,21 @@ def version() -> None:
     from importlib.metadata import version as version_of
 
     print(version_of("driftgate"))
+
+
+def _report(report: ProbeReport) -> str:
+    """What an engine gives, a line each, then what to do about the rest."""
+    lines = [f"{report.engine} {report.version} at {report.url} serves {report.model}"]
+    for label, given in (
+        ("token ids", report.token_ids),
+        ("logprobs", report.logprobs),
+        ("both when streamed", report.streaming),
+        ("routed experts", report.routes),
+        ("routed experts when streamed", report.streaming_routes),
+    ):
+        lines.append(f"  {label:<30}{'yes' if given else 'no'}")
+    lines.append(f"  {'logprobs mode':<30}{report.logprobs_mode}")
+    return "\n".join([*lines, *report.notes])
 
 
 def _gateway_config(file: Path | None, given: dict[str, Any]) -> GatewayConfig:

@@ -58,6 +58,9 @@ CELLS_PER_TABLE = 4
 
 MISSING = "–"
 
+CONTROL = {code: "␦" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+"""Control characters and what is drawn in their place."""
+
 ROWS: tuple[tuple[str, str], ...] = (
     ("k3", "kl_k3_rollout_train"),
     ("mean |D|", "abs_log_ratio_mean"),
@@ -114,7 +117,7 @@ def drift_line(event: DriftEvent) -> Text:
     metrics = score.measures.metrics if score.measures else {}
     line = Text(no_wrap=True, overflow="ellipsis")
     line.append("● ", style)
-    line.append(f"{score.trajectory}", "bold").append(f" {score.step}.{score.choice}")
+    line.append(_safe(score.trajectory), "bold").append(f" {score.step}.{score.choice}")
     if score.kind == "noise_floor":
         line.append("  noise floor", "cyan")
     line.append(f"  n={number(metrics.get('n_tokens'))}")
@@ -155,7 +158,7 @@ def _quoted(worst: WorstView) -> str:
     """The token as a JSON string, so that blanks and line ends are seen; its id without a text."""
     if worst.text is None:
         return f"⟨{worst.token_id}⟩"
-    return json.dumps(worst.text, ensure_ascii=False)
+    return _safe(json.dumps(worst.text, ensure_ascii=False))
 
 
 def matrix(cells: Sequence[CellView]) -> RenderableType:
@@ -174,7 +177,8 @@ def _matrix_table(cells: Sequence[CellView]) -> Table:
     table = Table(title="rollout engine × trainer", title_justify="left", pad_edge=False)
     table.add_column("")
     for cell in cells:
-        table.add_column(cell.model if cell.kind == "drift" else f"{cell.model} (noise floor)")
+        kind = "" if cell.kind == "drift" else " (noise floor)"
+        table.add_column(_plain(cell.model + kind))
     table.add_row("engine", *(_side(cell.engine, cell.engine_digest) for cell in cells))
     table.add_row("trainer", *(_side(cell.trainer, cell.trainer_digest) for cell in cells))
     table.add_row("tokens / responses", *(_counts(cell) for cell in cells))
@@ -189,10 +193,10 @@ def _matrix_table(cells: Sequence[CellView]) -> Table:
     return table
 
 
-def _side(side: Engine | Trainer, digest: str) -> str:
+def _side(side: Engine | Trainer, digest: str) -> Text:
     if isinstance(side, Engine):
-        return f"{side.name} {side.version}\n{digest}"
-    return f"{side.backend} {side.dtype} ×{side.world_size}\n{digest}"
+        return _plain(f"{side.name} {side.version}\n{digest}")
+    return _plain(f"{side.backend} {side.dtype} ×{side.world_size}\n{digest}")
 
 
 def _counts(cell: CellView) -> str:
@@ -237,10 +241,10 @@ def _floors(floors: Sequence[tuple[str, str]]) -> str:
     return "\nfloor: " + ", ".join(f"{side} {value}" for side, value in floors)
 
 
-def _worst_cell(worst: WorstView | None) -> str:
+def _worst_cell(worst: WorstView | None) -> Text:
     if worst is None:
-        return MISSING
-    return f"{_quoted(worst)} {_signed(worst.log_ratio)}"
+        return Text(MISSING)
+    return Text(f"{_quoted(worst)} {_signed(worst.log_ratio)}")
 
 
 def _cell_reasons(cells: Sequence[CellView]) -> Iterator[Text]:
@@ -273,16 +277,16 @@ def worst_in_context(worst: WorstView) -> Text:
         f"  engine {number(worst.rollout_logprob)}  trainer {number(worst.train_logprob)}"
         f"  D {_signed(worst.log_ratio)}\n"
     )
-    text.append(worst.before, "dim")
-    text.append(worst.text or f"⟨{worst.token_id}⟩", "reverse bold")
-    return text.append(worst.after, "dim")
+    text.append(_safe(worst.before), "dim")
+    text.append(_safe(worst.text or f"⟨{worst.token_id}⟩"), "reverse bold")
+    return text.append(_safe(worst.after), "dim")
 
 
 def trajectory(detail: TrajectoryDetail) -> RenderableType:
     """An agent run: one row per answer, then what is not there."""
     item = detail.trajectory
-    head = Text(item.trajectory, "bold")
-    head.append(f"  {', '.join(item.models)}  {item.steps} steps, {item.choices} choices, ")
+    head = Text(_safe(item.trajectory), "bold")
+    head.append(f"  {_safe(', '.join(item.models))}  {item.steps} steps, {item.choices} choices, ")
     head.append("complete" if item.complete else "INCOMPLETE_CAPTURE", _whole(item.complete))
     head.append(f", {item.scored} of {item.captured} scored")
     if detail.reward is not None:
@@ -297,11 +301,11 @@ def trajectory(detail: TrajectoryDetail) -> RenderableType:
                 f"{row.step}.{choice.meta.choice}",
                 number(choice.prompt_len),
                 number(choice.response_len),
-                choice.meta.finish_reason or MISSING,
+                _plain(choice.meta.finish_reason or MISSING),
                 choice.meta.routes_via if choice.has_routes else MISSING,
                 *_score_columns(choice.scores),
             )
-    return Group(head, table, *(Text(f"! {gap}", "yellow") for gap in item.gaps))
+    return Group(head, table, *(Text(_safe(f"! {gap}"), "yellow") for gap in item.gaps))
 
 
 def _score_columns(scores: Sequence[ScoreView]) -> list[RenderableType]:
@@ -324,10 +328,10 @@ def step(detail: StepDetail) -> RenderableType:
     parts: list[RenderableType] = []
     for choice in detail.choices:
         meta = choice.meta
-        parts.append(Text(f"{detail.trajectory} {detail.step}.{meta.choice}", "bold"))
-        parts.append(Text(_pretty(bytes(choice.request))))
+        parts.append(Text(_safe(f"{detail.trajectory} {detail.step}.{meta.choice}"), "bold"))
+        parts.append(_plain(msgspec.json.format(bytes(choice.request), indent=2).decode()))
         parts.append(_tokens(choice.tokens))
-        parts.extend(Text(f"! {missing}", "yellow") for missing in meta.missing)
+        parts.extend(Text(_safe(f"! {missing}"), "yellow") for missing in meta.missing)
         if choice.score is not None:
             parts.extend(_reason(reason) for reason in choice.score.comparable.reasons)
             if choice.score.worst is not None:
@@ -335,8 +339,14 @@ def step(detail: StepDetail) -> RenderableType:
     return Group(*parts)
 
 
-def _pretty(body: bytes) -> str:
-    return msgspec.json.format(body, indent=2).decode()
+def _safe(text: str) -> str:
+    """``text`` without control characters: what a model says must not steer the terminal."""
+    return text.translate(CONTROL)
+
+
+def _plain(text: str) -> Text:
+    """``text`` as it is: square brackets in it are no markup."""
+    return Text(_safe(text))
 
 
 def _tokens(tokens: Sequence[TokenView]) -> Text:
@@ -345,5 +355,5 @@ def _tokens(tokens: Sequence[TokenView]) -> Text:
     for token in tokens:
         distance = None if token.log_ratio is None else abs(token.log_ratio)
         style = "" if distance is None else STYLES[band("abs_log_ratio_mean", distance)]
-        text.append(token.text if token.text is not None else f"⟨{token.token_id}⟩", style)
+        text.append(_safe(f"⟨{token.token_id}⟩" if token.text is None else token.text), style)
     return text

@@ -34,7 +34,7 @@ __all__ = [
     "token_disagreement",
 ]
 
-RouterValue = float | int | str | None | list[float | None] | list[int]
+RouterValue = float | int | None | list[float | None] | list[int]
 IntArray = npt.NDArray[Any]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

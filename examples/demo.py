@@ -184,7 +184,9 @@ def main() -> None:
     shutil.rmtree(store, ignore_errors=True)
     try:
         with stage.part(console, "checkpoints", "make a tiny dense and a tiny MoE checkpoint"):
-            checkpoints = {kind: make_checkpoint(RUNS / kind, kind) for kind in KINDS}
+            checkpoints: dict[str, Path] = {
+                kind: make_checkpoint(RUNS / kind, kind) for kind in KINDS
+            }
         with stage.part(console, "engines", "start vLLM on CPU, twice"):
             engines = start_engines(stage, checkpoints)
         with stage.part(console, "gateways", "start the gateways and probe the engines"):

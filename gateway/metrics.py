@@ -38,7 +38,7 @@ class Metrics:
             ["record"],
             registry=registry,
         )
-        self.unattributed = Counter(
+        self.ambiguous = Counter(
             "driftgate_ambiguous_calls",
             "Calls that several trajectories could have led to",
             registry=registry,

@@ -30,8 +30,10 @@ def stream_of(stripped: bytes, plan: Plan) -> list[bytes]:
     chunks = _chat(answer, choices, plan) if plan.api == "chat" else _text(answer, choices, plan)
     events = [_event(chunk) for chunk in chunks]
     if plan.usage_asked:
-        usage = _head(answer, plan) | {"choices": [], "usage": answer.get("usage", _NULL)}
-        events.append(_event(usage | _fingerprint(answer)))
+        usage = msgspec.json.decode(answer.get("usage", b"{}"), type=dict[str, Raw])
+        counts = {name: value for name, value in usage.items() if value != _NULL}
+        last = _head(answer, plan) | {"choices": [], "usage": counts}
+        events.append(_event(last | _fingerprint(answer)))
     return events
 
 

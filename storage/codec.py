@@ -176,8 +176,7 @@ def pack_record(kind: int, payload: bytes, *, time_ns: int) -> bytes:
 
 
 def parse_header(data: bytes | memoryview) -> Header | None:
-    """The header at the start of ``data``; None where no record can start (short, marker,
-    limits)."""
+    """The header at the start of ``data``; None where no record can start."""
     if len(data) < HEADER_BYTES:
         return None
     marker, kind, flags, reserved, frame, payload, time_ns = _HEADER.unpack_from(data)

@@ -21,10 +21,10 @@ from driftgate.trace import F32, I32, Routes, Trace, TraceMeta
 
 __all__ = ["MAX_DEPTH", "Delta", "StoredTrace", "TraceHead", "diff", "resolve", "trace_bytes"]
 
-MAX_DEPTH = 64
+MAX_DEPTH = 128
 """Links from a record to its full record: bounds how many records one read touches and how many
-traces one damaged record takes with it, as key frames do in video. A full record every 64 steps
-costs about 3 %."""
+traces one damaged record takes with it, as key frames do in video. Up to 129 steps have one full
+record; the next one costs as much again as all steps before it, so the bound is not tighter."""
 
 MIN_SAVED_SHARE = 0.25
 """A delta that saves less than this share of the arrays and the request is not worth depending on
@@ -158,8 +158,7 @@ def _against(
 def _shared_rows(
     routes: Routes | None, base: Routes | None, ids: int
 ) -> tuple[int, I32 | None, Routes | None]:
-    """Rows to take from the base, and gaps and values of the cells in them that differ (None: none
-    do)."""
+    """Rows to take from the base; gaps and values of the cells in them that differ."""
     if routes is None or base is None:
         return 0, None, None
     if routes.dtype != base.dtype or routes.shape[1:] != base.shape[1:]:
@@ -257,8 +256,7 @@ def _base_ids(chain: Sequence[StoredTrace], base: Trace | None) -> I32:
 
 
 def _routes(chain: Sequence[StoredTrace], base: Trace | None) -> Routes | None:
-    """The newest record's routes: suffixes from the newest down, then patches from the oldest
-    up."""
+    """The newest record's routes: suffixes from the newest down, patches from the oldest up."""
     first = chain[0]
     if first.routes is None:
         return None
@@ -300,8 +298,7 @@ def _fill_base_rows(out: Routes, stored: StoredTrace, base: Trace | None) -> Non
 
 
 def _patch(rows: Routes, stored: StoredTrace) -> None:
-    """Overwrite the cells of ``rows`` [n, L, K] that this record changed; later cells are not
-    wanted."""
+    """Overwrite the cells of ``rows`` [n, L, K] that this record changed, ignoring later ones."""
     if stored.patch_gaps is None or stored.patch_cells is None or not len(rows):
         return
     layers, experts = rows.shape[1:]

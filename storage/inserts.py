@@ -75,8 +75,7 @@ def add_intent(connection: sqlite3.Connection, intent: CallIntent) -> None:
 
 
 def add_outcome(connection: sqlite3.Connection, outcome: CallOutcome) -> None:
-    """A call ended without all its traces. Its intent is always written before it, in the same
-    segment series."""
+    """A call ended without all its traces; its writer wrote its intent before."""
     connection.execute(
         "UPDATE calls SET outcome = ?, status = ? WHERE call_id = ?",
         (_json(outcome), outcome.status, outcome.call_id),
@@ -161,8 +160,7 @@ def has_score(connection: sqlite3.Connection, head: ScoreHead) -> bool:
 def add_score(
     connection: sqlite3.Connection, head: ScoreHead, place: Place
 ) -> Literal["added", "duplicate", "seq_taken"]:
-    """A score is in a segment. Of two with one key the higher ``seq`` counts (FORMAT.md,
-    *Score*)."""
+    """A score is in a segment. Of two with one key the higher ``seq`` counts (FORMAT.md)."""
     old = _seq_of_key(connection, head)
     if old is not None and old >= head.seq:
         return "duplicate"
@@ -245,8 +243,7 @@ def _touch_trajectory(
 
 
 def _settle(connection: sqlite3.Connection, call_id: str) -> None:
-    """Recompute which calls of this call's step are gaps: a failed call that was repeated well is
-    none."""
+    """Recompute which calls of this call's step are gaps; one repeated well is none."""
     connection.execute(
         "UPDATE calls SET gap = NOT whole AND NOT (status IN ('failed', 'cancelled') AND EXISTS ("
         "  SELECT 1 FROM calls other WHERE other.trajectory = calls.trajectory "

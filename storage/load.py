@@ -1,7 +1,7 @@
 """One trace from disk, its bases included, with a cache bounded in bytes.
 
-Used by readers and by the writer (which needs the base of the next delta). The cache holds decoded
-traces; whoever gets one must not write into its arrays.
+Used by readers and by the writer (which needs the base of the next delta). Decoded traces are
+shared between their readers, so their arrays are read-only.
 """
 
 from __future__ import annotations

@@ -55,21 +55,21 @@ class Reader:
         self._connections.close()
 
     def trace(self, trace_id: str) -> Trace:
-        """A whole trace; its arrays must not be written to. NotFoundError."""
+        """A whole trace; its arrays are read-only (copy what you change). NotFoundError."""
         return load_trace(self._connections.get(), self._root, trace_id, self._cache).trace
 
-    def score(self, trace_id: str, trainer: str | None = None) -> Score:
-        """The drift score of a trace by the trainer of that digest; None: the latest.
-        NotFoundError."""
+    def score(self, trace_id: str, trainer: str | None = None, *, kind: str = "drift") -> Score:
+        """The score of a trace by the trainer of that digest (None: the latest). NotFoundError."""
         row = self._one(
-            "SELECT segment, offset FROM scores WHERE trace_id = ?1 AND kind = 'drift' "
+            "SELECT segment, offset FROM scores WHERE trace_id = ?1 AND kind = ?3 "
             "AND (?2 IS NULL OR trainer = ?2) ORDER BY seq DESC LIMIT 1",
             trace_id,
             trainer,
+            kind,
         )
         if row is None:
             by = f" by trainer {trainer!r}" if trainer else ""
-            raise NotFoundError(f"no score of trace {trace_id!r}{by}")
+            raise NotFoundError(f"no {kind} score of trace {trace_id!r}{by}")
         return decode_score(load_payload(self._root, row[0], row[1], Kind.SCORE))[1]
 
     def trajectories(
@@ -147,8 +147,7 @@ class Reader:
         return [_call_row(row) for row in rows]
 
     def open_calls(self) -> list[CallRow]:
-        """Calls that were begun and have neither a trace nor an outcome: running, or lost in a
-        crash."""
+        """Calls with neither a trace nor an outcome: running, or lost in a crash."""
         where = "WHERE captured = 0 AND status IS NULL ORDER BY started_ns"
         return [_call_row(row) for row in self._all(_CALLS + where)]
 
@@ -170,8 +169,7 @@ class Reader:
         limit: int = 1000,
         kind: str | None = None,
     ) -> list[ScoreRow]:
-        """Scores with ``seq > after``, in order of ``seq``. Nothing ever appears below a number
-        already seen."""
+        """Scores with ``seq > after`` in order; none ever appears below a number already seen."""
         of = "trajectory = ? AND " if trajectory is not None else ""
         rows = self._all(
             f"SELECT seq, meta FROM scores WHERE {of} seq > ? AND (? IS NULL OR kind = ?) "
@@ -191,15 +189,13 @@ class Reader:
         return int(row[0])
 
     def cells(self) -> list[CellRow]:
-        """One row per (engine, trainer, model, kind) with scores; only new scores are folded
-        again."""
+        """One row per (engine, trainer, model, kind); folds only scores that are new."""
         return self._cells.rows(self._connections.get())
 
     def cell_buckets(
         self, engine: str, trainer: str, model: str, kind: str = "drift"
     ) -> dict[str, Bucket]:
-        """Folded bucket per trajectory of one cell (digests of engine and trainer), for
-        intervals."""
+        """Folded bucket per trajectory of the cell of these digests, for intervals."""
         return self._cells.buckets(self._connections.get(), (engine, trainer, model, kind))
 
     def twins(self, *, unscored: bool = False, limit: int = 1000) -> list[tuple[str, str]]:
@@ -218,8 +214,7 @@ class Reader:
     def unscored(
         self, trainer: str, *, model: str | None = None, limit: int = MAX_PAGE
     ) -> list[str]:
-        """Ids of scorable traces without a drift score by the trainer of that digest, oldest
-        first."""
+        """Scorable traces without a drift score by the trainer of that digest, oldest first."""
         rows = self._all(
             "SELECT trace_id FROM traces t WHERE scorable AND (?2 IS NULL OR model = ?2) "
             "AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.trace_id = t.trace_id "

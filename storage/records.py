@@ -91,8 +91,7 @@ def twin_key(trace: Trace) -> str | None:
 
 
 def encode_trace(stored: StoredTrace) -> bytes:
-    """Payload of a trace record. ValueError where an array or a number is not as the schema
-    says."""
+    """Payload of a trace record. ValueError for an array or number not as the schema says."""
     _expect("ids", stored.ids, "int32", 1)
     _expect("logprobs", stored.logprobs, "float32", 1)
     _expect("token_offsets", stored.token_offsets, "int32", 1)
@@ -131,8 +130,7 @@ def decode_trace(payload: Payload) -> StoredTrace:
 
 
 def encode_score(score: Score, *, seq: int) -> bytes:
-    """Payload of a score record. ValueError where an array or a number is not as the schema
-    says."""
+    """Payload of a score record. ValueError for an array or number not as the schema says."""
     _expect("logprobs", score.logprobs, "float32", 1)
     _expect("entropy", score.entropy, "float32", 1)
     _expect("logprobs_at_temperature", score.logprobs_at_temperature, "float32", 1)

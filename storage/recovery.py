@@ -52,12 +52,10 @@ LOCK_NAME = "writers.lock"
 
 
 class StoreLock:
-    """Shared while something writes to the index, exclusive while it is rebuilt. Goes with the
-    process."""
+    """Shared while something writes to the index, exclusive while it is rebuilt."""
 
     def __init__(self, root: Path, *, exclusive: bool = False) -> None:
-        """Create the store's folders where they are missing and take the lock; StorageError if it
-        is taken."""
+        """Create the store's folders if missing and lock it; StorageError where that is taken."""
         if not segments_dir(root).is_dir():
             segments_dir(root).mkdir(parents=True, exist_ok=True)
             fsync_dir(root)
@@ -170,8 +168,7 @@ def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
 
 
 def _entries(path: Path, start: int | None, found: _Found) -> Iterator[Entry]:
-    """Whole records of a segment; damage, and a file that is no segment, is noted and passed
-    over."""
+    """Whole records of a segment; damage, and a file that is no segment, is noted."""
     try:
         for item in scan(path, start):
             if isinstance(item, Entry):
@@ -227,8 +224,7 @@ class _Found:
     unreadable: list[str] = field(default_factory=list)
 
     def skip(self, what: str) -> None:
-        """One bad file or record must not keep the store from opening; it is logged and
-        reported."""
+        """Go on: one bad file or record must not keep the store from opening."""
         log.error("%s", what)
         self.unreadable.append(what)
 

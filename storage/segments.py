@@ -116,8 +116,7 @@ class SegmentFile:
             raise
 
     def append(self, data: bytes) -> int:
-        """Write all of ``data`` at the end; returns its offset. OSError may leave a part of it
-        behind."""
+        """Write all of ``data``; returns its offset. OSError may leave a part of it behind."""
         start, view = self.size, memoryview(data)
         while view:
             written = os.write(self._fd, view)
@@ -241,8 +240,7 @@ def _header_end(path: Path, fd: int) -> int:
 
 
 def _entry_at(fd: int, at: int, size: int) -> Entry | None:
-    """The whole record at ``at`` in a file of ``size`` bytes; lengths are checked before
-    reading."""
+    """The whole record at ``at`` in a file of ``size`` bytes, checked before it is read."""
     head = os.pread(fd, HEADER_BYTES, at)
     header = parse_header(head)
     if header is None or at + header.record_bytes > size:

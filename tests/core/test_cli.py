@@ -23,6 +23,7 @@ from driftgate.errors import RequestError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.probe import ProbeReport
 from driftgate.storage import Reader
 from driftgate.testing.stores import SLASHED, example_records, write_store
 from driftgate.trace import Trace
@@ -68,7 +69,7 @@ def test_help_of_every_command(command: str) -> None:
 
 
 def test_the_overview_cuts_no_sentence() -> None:
-    overview = output("--help")
+    overview = output("--help").replace("[ARGS]...", "")
     assert "..." not in overview
     assert all(f"  {command} " in overview for command in COMMANDS)
 
@@ -193,6 +194,7 @@ def test_wrong_usage_is_status_2_and_says_what(arguments: list[str], said: str) 
         (["show", "none", "--store", "STORE"], "driftgate: no trajectory 'none'"),
         (["export", "--trajectory", "none", "--store", "STORE"], "no trajectory 'none'"),
         (["cells", "--url", "http://127.0.0.1:9"], "no driftgate at http://127.0.0.1:9"),
+        (["probe", "http://127.0.0.1:9"], "no engine answers at http://127.0.0.1:9"),
     ],
 )
 def test_errors_are_one_line(
@@ -204,6 +206,25 @@ def test_errors_are_one_line(
         cli.main()
     assert said in str(ended.value.code)
     assert "\n" not in str(ended.value.code)
+
+
+def test_probe_prints_what_is_missing_and_how_to_get_it() -> None:
+    report = ProbeReport(
+        url="http://e:8000",
+        engine="vllm",
+        version="0.29.0",
+        models=[],
+        model="tiny",
+        token_ids=True,
+        logprobs=True,
+        streaming=True,
+        notes=["Answers carry no routed experts: start it with --enable-return-routed-experts."],
+    )
+    lines = cli._report(report).splitlines()
+    assert lines[0] == "vllm 0.29.0 at http://e:8000 serves tiny"
+    assert lines[1].split() == ["token", "ids", "yes"]
+    assert lines[4].split() == ["routed", "experts", "no"]
+    assert lines[-1].endswith("--enable-return-routed-experts.")
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:

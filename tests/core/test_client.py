@@ -17,7 +17,7 @@ from driftgate import Client
 from driftgate.errors import DriftgateError, NotFoundError, RequestError, StorageError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
-from driftgate.storage import Reader, Writer
+from driftgate.storage import Reader, Record, Writer
 from driftgate.testing.stores import SLASHED, example_records, make_scores, write_store
 from driftgate.testing.traces import TRAINER, make_trajectory
 
@@ -45,7 +45,7 @@ class Gateway:
 
     async def write(self, name: str, steps: int) -> None:
         traces = list(make_trajectory(name, steps=steps, routed=False))
-        records = [*traces, *make_scores(traces)]
+        records: list[Record] = [*traces, *make_scores(traces)]
         await asyncio.gather(*(asyncio.wrap_future(self.writer.submit(r)) for r in records))
 
     def close(self) -> None:

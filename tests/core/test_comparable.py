@@ -69,7 +69,7 @@ def nucleus(lp: F64, mass: float) -> F64:
 
 @cache
 def simulated() -> dict[str, Bucket]:
-    """Signatures of METRICS 4: V = 2000, T = .7, texts from certain to flat, logit noise .04.
+    """Signatures of METRICS 4: V = 2000, T = .7, logits of std 1 to 9, noise .042.
 
     Named trainer_engine; the tokens are sampled at T (``scaled``, ``raw``) or from top-p .9 at T.
     """
@@ -83,8 +83,8 @@ def simulated() -> dict[str, Bucket]:
         r.append(rollout[at, token])
 
     for _ in range(8):
-        z = rng.normal(size=(500, 2000)) * rng.uniform(1, 8, (500, 1))
-        noisy = z + rng.normal(0, 0.04, z.shape)
+        z = rng.normal(size=(500, 2000)) * rng.uniform(1, 9, (500, 1))
+        noisy = z + rng.normal(0, 0.042, z.shape)
         gumbel = rng.gumbel(size=z.shape)
         raw, scaled, cut = log_softmax(z), log_softmax(z / T), nucleus(log_softmax(z / T), 0.9)
         train_one, train_t = log_softmax(noisy), log_softmax(noisy / T)
@@ -114,7 +114,7 @@ def test_signatures_of_the_four_pairings(
 ) -> None:
     """The distribution behind METRICS' table is not given; the signatures agree to its scale."""
     values = simulated()[pairing].metrics()
-    assert values["log_ratio_mean"] == pytest.approx(mean_d, abs=0.025)
+    assert values["log_ratio_mean"] == pytest.approx(mean_d, abs=0.02)
     assert values["kl_k3_rollout_train"] == pytest.approx(k3, rel=0.25)
     mean, error = values["mean_weight_token"], values["mean_weight_token_se"]
     assert mean is not None
@@ -289,7 +289,7 @@ FACTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     (
         "tokenizer_mismatch",
         {"settings": {"tokenizer": "a"}},
-        {"settings": {"tokenizer": "b"}},
+        {"settings": SAME | {"tokenizer": "b"}},
         "no",
     ),
     (

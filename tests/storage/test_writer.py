@@ -20,7 +20,7 @@ import pytest
 import zstandard
 
 from driftgate.errors import StorageError
-from driftgate.storage import Reader, Record, Writer, append
+from driftgate.storage import Reader, Record, Writer, append, delta
 from driftgate.storage.segments import SegmentFile
 from driftgate.testing.traces import (
     assert_same_score,
@@ -53,8 +53,11 @@ def test_every_kind_of_record_comes_back(writer: Writer, reader: Reader) -> None
     assert (writer.stats.queued_records, writer.stats.queued_bytes) == (0, 0)
 
 
-def test_a_trajectory_comes_back_from_a_new_reader(writer: Writer, tmp_path: Path) -> None:
-    traces = list(make_trajectory(steps=70))  # longer than a chain of deltas may be
+def test_a_trajectory_comes_back_from_a_new_reader(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delta, "MAX_DEPTH", 8)
+    traces = list(make_trajectory(steps=14))
     for trace in traces:
         writer.submit(trace)
     writer.flush(WAIT_S)
@@ -63,8 +66,8 @@ def test_a_trajectory_comes_back_from_a_new_reader(writer: Writer, tmp_path: Pat
         assert_same_trace(reader.trace(trace.meta.trace_id), trace)
         reader.close()
     bases = [row.base for row in Reader(tmp_path).traces("t1")]
-    assert bases[1:65] == [f"t1-{step}.0" for step in range(64)]
-    assert (bases[0], bases[65]) == (None, None)
+    assert bases[1:9] == [f"t1-{step}.0" for step in range(8)]
+    assert (bases[0], bases[9]) == (None, None)  # the chain was as long as it may be
 
 
 def test_a_restarted_writer_continues_from_the_base_on_disk(tmp_path: Path) -> None:

@@ -1,0 +1,384 @@
+"""One model call, from the agent's request to the recorded answer: the steps of the protocol.
+
+Bytes are forwarded as they come and kept; folding them into traces happens on the writer thread. An
+answer is made known to attribution before its end is sent, because the agent's next call may come
+at once. A stream that the engine cuts reaches the agent cut, never as a clean end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from driftgate.adapters.base import EngineAdapter
+from driftgate.errors import DriftgateError, StorageError, UpstreamError
+from driftgate.gateway import http, sse, synthesis
+from driftgate.gateway.capture import Folded, fold_answer, fold_stream
+from driftgate.gateway.conversation import Conversation
+from driftgate.gateway.messages import streamed_messages
+from driftgate.gateway.openai import Plan, strip_answer, strip_event
+from driftgate.gateway.recorder import Answer, Recorder
+from driftgate.gateway.sessions import Call, Sessions
+from driftgate.gateway.tasks import beside
+
+__all__ = ["Asked", "Exchange", "Outcome"]
+
+KEEP_ALIVE_S = 10.0
+"""Silence after which a written stream sends a comment: below the idle limits of common proxies.
+Headers are held until then, so that an engine's early error keeps its status."""
+
+CLIENT_LEFT = "the client left before the end of the answer"
+
+SAID_CHARS = 300
+"""Of an engine's error, in an outcome."""
+
+Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]]
+Outcome: TypeAlias = Literal[
+    "answered", "engine_error", "unreachable", "cut", "cancelled", "not_recorded"
+]
+Fetched: TypeAlias = tuple[int, Mapping[str, str], bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One call, ready to be sent."""
+
+    send: Ask
+    """Sends the request to the engine."""
+    call: Call
+    plan: Plan
+    body: bytes
+    """The agent's."""
+    conversation: Conversation | None
+    started_ns: int
+    expect_routes: bool
+    max_answer_bytes: int
+
+
+class Exchange:
+    """Serves one call; ``run`` is used once."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        asked: Asked,
+        *,
+        sessions: Sessions,
+        recorder: Recorder,
+        adapter: EngineAdapter,
+    ) -> None:
+        self.outcome: Outcome = "answered"
+        self.first_byte_ns: int | None = None
+        self.streamed = asked.plan.stream
+        self._request = request
+        self._asked = asked
+        self._sessions = sessions
+        self._recorder = recorder
+        self._adapter = adapter
+        self._events: list[bytes] = []
+        self._kept_bytes = 0
+        self._recorded = False
+        self._known = False
+
+    async def run(self) -> web.StreamResponse:
+        """Ask the engine and answer the agent.
+
+        UpstreamError or StorageError where the agent must get an error and nothing was sent yet.
+        """
+        try:
+            if self._asked.plan.mode == "synthesise":
+                return await self._synthesise()
+            async with self._asked.send() as answer:
+                return await self._forward(answer)
+        except asyncio.CancelledError:
+            self._fail("cancelled", CLIENT_LEFT)
+            raise
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._fail("unreachable", f"the engine did not answer: {_words(error)}")
+            raise UpstreamError(
+                f"the engine did not answer: {_words(error)}; check that it runs, and that the "
+                "gateway's upstream is its address"
+            ) from error
+        except DriftgateError as error:
+            self._fail("not_recorded" if isinstance(error, StorageError) else "cut", str(error))
+            raise
+
+    # An answer in one piece.
+
+    async def _forward(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+        encoded = answer.headers.get("Content-Encoding", "identity") != "identity"
+        if answer.status == 200 and not encoded:
+            if answer.content_type == "text/event-stream":
+                return await self._stream(answer)
+            return await self._json(answer)
+        raw = await self._read(answer)
+        if answer.status == 200:
+            why = "the engine compressed its answer although identity was asked for"
+            self._recorder.failed(self._asked.call, "capture_failed", why)
+            self._recorded = True
+        else:
+            self._fail("engine_error", _said(raw), answer.status)
+        return web.Response(
+            status=answer.status, body=raw, headers=http.answer_headers(answer.headers)
+        )
+
+    async def _json(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+        raw = await self._read(answer)
+        self.streamed = False
+        # On the loop at any size: the parser holds the GIL, a thread would only add its switch.
+        body, messages = strip_answer(raw, self._asked.plan)
+        self._make_known([msgspec.json.decode(message) for message in messages])
+        response = web.Response(body=body, headers=http.answer_headers(answer.headers))
+        fold = self._fold_answer(raw, "json")
+        if self._recorder.strict:
+            await self._recorder.closed(self._record(fold, len(raw)))
+        delivered = True
+        try:
+            await response.prepare(self._request)
+            self._first_byte()
+            await response.write_eof()
+        except ConnectionError:
+            delivered = False
+        self._record(fold, len(raw), delivered=delivered)
+        return response
+
+    async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
+        """The whole body. UpstreamError where it is cut or too long."""
+        parts, size = [], 0
+        async for chunk in _chunks(answer):
+            parts.append(chunk)
+            size += len(chunk)
+            if size > self._asked.max_answer_bytes:
+                limit = self._asked.max_answer_bytes
+                raise UpstreamError(
+                    f"the engine's answer is longer than max_answer_bytes ({limit}); raise it"
+                )
+        return b"".join(parts)
+
+    # A stream.
+
+    async def _stream(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+        response = web.StreamResponse(headers=http.answer_headers(answer.headers))
+        self.streamed = True
+        splitter = sse.Splitter()
+        end: str | None = None
+        try:
+            await response.prepare(self._request)
+            async for chunk in _chunks(answer):
+                await self._pass_events(response, splitter.feed(chunk))
+            if rest := splitter.rest():
+                await self._write(response, rest)
+            await self._before_end()
+            await response.write_eof()
+        except asyncio.CancelledError:
+            self._end_stream(CLIENT_LEFT)
+            raise
+        except ConnectionError:  # of the agent: the engine's is an UpstreamError
+            end = CLIENT_LEFT
+        except (UpstreamError, StorageError) as error:
+            end = str(error)
+            self._abort()
+        self._end_stream(end)
+        return response
+
+    async def _pass_events(self, response: web.StreamResponse, events: list[bytes]) -> None:
+        """Forward what is the agent's; the end only when the answer may end."""
+        out: list[bytes] = []
+        for event in events:
+            self._keep(event)
+            if sse.event_data(event) == sse.DONE:
+                await self._write(response, b"".join(out))
+                out.clear()
+                await self._before_end()
+            if (stripped := strip_event(event, self._asked.plan)) is not None:
+                out.append(stripped)
+        await self._write(response, b"".join(out))
+
+    async def _before_end(self) -> None:
+        """All of the answer is here: make it known and, in ``strict``, durable. Once."""
+        if self._known:
+            return
+        chat = self._asked.plan.api == "chat"
+        self._make_known(streamed_messages(self._events) if chat else [])
+        if self._recorder.strict:
+            await self._recorder.closed(self._record_stream(None))
+
+    def _keep(self, event: bytes) -> None:
+        """Keep the event for the fold, up to the limit; then only count."""
+        self._kept_bytes += len(event)
+        if self._kept_bytes <= self._asked.max_answer_bytes:
+            self._events.append(event)
+        else:
+            self._events.clear()
+
+    def _end_stream(self, end: str | None) -> None:
+        if end is not None:
+            self._sessions.failed(self._asked.call)
+            self.outcome = "cancelled" if end == CLIENT_LEFT else "cut"
+        self._record_stream(end)
+
+    def _record_stream(self, end: str | None) -> Future[None] | None:
+        limit = self._asked.max_answer_bytes
+        if self._kept_bytes > limit and not self._recorded:
+            self._recorded = True
+            why = f"the stream is longer than max_answer_bytes ({limit}); raise it"
+            self._recorder.failed(self._asked.call, "capture_failed", why)
+            return None
+        # After a whole answer a client that leaves has only missed the end of the transfer.
+        cut = None if self._known else end
+        fold = partial(
+            fold_stream,
+            self._events,
+            self._asked.plan,
+            self._adapter,
+            expect_routes=self._asked.expect_routes,
+            end=cut,
+        )
+        return self._record(fold, self._kept_bytes, delivered=end != CLIENT_LEFT)
+
+    # A stream that the engine is not asked for.
+
+    async def _synthesise(self) -> web.StreamResponse:
+        """Ask for JSON and write the stream; comments keep the connection alive meanwhile."""
+        response: web.StreamResponse | None = None
+        async with beside("synthesise", self._fetch()) as fetching:
+            while not (await asyncio.wait({fetching}, timeout=KEEP_ALIVE_S))[0]:
+                response = response or await self._begin_stream()
+                await self._write(response, synthesis.KEEP_ALIVE)
+            try:
+                status, headers, raw = fetching.result()
+            except (aiohttp.ClientError, TimeoutError, OSError, UpstreamError) as error:
+                if response is None:
+                    raise
+                self._fail("cut", _words(error))
+                self._abort()
+                return response
+        if status != 200:
+            return await self._synthesise_error(response, status, headers, raw)
+        return await self._write_stream(response or await self._begin_stream(), raw)
+
+    async def _synthesise_error(
+        self,
+        response: web.StreamResponse | None,
+        status: int,
+        headers: Mapping[str, str],
+        raw: bytes,
+    ) -> web.StreamResponse:
+        self._fail("engine_error", _said(raw), status)
+        if response is None:
+            return web.Response(status=status, body=raw, headers=headers)
+        await self._write(response, synthesis.error_event(raw) + synthesis.DONE_EVENT)
+        return response
+
+    async def _write_stream(self, response: web.StreamResponse, raw: bytes) -> web.StreamResponse:
+        fold = self._fold_answer(raw, "synthesised")
+        delivered = True
+        try:
+            body, messages = strip_answer(raw, self._asked.plan)
+            await self._write(response, b"".join(synthesis.stream_of(body, self._asked.plan)))
+            self._make_known([msgspec.json.decode(message) for message in messages])
+            if self._recorder.strict:
+                await self._recorder.closed(self._record(fold, len(raw)))
+            await self._write(response, synthesis.DONE_EVENT)
+            await response.write_eof()
+        except ConnectionError:
+            delivered = False
+        except StorageError:
+            self._abort()
+        self._record(fold, len(raw), delivered=delivered)
+        return response
+
+    async def _fetch(self) -> Fetched:
+        async with self._asked.send() as answer:
+            return answer.status, http.answer_headers(answer.headers), await self._read(answer)
+
+    async def _begin_stream(self) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(self._request)
+        return response
+
+    # What all of them do.
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        if data:
+            self._first_byte()
+            await response.write(data)
+
+    def _first_byte(self) -> None:
+        self.first_byte_ns = self.first_byte_ns or time.time_ns()
+
+    def _abort(self) -> None:
+        """Cut the agent's connection, so that what it got cannot be taken for a whole answer."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    def _make_known(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        self._known = True
+        self._sessions.answered(self._asked.call, self._asked.conversation, messages)
+
+    def _fold_answer(self, raw: bytes, via: Literal["json", "synthesised"]) -> Callable[[], Folded]:
+        return partial(
+            fold_answer,
+            raw,
+            self._asked.plan,
+            self._adapter,
+            expect_routes=self._asked.expect_routes,
+            via=via,
+        )
+
+    def _record(
+        self, fold: Callable[[], Folded], size_bytes: int, *, delivered: bool = True
+    ) -> Future[None] | None:
+        """Hand the answer to storage; does nothing the second time."""
+        if self._recorded:
+            return None
+        self._recorded = True
+        answer = Answer(
+            fold=fold,
+            size_bytes=size_bytes + len(self._asked.body),
+            request=self._asked.body,
+            started_ns=self._asked.started_ns,
+            first_byte_ns=self.first_byte_ns,
+            ended_ns=time.time_ns(),
+            delivered=delivered,
+            streamed=self.streamed,
+            cancelled=self.outcome == "cancelled",
+        )
+        return self._recorder.close(self._asked.call, self._asked.plan, answer)
+
+    def _fail(self, outcome: Outcome, reason: str, http_status: int | None = None) -> None:
+        self.outcome = outcome
+        self._sessions.failed(self._asked.call)
+        if not self._recorded:
+            self._recorded = True
+            status: Literal["cancelled", "failed"] = (
+                "cancelled" if outcome == "cancelled" else "failed"
+            )
+            self._recorder.failed(self._asked.call, status, reason, http_status=http_status)
+
+
+async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The body as it comes. UpstreamError where the engine breaks it off."""
+    try:
+        async for chunk in answer.content.iter_any():
+            yield chunk
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise UpstreamError(f"the engine broke off its answer: {_words(error)}") from error
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _said(raw: bytes) -> str:
+    return f"the engine answered: {raw[:SAID_CHARS].decode(errors='replace')}"

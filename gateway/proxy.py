@@ -1,0 +1,214 @@
+"""The only upstream I/O: one client session, through which calls and model lists are forwarded.
+
+Only known model routes exist here; an engine's administration cannot be reached through the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+import uuid
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from driftgate.adapters.base import EngineAdapter
+from driftgate.errors import RequestError, StorageError, UpstreamError
+from driftgate.gateway import http, openai
+from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.conversation import read_conversation
+from driftgate.gateway.exchange import Asked, Exchange
+from driftgate.gateway.metrics import Metrics
+from driftgate.gateway.openai import Api, Fields, Plan
+from driftgate.gateway.recorder import Recorder
+from driftgate.gateway.sessions import Call, Sessions
+from driftgate.gateway.upstream import Upstream
+from driftgate.storage import Reader
+from driftgate.trace import CallIntent
+
+__all__ = ["Proxy"]
+
+CONNECT_TIMEOUT_S = 10.0
+"""An engine's machine that does not accept a connection by then is not there."""
+
+UPSTREAM_KEEP_ALIVE_S = 3.0
+"""uvicorn, which serves vLLM, closes idle connections after 5 s; a request sent into that is lost."""
+
+READ_BUFFER_BYTES = 1 << 18
+"""Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""
+
+PATHS: dict[Api, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+class Proxy:
+    """Forwards calls. Lives between ``start`` and ``close``."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        adapter: EngineAdapter,
+        sessions: Sessions,
+        recorder: Recorder,
+        reader: Reader | None,
+        upstream: Upstream,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._base = config.upstream.rstrip("/")
+        self._adapter = adapter
+        self._sessions = sessions
+        self._recorder = recorder
+        self._reader = reader
+        self._upstream = upstream
+        self._metrics = metrics
+        self._session: aiohttp.ClientSession
+
+    async def start(self) -> None:
+        """Open the client session."""
+        self._session = aiohttp.ClientSession(
+            auto_decompress=False,
+            # Generations take minutes, and silent ones are not dead: only connecting has a limit.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=UPSTREAM_KEEP_ALIVE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=READ_BUFFER_BYTES,
+            skip_auto_headers=("User-Agent", "Content-Type", "Accept"),
+        )
+
+    async def close(self) -> None:
+        """Close the engine's connections."""
+        await self._session.close()
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        """``GET /v1/models`` and ``/v1/models/{model}``."""
+        path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
+        headers = http.request_headers(request.headers, self._config.upstream_key)
+        try:
+            async with self._session.get(self._base + path, headers=headers) as answer:
+                body = await answer.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._upstream.lost()
+            reason = str(error) or type(error).__name__
+            raise UpstreamError(f"the engine at {self._base} did not answer: {reason}") from error
+        return web.Response(
+            status=answer.status, body=body, headers=http.answer_headers(answer.headers)
+        )
+
+    async def call(self, request: web.Request, api: Api) -> web.StreamResponse:
+        """One model call, captured."""
+        started_ns = time.time_ns()
+        body = await request.read()
+        await self._upstream.ready()
+        sent, fields, plan = self._prepare(api, body)
+        call, asked = await self._begin(request, body, sent, fields, plan, started_ns)
+        exchange = Exchange(
+            request,
+            asked,
+            sessions=self._sessions,
+            recorder=self._recorder,
+            adapter=self._adapter,
+        )
+        try:
+            with self._metrics.in_flight.track_inprogress():
+                await self._open(call, plan, started_ns)
+                return await exchange.run()
+        except UpstreamError:
+            self._upstream.lost()
+            raise
+        finally:
+            self._count(exchange, api, started_ns)
+
+    def _prepare(self, api: Api, body: bytes) -> tuple[bytes, Fields, Plan]:
+        """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
+        try:
+            fields = openai.read_request(body)
+        except RequestError as error:
+            return body, {}, Plan(api=api, uncaptured=str(error))
+        rewritten, plan = openai.rewrite(api, fields, self._adapter, self._upstream.stream_mode())
+        return body if rewritten is None else rewritten, fields, plan
+
+    async def _begin(
+        self,
+        request: web.Request,
+        body: bytes,
+        sent: bytes,
+        fields: Fields,
+        plan: Plan,
+        started_ns: int,
+    ) -> tuple[Call, Asked]:
+        """Find the call's trajectory and step."""
+        messages = fields.get("messages")
+        conversation = None if messages is None else read_conversation(bytes(messages))
+        place = self._sessions.place(
+            url=request.match_info.get("trajectory"),
+            headers=request.headers,
+            metadata=openai.read(fields, "metadata", dict[str, Any]),
+            conversation=conversation,
+        )
+        if not self._sessions.is_known(place):
+            next_step = await asyncio.to_thread(self._next_step, place.trajectory)
+            self._sessions.resume(place.trajectory, next_step)
+        call = self._sessions.begin(
+            place,
+            call_id=f"c-{uuid.uuid4().hex}",
+            body_sha256=hashlib.sha256(body).hexdigest()[:16],
+            sdk_retry=_retry_count(request),
+        )
+        if call.place.ambiguous:
+            self._metrics.ambiguous.inc()
+        url = self._base + PATHS[plan.api]
+        if request.query_string:
+            url += f"?{request.query_string}"
+        headers = http.request_headers(request.headers, self._config.upstream_key)
+        return call, Asked(
+            send=lambda: self._session.post(url, data=sent, headers=headers),
+            call=call,
+            plan=plan,
+            body=body,
+            conversation=conversation,
+            started_ns=started_ns,
+            expect_routes=self._upstream.gives_routes,
+            max_answer_bytes=self._config.max_answer_bytes,
+        )
+
+    def _next_step(self, trajectory: str) -> int:
+        """Behind the steps that the store knows."""
+        if self._reader is None:
+            return 0
+        return max((call.step + 1 for call in self._reader.calls(trajectory)), default=0)
+
+    async def _open(self, call: Call, plan: Plan, started_ns: int) -> None:
+        intent = CallIntent(
+            call_id=call.call_id,
+            trajectory=call.place.trajectory,
+            step=call.step,
+            attribution=call.place.attribution,
+            api=plan.api,
+            model=plan.model,
+            body_sha256=call.body_sha256,
+            retry=call.retry,
+            started_ns=started_ns,
+        )
+        try:
+            await self._recorder.open(intent)
+        except StorageError as error:
+            self._sessions.failed(call)
+            raise StorageError(
+                f"the call was not sent to the engine, because it could not be recorded "
+                f"(on_capture_failure is refuse): {error}"
+            ) from error
+
+    def _count(self, exchange: Exchange, api: Api, started_ns: int) -> None:
+        streamed = "true" if exchange.streamed else "false"
+        self._metrics.calls.labels(api, streamed, exchange.outcome).inc()
+        if exchange.first_byte_ns is not None:
+            waited_s = (exchange.first_byte_ns - started_ns) / 1e9
+            self._metrics.first_byte.labels(streamed).observe(waited_s)
+
+
+def _retry_count(request: web.Request) -> int:
+    value = request.headers.get("x-stainless-retry-count", "0")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 4 else 0
