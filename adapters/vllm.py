@@ -1,9 +1,11 @@
-"""vLLM's names, checked against 0.29.0, and its packing of routed experts (base64 of a ``.npy``)."""
+"""vLLM's names, checked against 0.29.0, and its packing of routed experts (base64 of a
+``.npy``)."""
 
 from __future__ import annotations
 
 import io
 from math import prod
+from typing import Any, cast
 
 import numpy as np
 import pybase64
@@ -11,6 +13,10 @@ import pybase64
 from driftgate.trace import Routes
 
 __all__ = ["Vllm", "narrow_routes", "read_npy"]
+
+Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
+
+_npy: Any = np.lib.format  # numpy's stubs lack max_header_size
 
 MAX_ROUTES_BYTES = 1 << 30
 """Decoded; 128k tokens x 94 layers x top-8 in two bytes are 193 MB."""
@@ -32,23 +38,25 @@ class Vllm:
 
     @property
     def refused_fields(self) -> dict[str, str]:
-        """In 0.29 a ``routed_experts_prompt_start`` past the prompt ends the engine for everybody."""
+        """In 0.29 a ``routed_experts_prompt_start`` past the prompt ends the engine for
+        everybody."""
         return {
-            "routed_experts_prompt_start": "in vLLM 0.29 a value past the prompt's end stops the whole "
-            "engine, and a smaller one would leave the recorded routes incomplete"
+            "routed_experts_prompt_start": "in vLLM 0.29 a value past the prompt's end stops "
+            "the whole engine, and a smaller one would leave the recorded routes incomplete"
         }
 
     def decode_routes(self, encoded: bytes, *, prompt_len: int, response_len: int) -> Routes:
         """See ``EngineAdapter``."""
         if len(encoded) // 4 * 3 > MAX_ROUTES_BYTES:
-            raise ValueError(f"{len(encoded)} base64 characters are over the limit of {MAX_ROUTES_BYTES} bytes")
+            raise ValueError(f"{len(encoded)} characters are over {MAX_ROUTES_BYTES} bytes")
         array = read_npy(pybase64.b64decode(encoded, validate=True))
         if array.ndim != 3:
             raise ValueError(f"shape {list(array.shape)} is not [rows, layers, experts]")
         rows = prompt_len + response_len - 1
         if array.shape[0] != rows:
             raise ValueError(
-                f"{array.shape[0]} rows came for {prompt_len} + {response_len} tokens, expected {rows}"
+                f"{array.shape[0]} rows came for {prompt_len} + {response_len} tokens, "
+                f"expected {rows}"
             )
         return narrow_routes(array)
 
@@ -60,19 +68,20 @@ class Vllm:
             "engine option that disables them",
             "routes": "for a MoE model start vLLM with --enable-return-routed-experts (a dense "
             "model has no routes)",
-            "streaming_routes": "install driftgate in the engine's environment, so that vLLM loads its "
-            "plugin (entry point vllm.general_plugins), or set streaming_routes to synthesise",
+            "streaming_routes": "install driftgate in the engine's environment, so that vLLM "
+            "loads its plugin (entry point vllm.general_plugins), or set streaming_routes to synthesise",
         }[what]
 
 
-def read_npy(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.integer]]:
-    """The integer array of a ``.npy``, without pickle and without trusting its header. ValueError."""
+def read_npy(data: bytes) -> Integers:
+    """The integer array of a ``.npy``, without pickle and without trusting its header.
+    ValueError."""
     file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
+    version = _npy.read_magic(file)
     if version == (1, 0):
-        header = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_NPY_HEADER_BYTES)
+        header = _npy.read_array_header_1_0(file, max_header_size=MAX_NPY_HEADER_BYTES)
     elif version == (2, 0):
-        header = np.lib.format.read_array_header_2_0(file, max_header_size=MAX_NPY_HEADER_BYTES)
+        header = _npy.read_array_header_2_0(file, max_header_size=MAX_NPY_HEADER_BYTES)
     else:
         raise ValueError(f".npy version {version} is not known")
     shape, fortran, dtype = header
@@ -86,10 +95,10 @@ def read_npy(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.integer]]:
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
 
 
-def narrow_routes(array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Routes:
+def narrow_routes(array: Integers) -> Routes:
     """The same expert ids as uint8 or uint16. ValueError where they do not fit."""
     if array.dtype in (np.uint8, np.uint16) and array.dtype.isnative:
-        return array  # type: ignore[return-value]
+        return cast(Routes, array)
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     if low < 0 or high > 0xFFFF:
         raise ValueError(f"expert ids from {low} to {high} are not between 0 and 65535")

@@ -1,1 +1,1 @@
-"""Benchmarks: each prints the machine, its command, and ratios against something known in one run."""
+"""Benchmarks: each prints the machine, its command, and ratios against something known."""

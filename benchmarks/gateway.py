@@ -218,15 +218,16 @@ def run(log: Callable[[str], None]) -> Section:
             )
         ],
         notes=[
-            f"Cores of each proxy: {sorted(cores.proxy)}; of load and stand-in together: {sorted(cores.rest)}."
+            f"Cores of each proxy: {sorted(cores.proxy)}; "
+            f"of load and stand-in together: {sorted(cores.rest)}."
         ],
     )
 
 
 HOW = """\
-A closed loop of keep-alive connections; each plays agents whose history grows over 8 steps (6k to 10k prompt
-tokens, 500 out, bodies of 26 to 50 kB), and no two trajectories are alike. Every proxy is one process on
-one core (driftgate with its writer thread, capture on, group commit); the stand-in for the engine and the load
-generator share the rest, so the first row is the ceiling. *Until all is durable* counts the time until the
-last trace of each run was synced and indexed; a run with a lost trace fails. *p99* is of the whole
-call."""
+A closed loop of keep-alive connections; each plays agents whose history grows over 8 steps (6k to
+10k prompt tokens, 500 out, bodies of 26 to 50 kB), and no two trajectories are alike. Every proxy
+is one process on one core (driftgate with its writer thread, capture on, group commit); the
+stand-in for the engine and the load generator share the rest, so the first row is the ceiling.
+*Until all is durable* counts the time until the last trace of each run was synced and indexed; a
+run with a lost trace fails. *p99* is of the whole call."""

@@ -1,7 +1,7 @@
 """A closed loop of keep-alive connections that costs little: raw protocols under uvloop.
 
-Each connection plays episodes: it sends a step, waits for the whole answer, sends the next step, and
-starts a new trajectory after the last. Only the framing of answers is read. An answer that is
+Each connection plays episodes: it sends a step, waits for the whole answer, sends the next step,
+and starts a new trajectory after the last. Only the framing of answers is read. An answer that is
 not 200, or a connection that ends, stops the run with what was seen: nothing is skipped.
 """
 
@@ -118,7 +118,7 @@ class _Client(asyncio.Protocol):
         self._delay_s = delay_s
         self._head = b""
         self._left = 0
-        """Bytes of the body that are still to come; -1: until the last chunk; 0: no answer is due."""
+        """Bytes of the body still to come; -1: until the last chunk; 0: no answer is due."""
         self._tail = b""
         self._sent = 0.0
 
@@ -246,7 +246,7 @@ def call(agents: Agents, url: str, connections: int, *, calls: int) -> None:
 
 
 def delays_us(agents: Agents, url: str, streams: int, *, spread_s: float) -> list[int]:
-    """The age of every event of ``streams`` parallel paced streams when it arrives, one answer each."""
+    """The age on arrival of every event of ``streams`` parallel paced streams, one answer each."""
 
     async def play() -> list[int]:
         loop = _Loop(url, agents, streams)

@@ -65,5 +65,5 @@ def run(log: Callable[[str], None]) -> Section:
 
 
 HOW = f"""\
-One `driftgate serve` process with capture on, {CONNECTIONS} connections; agents of several steps each, no two alike.
-Read from /proc when every trace is on disk and indexed."""
+One `driftgate serve` process with capture on, {CONNECTIONS} connections; agents of several steps
+each, no two alike. Read from /proc when every trace is on disk and indexed."""

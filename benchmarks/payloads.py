@@ -1,10 +1,10 @@
 """What an agent asks and a vLLM 0.29 answers, made once and sent many times.
 
-An *episode* is a trajectory of some steps whose history grows: each request holds the answers before
-it, each prompt continues the tokens before it, and routes of a prefix do not change. Every trajectory
-of a run is its own: its number stands in the first message, in the seed and in the first
-two prompt ids; every answer has an id of its own. So attribution, prefix search and deltas
-have the work that they have with real agents, while the stand-in only copies bytes.
+An *episode* is a trajectory of some steps whose history grows: each request holds the answers
+before it, each prompt continues the tokens before it, and routes of a prefix do not change. Every
+trajectory of a run is its own: its number stands in the first message, in the seed and in the first
+two prompt ids; every answer has an id of its own. So attribution, prefix search and deltas have the
+work that they have with real agents, while the stand-in only copies bytes.
 
 Key order, nulls and chunks are those of vLLM 0.29.0 (``model_dump`` of its JSON answer,
 ``model_dump_json(exclude_unset=True)`` of its chunks).
@@ -120,7 +120,7 @@ def random_words(count: int, *, seed: int) -> list[str]:
 
 
 def random_routes(rows: int, *, seed: int) -> npt.NDArray[np.uint8]:
-    """[rows, 48, 8] expert ids, each a random choice of 8 of 128 without repeats, in random order."""
+    """[rows, 48, 8] expert ids, each a random choice of 8 of 128 without repeats, unordered."""
     rng = np.random.default_rng(seed)
     routes = np.empty((rows, LAYERS, TOP_K), np.uint8)
     for start in range(0, rows, 1024):

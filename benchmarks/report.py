@@ -21,8 +21,9 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 HEADING = """\
 # Benchmarks
 
-`make bench`, or `python -m benchmarks NAME`. Every ratio is measured in one run on one machine; absolute
-numbers are there to be compared within a table only. `--write` replaces the sections below.
+`make bench`, or `python -m benchmarks NAME`. Every ratio is measured in one run on one machine;
+absolute numbers are there to be compared within a table only. `--write` replaces the sections
+below.
 """
 
 

@@ -1,4 +1,4 @@
-"""Child processes of a benchmark: each on one core, in a process group of its own, gone at the end."""
+"""Child processes of a benchmark: pinned, each in a process group of its own, gone at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Cores:
 
     @classmethod
     def here(cls) -> Cores:
-        """The first usable core for the proxy, the others for the rest (the same one if it is alone)."""
+        """The first usable core for the proxy, the others for the rest (the same one if alone)."""
         usable = sorted(os.sched_getaffinity(0))
         return cls(proxy={usable[0]}, rest=set(usable[1:]) or {usable[0]})
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.standin --port N --shape typical [--pace-ms 20]
 
-It picks the answer by two fields of the body (the step and the trajectory's number) and parses nothing
-else. With ``--pace-ms`` a stream's events are sent one by one, and ``created`` is a stamp of the time at
-which the event was sent, so that a reader on this machine can tell the delay.
+It picks the answer by two fields of the body (the step and the trajectory's number) and parses
+nothing else. With ``--pace-ms`` a stream's events are sent one by one, and ``created`` is a stamp
+of the time at which the event was sent, so that a reader on this machine can tell the delay.
 """
 
 from __future__ import annotations

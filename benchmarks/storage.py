@@ -54,22 +54,18 @@ def json_line(trace: Trace) -> bytes:
     assert trace.prompt_ids is not None
     assert trace.response_ids is not None
     assert trace.logprobs is not None
-    routes = trace.routes
-    return (
-        msgspec.json.encode(
-            {
-                "meta": trace.meta,
-                "prompt_token_ids": trace.prompt_ids.tolist(),
-                "token_ids": trace.response_ids.tolist(),
-                "logprobs": trace.logprobs.tolist(),
-                "routed_experts": None if routes is None else pybase64.b64encode_as_string(routes),
-                "routed_experts_shape": None if routes is None else routes.shape,
-                "request": msgspec.Raw(trace.request),
-                "response": msgspec.Raw(trace.response),
-            }
-        )
-        + b"\n"
-    )
+    line = {
+        "meta": trace.meta,
+        "prompt_token_ids": trace.prompt_ids.tolist(),
+        "token_ids": trace.response_ids.tolist(),
+        "logprobs": trace.logprobs.tolist(),
+        "request": msgspec.Raw(trace.request),
+        "response": msgspec.Raw(trace.response),
+    }
+    if trace.routes is not None:
+        line["routed_experts"] = pybase64.b64encode_as_string(trace.routes.data)
+        line["routed_experts_shape"] = trace.routes.shape
+    return msgspec.json.encode(line) + b"\n"
 
 
 def write_json_lines(traces: Sequence[Trace], path: Path) -> Written:
@@ -85,8 +81,10 @@ def write_json_lines(traces: Sequence[Trace], path: Path) -> Written:
 
 
 def write_store(traces: Sequence[Trace], root: Path) -> Written:
-    """A fresh store: each trace durable before the next comes, as an agent's calls do; segments only,
-    since the index can be rebuilt from them."""
+    """A fresh store, each trace durable before the next comes, as with an agent's calls.
+
+    The size is that of the segments: the index can be rebuilt from them.
+    """
     writer = Writer(root, durability="strict")
     try:
         started = time.perf_counter()
@@ -151,8 +149,9 @@ def run(log: Callable[[str], None]) -> Section:
 
 
 HOW = f"""\
-Random routes (the worst case: they hardly compress), ids distributed roughly as a tokenizer's, random words. The
-JSON lines hold whole calls (ids, logprobs, base64 of the routes, request, response) in one zstd stream of level
-{LEVEL}, written with msgspec and pybase64 and synced once at the end. driftgate writes in `strict`: each
-trace is synced and indexed before the next is given; bytes are those of its segments, the index is derived.
-*Logical* is the memory of all arrays and bodies of all calls; MB/s are logical megabytes a second."""
+Random routes (the worst case: they hardly compress), ids distributed roughly as a tokenizer's,
+random words. The JSON lines hold whole calls (ids, logprobs, base64 of the routes, request,
+response) in one zstd stream of level {LEVEL}, written with msgspec and pybase64 and synced once at
+the end. driftgate writes in `strict`: each trace is synced and indexed before the next is given;
+bytes are those of its segments, the index is derived. *Logical* is the memory of all arrays and
+bodies of all calls; MB/s are logical megabytes a second."""

@@ -1,4 +1,7 @@
-"""Scored tokens a second of the teacher against a bare Hugging Face forward, and one pass against many."""
+"""Scored tokens a second of the teacher against a bare Hugging Face forward over the same texts.
+
+And one pass over a trajectory against one pass for each of its steps.
+"""
 
 from __future__ import annotations
 
@@ -218,7 +221,7 @@ def run(log: Callable[[str], None]) -> Section:
 
 
 HOW = """\
-Random models, random texts. *Bare* is `model(ids).logits`, `log_softmax` in float32 and `gather` over the response
-tokens, on the weights as the checkpoint has them; the reference backend also gives the entropy and, for a MoE
-model, every router's choices and margins. Both give the same log-probabilities (checked first). Ways are
-measured in turns; medians."""
+Random models, random texts. *Bare* is `model(ids).logits`, `log_softmax` in float32 and `gather`
+over the response tokens, with the same precision, attention and experts as the backend; the
+reference backend also gives the entropy and, for a MoE model, every router's choices and margins.
+Both give the same log-probabilities (checked first). Ways are measured in turns; medians."""

@@ -1,4 +1,4 @@
-"""Trajectories as values, for benchmarks that need no HTTP: traces whose prompts extend what came before."""
+"""Trajectories as values, for benchmarks without HTTP: each prompt extends what came before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STARTED_NS = 1_795_000_000_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How a trajectory grows: each turn adds ``before`` prompt tokens and ``response`` sampled ones."""
+    """Each turn adds ``before`` prompt tokens and ``response`` sampled ones."""
 
     turns: int
     before: int

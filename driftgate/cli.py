@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 import tomllib
-from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import msgspec
 import typer
 
+from driftgate import cli_io
 from driftgate.client import DEFAULT_URL, Client
 from driftgate.errors import DriftgateError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
-    from driftgate.gateway.answers import Answers
     from driftgate.gateway.config import GatewayConfig
     from driftgate.gateway.probe import ProbeReport
 
 __all__ = ["app", "main"]
 
-T = TypeVar("T")
-
 DEFAULT_STORE = Path("driftgate-store")
 """The gateway's default as well."""
-
-PLAIN_WIDTH = 160
-"""Columns where the output is not a terminal: tables are not squeezed into 80."""
 
 CHUNK_BYTES = 1 << 20
 """The export is written in pieces of about this size."""
@@ -147,7 +138,7 @@ def probe(
     from driftgate.gateway.probe import probe as probe_engine
 
     report = asyncio.run(probe_engine(url, key=key, model=model))
-    print(_indented(report) if as_json else _report(report))
+    print(cli_io.indented(report) if as_json else _report(report))
     raise typer.Exit(0 if report.captures else 1)
 
 
@@ -221,7 +212,7 @@ def tail(
     async def run(client: Client) -> None:
         from driftgate.render import drift_line
 
-        console = _console()
+        console = cli_io.console()
         events = client.drift(after=start, follow=follow, trajectory=trajectory)
         async with contextlib.aclosing(events):
             async for event in events:
@@ -230,7 +221,7 @@ def tail(
                 else:
                     console.print(drift_line(event), soft_wrap=True)
 
-    _ask(url, key, run)
+    cli_io.ask(url, key, run)
 
 
 @app.command()
@@ -247,20 +238,20 @@ def show(
     Its steps, what is missing, and where trainer and engine differ.
     """
     if step is not None:
-        in_full = _from(
+        in_full = cli_io.read_or_ask(
             store, url, key, lambda a: a.step(trajectory, step), lambda c: c.step(trajectory, step)
         )
-        _print(in_full, as_json, lambda render: render.step(in_full))
+        cli_io.show(in_full, as_json, lambda render: render.step(in_full))
         return
-    detail = _from(
+    detail = cli_io.read_or_ask(
         store, url, key, lambda a: a.trajectory(trajectory), lambda c: c.trajectory(trajectory)
     )
-    _print(detail, as_json, lambda render: render.trajectory(detail))
+    cli_io.show(detail, as_json, lambda render: render.trajectory(detail))
     if not as_json:
-        found = _from(
+        found = cli_io.read_or_ask(
             store, url, key, lambda a: a.mismatch(trajectory), lambda c: c.mismatch(trajectory)
         )
-        _print(found, False, lambda render: render.mismatch(found))
+        cli_io.show(found, False, lambda render: render.mismatch(found))
 
 
 @app.command()
@@ -274,8 +265,10 @@ def cells(
 
     Each number has its 95 % interval and, beside it, the noise floor.
     """
-    found = _from(store, url, key, lambda answers: answers.cells(), lambda client: client.cells())
-    _print(found, as_json, lambda render: render.matrix(found.items))
+    found = cli_io.read_or_ask(
+        store, url, key, lambda answers: answers.cells(), lambda client: client.cells()
+    )
+    cli_io.show(found, as_json, lambda render: render.matrix(found.items))
 
 
 @app.command()
@@ -297,7 +290,7 @@ def export(
     from driftgate.storage import Reader
 
     lines = msgspec.json.Encoder()
-    with contextlib.closing(Reader(_existing(store))) as reader, _sink(output) as sink:
+    with contextlib.closing(Reader(cli_io.existing(store))) as reader, cli_io.sink(output) as sink:
         pending = bytearray()
         for row in rows(reader, trajectory):
             pending += lines.encode(row) + b"\n"
@@ -315,7 +308,7 @@ def rebuild(store: StoreOption = DEFAULT_STORE) -> None:
     """
     from driftgate.storage import rebuild_index
 
-    report = rebuild_index(_existing(store))
+    report = rebuild_index(cli_io.existing(store))
     print(", ".join(f"{name} {value}" for name, value in msgspec.structs.asdict(report).items()))
 
 
@@ -367,67 +360,3 @@ def _decode_path(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise NotImplementedError(f"no setting is a {kind.__name__}")
-
-
-def _ask(url: str, key: str | None, question: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-    async def run() -> T:
-        async with Client(url, key=key) as client:
-            return await question(client)
-
-    return asyncio.run(run())
-
-
-def _from(
-    store: Path | None,
-    url: str,
-    key: str | None,
-    read: Callable[[Answers], T],
-    ask: Callable[[Client], Coroutine[Any, Any, T]],
-) -> T:
-    """The same view from a store on this machine, or from a gateway."""
-    if store is None:
-        return _ask(url, key, ask)
-    from driftgate.gateway.answers import Answers
-    from driftgate.storage import Reader
-
-    with contextlib.closing(Reader(_existing(store))) as reader:
-        return read(Answers(reader))
-
-
-def _existing(store: Path) -> Path:
-    if not store.is_dir():
-        raise typer.BadParameter(f"there is no store at {store}", param_hint="--store")
-    return store
-
-
-@contextlib.contextmanager
-def _sink(output: Path | None) -> Iterator[BinaryIO]:
-    """stdout, or a file that has its name only once it is whole."""
-    if output is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    partial = output.with_name(output.name + ".partial")
-    with partial.open("wb") as file:
-        yield file
-    partial.replace(output)
-
-
-def _print(view: msgspec.Struct, as_json: bool, draw: Callable[[Any], RenderableType]) -> None:
-    if as_json:
-        print(_indented(view))
-        return
-    from driftgate import render
-
-    _console().print(draw(render))
-
-
-def _indented(view: object) -> str:
-    return msgspec.json.format(msgspec.json.encode(view), indent=2).decode()
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    sized = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if sized else PLAIN_WIDTH, highlight=False)

@@ -53,10 +53,9 @@ Kind = Literal["drift", "noise_floor"]
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong and what to do about it."""
+    """What went wrong (``code`` is stable, e.g. ``not_found``) and what to do about it."""
 
     code: str
-    """Stable identifier, e.g. ``not_found``."""
     message: str
     fix: str
 
@@ -125,8 +124,7 @@ class RewardRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The reward of a trajectory; the last one given counts."""
 
     value: float
-    source: str = ""
-    """Who says so: a verifier's name, a person."""
+    source: str = ""  # who says so: a verifier's name, a person
 
 
 class Measures(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ and every fold says how many scores, tokens and trajectories stand behind it.
 from __future__ import annotations
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -88,26 +88,21 @@ class Answers:
     def trajectory(self, trajectory: str) -> TrajectoryDetail:
         """One agent run, step by step. NotFoundError where there is none of that name."""
         row = self.reader.trajectory(trajectory)
-        calls = [_copy(call, CallView) for call in self.reader.calls(trajectory)]
-        traces = self.reader.traces(trajectory)
-        scores: dict[str, list[ScoreView]] = {}
+        scores: defaultdict[str, list[ScoreView]] = defaultdict(list)
         for score in self._scores(trajectory):
-            scores.setdefault(score.meta.trace_id, []).append(self._score(score.meta))
-        steps = sorted({call.step for call in calls} | {trace.meta.step for trace in traces})
+            scores[score.meta.trace_id].append(self._score(score.meta))
+        calls: defaultdict[int, list[CallView]] = defaultdict(list)
+        for call in self.reader.calls(trajectory):
+            calls[call.step].append(_copy(call, CallView))
+        choices: defaultdict[int, list[ChoiceView]] = defaultdict(list)
+        for trace in self.reader.traces(trajectory):
+            choices[trace.meta.step].append(_choice(trace, scores[trace.meta.trace_id]))
         return TrajectoryDetail(
             trajectory=_copy(row, TrajectoryItem),
             reward=self.reader.reward(trajectory),
             steps=[
-                StepView(
-                    step=step,
-                    calls=[call for call in calls if call.step == step],
-                    choices=[
-                        _choice(trace, scores.get(trace.meta.trace_id, []))
-                        for trace in traces
-                        if trace.meta.step == step
-                    ],
-                )
-                for step in steps
+                StepView(step=step, calls=calls[step], choices=choices[step])
+                for step in sorted(calls.keys() | choices.keys())
             ],
         )
 
@@ -133,7 +128,10 @@ class Answers:
             key = (meta.engine.digest, meta.trainer.digest, meta.model)
             if trainer in (None, meta.trainer.digest):
                 groups.setdefault(key, []).append(meta)
-        cells = {_key(cell): cell for cell in self.reader.cells()}
+        engines = Counter(
+            (trace.meta.engine.digest, trace.meta.model) for trace in self.reader.traces(trajectory)
+        )
+        cells = self.reader.cells()
         return MismatchView(
             trajectory=trajectory,
             capture="COMPLETE" if row.complete else "INCOMPLETE_CAPTURE",
@@ -141,10 +139,10 @@ class Answers:
             coverage=_coverage(row, groups.values(), asked=trainer is not None),
             cells=[
                 CellMismatch(
-                    whole=self._fold(group, row, list(cells.values())),
+                    whole=self._fold(group, engines[engine, model], cells),
                     steps=[self._step_mismatch(meta, tokens) for meta in group],
                 )
-                for _, group in sorted(groups.items())
+                for (engine, _, model), group in sorted(groups.items())
             ],
         )
 
@@ -241,7 +239,7 @@ class Answers:
         return StepMismatch(score=self._score(meta, text=True), tokens=shape.tokens(trace, score))
 
     def _fold(
-        self, metas: Sequence[ScoreMeta], row: TrajectoryRow, cells: Sequence[CellRow]
+        self, metas: Sequence[ScoreMeta], captured: int, cells: Sequence[CellRow]
     ) -> CellView:
         """One trajectory's scores of one cell as the cell they would be by themselves."""
         comparable = [meta for meta in metas if meta.comparable.verdict != "no"]
@@ -261,7 +259,7 @@ class Answers:
             worst=max(worst, key=lambda w: abs(w.log_ratio), default=None),
             n_seqs=len(buckets),
             scored=len(metas),
-            captured=row.captured,
+            captured=captured,
             trajectories=1,
             last_seq=0,
         )
@@ -303,10 +301,6 @@ class Answers:
         if worst is None or found is None:
             return None
         return self._in_context(shape.placed(worst, worst.trace_id, found["step"], found["choice"]))
-
-
-def _key(cell: CellRow) -> tuple[str, str, str, Kind]:
-    return cell.engine.digest, cell.trainer.digest, cell.model, cell.kind
 
 
 def _copy(row: msgspec.Struct, kind: type[T]) -> T:

@@ -1,8 +1,8 @@
 """Folds an engine's answer, whole or streamed, into the arrays and proofs of its traces. Pure.
 
-Runs on the writer thread: it turns ids and logprobs into Python objects, which is where a gateway's time
-goes. Nothing is padded, guessed or retokenised: what does not fit is left out and named in ``missing``.
-"""
+Runs on the writer thread: it turns ids and logprobs into Python objects, which is where a gateway's
+time goes. Nothing is padded, guessed or retokenised: what does not fit is left out and named in
+``missing``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ from driftgate.trace import F32, I32, Proof, Routes, RoutesVia
 __all__ = ["Folded", "Sample", "fold_answer", "fold_stream"]
 
 MAX_TOKEN_ID = 2**31 - 1
+
+ERROR_BYTES = 500
+"""Of an engine's error, in a trace."""
 
 ARRAY_KEYS = ("token_ids", "prompt_token_ids", "logprobs", "prompt_logprobs", "routed_experts")
 """Left out of ``Sample.response``: the arrays hold them."""
@@ -200,7 +203,8 @@ def fold_stream(
     expect_routes: bool,
     end: str | None = None,
 ) -> Folded:
-    """The samples of a stream's events. ``end`` says why it did not end by itself, None if it did."""
+    """The samples of a stream's events. ``end`` says why it did not end by itself, None if it
+    did."""
     drafts: dict[int, _Draft] = {}
     prompt_ids: list[int] | None = None
     usage: _Usage | None = None
@@ -227,7 +231,8 @@ def fold_stream(
             usage = head.usage or usage  # beside choices it is the continuous usage of one of them
         fingerprint = head.system_fingerprint or fingerprint
         if head.error:
-            error = f"the engine ended the stream with an error: {bytes(head.error)[:500].decode(errors='replace')}"
+            said = bytes(head.error)[:ERROR_BYTES].decode(errors="replace")
+            error = f"the engine ended the stream with an error: {said}"
     if end is None:
         end = error or (None if done else "the stream ended without data: [DONE]")
     if unread:
@@ -326,7 +331,7 @@ class _Folder:
             elif self._plan.uncaptured is None:
                 missing.append(f"{name}: the engine sent none")
             return None
-        if ids and not (0 <= min(ids) and max(ids) <= MAX_TOKEN_ID):
+        if ids and (min(ids) < 0 or max(ids) > MAX_TOKEN_ID):
             missing.append(f"{name}: {min(ids)} .. {max(ids)} are no token ids")
             return None
         return np.array(ids, dtype=np.int32)

@@ -1,9 +1,9 @@
-"""A conversation as a chain of digests, so that a later call can be recognised as its continuation. Pure.
+"""A conversation as a chain of digests, so that a later call can be recognised as its continuation.
+Pure.
 
-Histories come back changed: reasoning stripped, tool-call JSON written anew, ids renamed, cache marks moved.
-The chain is over what survives that: roles, texts, tool names and canonical arguments. Tool-call ids stay
-out of it and are kept beside it, to tell equal conversations apart.
-"""
+Histories come back changed: reasoning stripped, tool-call JSON written anew, ids renamed, cache
+marks moved. The chain is over what survives that: roles, texts, tool names and canonical arguments.
+Tool-call ids stay out of it and are kept beside it, to tell equal conversations apart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ __all__ = ["Conversation", "Turn", "read_conversation"]
 _DIGEST_BYTES = 16
 
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-"""Reasoning in the text itself, where the engine runs without a reasoning parser; agents cut it off."""
+"""Reasoning in the text itself, where the engine runs without a reasoning parser; agents cut it
+off."""
 
 _MOVING = ("cache_control",)
 """Marks that agents move from message to message."""
@@ -94,7 +95,9 @@ def _text(content: object) -> Any:
     texts = [
         part["text"]
         for part in parts
-        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if isinstance(part, dict)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
     ]
     return "".join(texts) if len(texts) == len(parts) else parts
 

@@ -1,8 +1,9 @@
-"""Finds the trace that a prompt continues, by comparing token ids. Pure; lives on the writer thread.
+"""Finds the trace that a prompt continues, by comparing token ids. Pure; lives on the writer
+thread.
 
-A growing conversation is one line of ids with a mark where each trace ends, so its memory is that of its
-longest prompt. A prompt that leaves the line starts another one beside it: branches, sub-agents, edits.
-"""
+A growing conversation is one line of ids with a mark where each trace ends, so its memory is that
+of its longest prompt. A prompt that leaves the line starts another one beside it: branches,
+sub-agents, edits."""
 
 from __future__ import annotations
 
@@ -91,10 +92,9 @@ class Lineage:
 def _continued(line: _Line, prompt: I32) -> Parent:
     """What of one line the prompt continues.
 
-    A trace counts as continued when the prompt has all of its tokens, or all of its prompt and more:
-    then it is its answer that came back changed. A prompt that parts from it earlier, or is the same
-    one again, is its sibling and continues what the trace itself continued.
-    """
+    A trace counts as continued when the prompt has all of its tokens, or all of its prompt and
+    more: then it is its answer that came back changed. A prompt that parts from it earlier, or is
+    the same one again, is its sibling and continues what the trace itself continued."""
     common = _common(line.ids, prompt)
     best = ROOT
     for mark in line.marks:

@@ -1,8 +1,7 @@
 """The assistant's message of an answer: put together from a stream's deltas. Pure.
 
-Both the fold (on the writer thread) and attribution (which must know the message before the agent's next
-call can arrive) need it, so it stands alone.
-"""
+Both the fold (on the writer thread) and attribution (which must know the message before the agent's
+next call can arrive) need it, so it stands alone."""
 
 from __future__ import annotations
 

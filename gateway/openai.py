@@ -1,10 +1,10 @@
 """Turns an agent's request into the one for the engine, and the engine's answer back. Pure.
 
-Only top-level fields are read and set; everything else stays ``msgspec.Raw``, so numbers keep their spelling
-(``1.50``) and unknown fields pass. Fields are set, not ``setdefault``: an agent's own ``logprobs: false``
-does not switch capture off. A request that the engine would refuse, or whose answer would change if we asked
-for more, is forwarded as it came and its ``Plan`` says why it is not captured.
-"""
+Only top-level fields are read and set; everything else stays ``msgspec.Raw``, so numbers keep their
+spelling (``1.50``) and unknown fields pass. Fields are set, not ``setdefault``: an agent's own
+``logprobs: false`` does not switch capture off. A request that the engine would refuse, or whose
+answer would change if we asked for more, is forwarded as it came and its ``Plan`` says why it is
+not captured."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ __all__ = [
 Api: TypeAlias = Literal["chat", "completions"]
 Fields: TypeAlias = dict[str, Raw]
 StreamMode: TypeAlias = Literal["plain", "plugin", "synthesise"]
-"""How a stream's routes are got: not at all, by the plugin's chunk, or by asking for JSON instead."""
+"""How a stream's routes are got: not at all, by the plugin's chunk, or by asking for JSON
+instead."""
 
 T = TypeVar("T")
 
@@ -291,8 +292,8 @@ def strip_event(event: bytes, plan: Plan) -> bytes | None:
 def _hidden(answer: Fields, choices: list[Fields], plan: Plan) -> bytes | None:
     """The answer or chunk with hidden fields as null; None where nothing has to change."""
     changed = _hide(answer, plan.hide_top)
-    # A list, not a generator: every choice has to be seen.
-    if any([_hide(choice, plan.hide_choice) for choice in choices]):
+    hidden = [_hide(choice, plan.hide_choice) for choice in choices]
+    if any(hidden):
         answer["choices"] = Raw(_ENCODER.encode(choices))
         changed = True
     return _ENCODER.encode(answer) if changed else None
@@ -310,9 +311,8 @@ def _hide(fields: Fields, names: Collection[str]) -> bool:
 def _is_filler(choices: list[Fields]) -> bool:
     """A chunk that vLLM sends only to carry token ids: its parser held the text back.
 
-    With ``parallel_tool_calls: false`` vLLM also sends such chunks by itself, in place of further calls;
-    they are dropped too, an empty delta being nothing to a client.
-    """
+    With ``parallel_tool_calls: false`` vLLM also sends such chunks by itself, in place of further
+    calls; they are dropped too, an empty delta being nothing to a client."""
     return bool(choices) and all(
         _EMPTY_DELTA.fullmatch(bytes(choice.get("delta", b""))) is not None
         and bytes(choice.get("finish_reason", _NULL)) == b"null"

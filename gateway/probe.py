@@ -1,7 +1,7 @@
 """Asks an engine what it is and what it gives, with a handful of one-token requests.
 
-The answer is a report in plain values; what is missing comes with a sentence on how to switch it on.
-"""
+The answer is a report in plain values; what is missing comes with a sentence on how to switch it
+on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ MAX_PROBE_BYTES = 16 << 20
 """Of one answer to the probe; a few tokens with routes are kilobytes."""
 
 COLD, WARM = 0.25, 1.0
-"""Two temperatures: logprobs after the temperature differ between them by this ratio, raw ones not."""
+"""Two temperatures: logprobs after the temperature differ between them by this ratio, raw ones
+not."""
 
 MIN_GAP = 0.05
 """Nats between the two best tokens below which the ratio of their gaps says nothing."""
@@ -125,7 +126,9 @@ class _Probe:
             token_ids=bool(warm.get("prompt_token_ids") and _choice(warm).get("token_ids")),
             logprobs=bool(_choice(warm).get("logprobs")),
             routes=bool(_choice(warm).get("routed_experts")),
-            streaming=any(_choice(c).get("token_ids") and _choice(c).get("logprobs") for c in streamed),
+            streaming=any(
+                _choice(c).get("token_ids") and _choice(c).get("logprobs") for c in streamed
+            ),
             streaming_routes=any(self._adapter.routes_chunk_mark in chunk for chunk in streamed),
             logprobs_mode=mode,
         )
@@ -136,7 +139,9 @@ class _Probe:
         try:
             models = msgspec.convert(body.get("data"), list[ModelInfo])
         except msgspec.ValidationError as error:
-            raise UpstreamError(f"{self._url}/v1/models is not a list of models: {error}") from error
+            raise UpstreamError(
+                f"{self._url}/v1/models is not a list of models: {error}"
+            ) from error
         if not models:
             raise UpstreamError(f"{self._url} serves no model")
         return models

@@ -1,7 +1,7 @@
 """The only upstream I/O: one client session, through which calls and model lists are forwarded.
 
-Only known model routes exist here; an engine's administration cannot be reached through the gateway.
-"""
+Only known model routes exist here; an engine's administration cannot be reached through the
+gateway."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ CONNECT_TIMEOUT_S = 10.0
 """An engine's machine that does not accept a connection by then is not there."""
 
 UPSTREAM_KEEP_ALIVE_S = 3.0
-"""uvicorn, which serves vLLM, closes idle connections after 5 s; a request sent into that is lost."""
+"""uvicorn, which serves vLLM, closes idle connections after 5 s; a request sent into that is
+lost."""
 
 READ_BUFFER_BYTES = 1 << 18
 """Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""

@@ -1,9 +1,8 @@
 """Brings calls into storage: an intent before the engine is asked, traces or an outcome after.
 
-Capture failing never fails a call unless the user said so (``on_capture_failure``), and it is never silent:
-each record that storage refuses or cannot write is counted, logged with its call's id, and its call's outcome
-is tried again when storage takes records again.
-"""
+Capture failing never fails a call unless the user said so (``on_capture_failure``), and it is never
+silent: each record that storage refuses or cannot write is counted, logged with its call's id, and
+its call's outcome is tried again when storage takes records again."""
 
 from __future__ import annotations
 
@@ -50,9 +49,7 @@ class Sink(Protocol):
     def submit(self, record: Record) -> Future[None]:
         """StorageError where the queue is full."""
 
-    def submit_lazy(
-        self, make: Callable[[], Sequence[Record]], *, size_hint: int
-    ) -> Future[None]:
+    def submit_lazy(self, make: Callable[[], Sequence[Record]], *, size_hint: int) -> Future[None]:
         """The same; ``make`` runs on the writer thread."""
 
 

@@ -1,9 +1,10 @@
-"""Which trajectory and step a call belongs to (DESIGN 7). Pure: no clock, no I/O; lives on the event loop.
+"""Which trajectory and step a call belongs to (DESIGN 7). Pure: no clock, no I/O; lives on the
+event loop.
 
-The first rule that applies names the trajectory: URL, header, minted key, agents' session headers, metadata,
-the longest prefix of the conversation that ends in an answer we gave, else a new one. Nothing is guessed:
-a call without an answer of ours in it is a new trajectory even when its prompt equals another's, and one
-that several trajectories could have led to is a new one that lists them.
+The first rule that applies names the trajectory: URL, header, minted key, agents' session headers,
+metadata, the longest prefix of the conversation that ends in an answer we gave, else a new one.
+Nothing is guessed: a call without an answer of ours in it is a new trajectory even when its prompt
+equals another's, and one that several trajectories could have led to is a new one that lists them.
 
 Memory is bounded: least recently used trajectories, answers and calls are forgotten.
 """
@@ -39,7 +40,8 @@ MAX_TRAJECTORIES = 50_000
 """Step counters kept; a forgotten one is read from the index again. About 10 MB."""
 
 MAX_TURNS = 100_000
-"""Answers that can be continued: about 40 MB; an agent that comes back later starts a new trajectory."""
+"""Answers that can be continued: about 40 MB; an agent that comes back later starts a new
+trajectory."""
 
 MAX_CANDIDATES = 64
 """Equal answers kept apart by their tool-call ids: a large group of rollouts."""
@@ -228,7 +230,8 @@ class Sessions:
 
 
 def _repeated(earlier: list[Call], sdk_retry: int) -> list[Call]:
-    """Calls with this body that the new call may repeat; several where they cannot be told apart."""
+    """Calls with this body that the new call may repeat; several where they cannot be told
+    apart."""
     waiting = [call for call in earlier if not call.repeated]
     if failed := [call for call in waiting if call.failed]:
         return failed[:1]  # failed calls of one body differ in nothing: take them in turn

@@ -1,8 +1,8 @@
 """Splits a stream of server-sent events into its events, byte for byte. Pure.
 
-An event keeps its own bytes, terminator included, so what is not changed is forwarded as it came. The
-result does not depend on how the bytes were cut into chunks, also inside a character or a line end.
-"""
+An event keeps its own bytes, terminator included, so what is not changed is forwarded as it came.
+The result does not depend on how the bytes were cut into chunks, also inside a character or a line
+end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from driftgate.errors import UpstreamError
 __all__ = ["DONE", "MAX_EVENT_BYTES", "Splitter", "event_data", "replace_data"]
 
 MAX_EVENT_BYTES = 256 << 20
-"""The routes chunk of 128k tokens, 94 layers, top-8 is 130 MB in base64; nothing else comes near."""
+"""The routes chunk of 128k tokens, 94 layers, top-8 is 130 MB in base64; nothing else comes
+near."""
 
 DONE = b"[DONE]"
 """Data of the event that ends an OpenAI stream."""
@@ -36,7 +37,8 @@ class Splitter:
         self._max_event_bytes = max_event_bytes
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The events that ``chunk`` completes, in order. UpstreamError for an event over the limit."""
+        """The events that ``chunk`` completes, in order. UpstreamError for an event over the
+        limit."""
         buffer = self._buffer
         buffer += chunk
         events = []
@@ -60,7 +62,8 @@ class Splitter:
 
 
 def event_data(event: bytes) -> bytes | None:
-    """The event's data, its lines joined by ``\\n``; None for a comment or an event without data."""
+    """The event's data, its lines joined by ``\\n``; None for a comment or an event without
+    data."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
         return event[6:-2]  # the usual form: one line, \n\n
     lines = [_value(line) for line in _LINE.split(event) if line.split(b":", 1)[0] == b"data"]

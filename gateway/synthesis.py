@@ -1,8 +1,7 @@
 """Writes the stream that the engine would have sent, from its JSON answer. Pure.
 
-Used where an engine gives routed experts only in JSON answers. The chunks have vLLM's keys in vLLM's order;
-what differs is that each choice's text comes in one piece.
-"""
+Used where an engine gives routed experts only in JSON answers. The chunks have vLLM's keys in
+vLLM's order; what differs is that each choice's text comes in one piece."""
 
 from __future__ import annotations
 
@@ -76,7 +75,7 @@ def _chat(
                 "token_ids": choice.get("token_ids", _NULL) if with_tokens else None,
             }
             yield head | {"choices": [piece]}
-        last = {
+        last: dict[str, Any] = {
             "index": choice["index"],
             "delta": {},
             "logprobs": None if deltas else choice.get("logprobs", _NULL),

@@ -13,8 +13,8 @@ _PLACEHOLDER = "token_id:"
 def token_texts(rows: Iterable[tuple[str, list[int] | None]]) -> list[bytes | None]:
     """Each token's bytes from (token, bytes) rows; None where only a placeholder came.
 
-    The bytes win over the token's text: in chat answers vLLM keeps them true when it names tokens by id.
-    """
+    The bytes win over the token's text: in chat answers vLLM keeps them true when it names tokens
+    by id."""
     return [_text(token, values) for token, values in rows]
 
 
@@ -33,10 +33,9 @@ def _text(token: str, values: list[int] | None) -> bytes | None:
 def text_matches(texts: Sequence[bytes], sent: bytes, *, stopped: bool) -> bool | None:
     """Do the tokens' texts join to the text that was sent?
 
-    ``stopped``: a stop token or stop string ended it, whose text the engine cuts off. None where the
-    sent text is the tokens' with whole tokens left out: special tokens are skipped by default, and
-    which tokens are special is not known here.
-    """
+    ``stopped``: a stop token or stop string ended it, whose text the engine cuts off. None where
+    the sent text is the tokens' with whole tokens left out: special tokens are skipped by default,
+    and which tokens are special is not known here."""
     joined = b"".join(texts)
     if joined == sent or (stopped and joined.startswith(sent)):
         return True

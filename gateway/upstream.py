@@ -1,8 +1,8 @@
 """What is known of the engine behind the gateway, kept up to date in the background.
 
-The gateway starts whether or not the engine is up. The first calls wait for one probe, so that their traces
-name the engine; another probe follows when the engine's ``system_fingerprint`` changes.
-"""
+The gateway starts whether or not the engine is up. The first calls wait for one probe, so that
+their traces name the engine; another probe follows when the engine's ``system_fingerprint``
+changes."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ class Upstream:
         self._checkpoints: dict[str, str | None] = {}
         self._wanted = asyncio.Event()
         self._tried = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def watch(self) -> None:
         """Probe until it succeeds, then whenever the engine seems to be another one."""
+        self._loop = asyncio.get_running_loop()
         wait_s = FIRST_RETRY_S
         while True:
             self._wanted.clear()
@@ -64,7 +65,8 @@ class Upstream:
             wait_s = min(2 * wait_s, LAST_RETRY_S)
 
     async def ready(self) -> None:
-        """Wait for a probe, where the engine is not known to be up; at most one try, at most some seconds."""
+        """Wait for a probe, where the engine is not known to be up; at most one try, at most some
+        seconds."""
         if self.error is None:
             return
         self._wanted.set()
@@ -92,7 +94,7 @@ class Upstream:
         """The fingerprint of the engine that gave an answer. Any thread."""
         report = self.report
         if fingerprint is not None and report and fingerprint != report.system_fingerprint:
-            self._loop.call_soon_threadsafe(self._changed, fingerprint)
+            self._changed(fingerprint)
         mode = self._config.logprobs_mode
         if report is None:
             return Engine(
@@ -120,7 +122,8 @@ class Upstream:
 
     def _changed(self, fingerprint: str) -> None:
         log.warning("the engine's system_fingerprint is now %s: probing it again", fingerprint)
-        self._wanted.set()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wanted.set)
 
     async def _probe(self) -> bool:
         try:
@@ -147,7 +150,8 @@ class Upstream:
         return True
 
     def _read_checkpoints(self, report: ProbeReport) -> None:
-        """Digest the weights of models whose directory is readable here (seconds for a large one)."""
+        """Digest the weights of models whose directory is readable here (seconds for a large
+        one)."""
         for info in report.models:
             self._checkpoints.setdefault(info.id, None)
             if info.root is None or not Path(info.root).is_dir():

@@ -38,8 +38,10 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     """``auto``: CUDA where there is one."""
     attention: str = "sdpa"
     """transformers' attention implementation."""
-    experts: str = "eager"
-    """transformers' MoE implementation (``eager``, ``grouped_mm``, ``batched_mm``)."""
+    experts: str | None = None
+    """transformers' MoE implementation (``eager``, ``grouped_mm``, ``batched_mm``). None: its own
+    choice, which is what a training job runs: ``grouped_mm``. Against vLLM's CPU kernel on the same
+    bfloat16 input it errs 7 % less than ``eager``; either is twice as far from float64 as vLLM."""
     max_tokens: int | None = None
     """Longest sequence that fits this machine; longer ones get a score that says so. None: the
     model's own limit."""

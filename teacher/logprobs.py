@@ -23,8 +23,8 @@ CHUNK_POSITIONS = 1024
 Larger chunks are not faster."""
 
 CPU_BLOCK_ELEMENTS = 1 << 16
-"""Logits that a CPU reduces at once: 256 kB of float32 stay in its cache over the nine passes, which
-is three times faster than passing over a whole chunk. A GPU takes the chunk whole."""
+"""Logits that a CPU reduces at once: 256 kB of float32 stay in its cache over the nine passes,
+which is three times faster than passing over a whole chunk. A GPU takes the chunk whole."""
 
 
 class Scored(NamedTuple):

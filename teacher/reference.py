@@ -81,7 +81,9 @@ def load_model(config: TeacherConfig) -> Any:
     """
     try:
         described = transformers.AutoConfig.from_pretrained(config.model, local_files_only=True)
-        experts = {"experts_implementation": config.experts} if is_moe(described) else {}
+        # transformers refuses the setting for a dense model.
+        chosen = config.experts if is_moe(described) else None
+        experts = {"experts_implementation": chosen} if chosen else {}
         return transformers.AutoModelForCausalLM.from_pretrained(
             config.model,
             dtype=config.dtype,

@@ -19,6 +19,7 @@ from aiohttp.test_utils import TestServer
 from typer.testing import CliRunner, Result
 
 from driftgate import cli
+from driftgate.client import DEFAULT_URL
 from driftgate.errors import RequestError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
@@ -241,4 +242,4 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
 def test_defaults_are_the_gateways() -> None:
     config = GatewayConfig(upstream="http://engine:8000")
     assert config.store == cli.DEFAULT_STORE
-    assert f"http://{config.host}:{config.port}" == cli.DEFAULT_URL
+    assert f"http://{config.host}:{config.port}" == DEFAULT_URL

@@ -58,8 +58,6 @@ def test_scores_equal_whole_float64_logits(
     ids, P = tokens(150), 50
     (result,) = backend.score([Sequence(ids=ids[:-1], slices=(one(ids, P, temperature=0.7),))])
     model = AutoModelForCausalLM.from_pretrained(checkpoints[kind], dtype=torch.float32).eval()
-    if kind == "moe":
-        model.set_experts_implementation("eager")
     with torch.no_grad():
         logits = model(torch.from_numpy(ids[:-1]).long()[None]).logits[0, P - 1 :].double()
     target = torch.from_numpy(ids[P:]).long()[:, None]
@@ -111,7 +109,6 @@ def test_routes_equal_the_librarys_own_router_logits(
 
 def check_routes(result: SliceResult, model_dir: Path, ids: npt.NDArray[np.int32], P: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    model.set_experts_implementation("eager")
     with torch.no_grad():
         fed = torch.from_numpy(ids[:-1]).long()[None]
         layers = model(fed, output_router_logits=True).router_logits
@@ -132,7 +129,7 @@ def test_the_fingerprint_names_what_changes_numbers(
     trainer = backend.trainer
     assert (trainer.backend, trainer.model, trainer.dtype) == ("reference", kind, "float32")
     assert trainer.settings["torch"] == str(torch.__version__)
-    assert trainer.settings.get("experts") == ("eager" if kind == "moe" else None)
+    assert trainer.settings.get("experts") == ("grouped_mm" if kind == "moe" else None)
     narrow = ReferenceBackend.load(
         TeacherConfig(store="unused", model=str(checkpoints[kind]))
     ).trainer

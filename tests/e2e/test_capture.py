@@ -1,0 +1,205 @@
+"""What storage holds after a call through the gateway is what the engine gives to a direct call."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+from aiohttp.test_utils import TestServer
+
+from driftgate.gateway.app import create_app
+from driftgate.gateway.config import GatewayConfig
+from driftgate.storage import Reader
+from driftgate.testing.engine import EngineProcess
+from driftgate.trace import Trace
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+PROMPTS = 20
+PARALLEL = 8
+ASK = {"logprobs": True, "top_logprobs": 0, "return_token_ids": True}
+"""What the gateway asks for on the agent's behalf, asked for directly."""
+
+FORMS: dict[str, dict[str, Any]] = {"json": {}, "sse": {"stream": True}, "n=2": {"n": 2}}
+
+
+@dataclass(frozen=True, slots=True)
+class Proxied:
+    """A gateway in front of one engine, on a store of its own."""
+
+    url: str
+    engine: EngineProcess
+    store: Path
+    http: aiohttp.ClientSession
+
+    def traces(self, trajectory: str) -> list[Trace]:
+        """All traces of a trajectory; in strict mode they are durable before the answer ends."""
+        reader = Reader(self.store)
+        try:
+            return [reader.trace(row.meta.trace_id) for row in reader.traces(trajectory)]
+        finally:
+            reader.close()
+
+
+@pytest.fixture(params=["dense", "moe"])
+async def proxied(
+    request: pytest.FixtureRequest, engines: dict[str, EngineProcess], tmp_path: Path
+) -> AsyncIterator[Proxied]:
+    engine = engines[request.param]
+    config = GatewayConfig(upstream=engine.url, store=tmp_path / "store", durability="strict")
+    async with TestServer(create_app(config)) as server, aiohttp.ClientSession() as http:
+        async with http.get(server.make_url("/readyz")) as ready:
+            assert ready.status == 200, await ready.text()
+        yield Proxied(str(server.make_url("")).rstrip("/"), engine, config.store, http)
+
+
+def body(engine: EngineProcess, number: int, **more: Any) -> dict[str, Any]:
+    question = f"Prompt number {number}: " + "tell me more about it. " * (number % 5)
+    return {
+        "model": engine.model,
+        "messages": [{"role": "user", "content": question}],
+        "seed": number,
+        "temperature": 1.0,
+        "max_tokens": 24,
+        **more,
+    }
+
+
+async def ask(http: aiohttp.ClientSession, url: str, payload: dict[str, Any]) -> Any:
+    """A JSON answer decoded, or the list of a stream's decoded chunks."""
+    async with http.post(f"{url}/chat/completions", json=payload) as answer:
+        text = await answer.text()
+        assert answer.status == 200, text
+    if not payload.get("stream"):
+        return json.loads(text)
+    events = [event.removeprefix("data: ") for event in text.strip().split("\n\n")]
+    assert events.pop() == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def without_identity(value: Any) -> Any:
+    """Drop what differs between any two answers of an engine: ids of answers and calls, times."""
+    if isinstance(value, dict):
+        return {k: without_identity(v) for k, v in value.items() if k not in ("id", "created")}
+    return [without_identity(v) for v in value] if isinstance(value, list) else value
+
+
+def engine_arrays(answer: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    """What a direct JSON answer says of one choice, as arrays."""
+    rows = choice["logprobs"]["content"]
+    routes = choice["routed_experts"]
+    return {
+        "prompt_ids": np.array(answer["prompt_token_ids"], np.int32),
+        "response_ids": np.array(choice["token_ids"], np.int32),
+        "logprobs": np.array([row["logprob"] for row in rows], np.float32),
+        "token_bytes": b"".join(bytes(row["bytes"]) for row in rows),
+        "routes": routes and np.load(io.BytesIO(base64.b64decode(routes)), allow_pickle=False),
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_traces_hold_what_a_direct_call_returns(proxied: Proxied, form: str) -> None:
+    limit = asyncio.Semaphore(PARALLEL)
+
+    async def compare(number: int) -> None:
+        url = f"{proxied.url}/t/{form}-{number}/v1"
+        async with limit:
+            n = FORMS[form].get("n", 1)
+            payload = body(proxied.engine, number, n=n)
+            direct = await ask(proxied.http, f"{proxied.engine.url}/v1", payload | ASK)
+            await ask(proxied.http, url, payload | FORMS[form])
+        traces = proxied.traces(f"{form}-{number}")
+        assert len(traces) == n
+        for trace, choice in zip(traces, direct["choices"], strict=True):
+            assert trace.meta.missing == []
+            assert trace.meta.status == "complete"
+            for name, expected in engine_arrays(direct, choice).items():
+                stored = getattr(trace, name)
+                if isinstance(expected, np.ndarray):
+                    assert stored.dtype == expected.dtype
+                    assert np.array_equal(stored, expected), name
+                else:
+                    assert stored == expected, name
+
+    await asyncio.gather(*(compare(number) for number in range(PROMPTS)))
+
+
+AGENTS: dict[str, dict[str, Any]] = {
+    "nothing asked": {},
+    "logprobs switched off": {"logprobs": False},
+    "logprobs asked": {"logprobs": True, "top_logprobs": 2},
+    "token ids asked": {"return_token_ids": True},
+    "two answers": {"n": 2},
+    "stop string": {"stop": ["e"]},
+    "structured": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "pick",
+                "schema": {"type": "object", "properties": {"x": {"enum": [1, 2]}},
+                           "required": ["x"], "additionalProperties": False},
+            },
+        }
+    },
+    "forced tool": {
+        "tools": [
+            {"type": "function", "function": {"name": "pick", "parameters": {
+                "type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"],
+                "additionalProperties": False}}}
+        ],
+        "tool_choice": {"type": "function", "function": {"name": "pick"}},
+        "max_tokens": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "sse"])
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_the_agent_gets_the_engines_own_answer(
+    proxied: Proxied, agent: str, stream: bool
+) -> None:
+    payload = body(proxied.engine, 7, stream=stream, **AGENTS[agent])
+    direct = await ask(proxied.http, f"{proxied.engine.url}/v1", payload)
+    through = await ask(proxied.http, f"{proxied.url}/t/agent/v1", payload)
+    assert without_identity(through) == without_identity(direct)
+    for trace in proxied.traces("agent"):
+        assert trace.meta.missing == []
+        assert trace.logprobs is not None
+
+
+async def test_usage_comes_on_a_stream_only_if_asked(proxied: Proxied) -> None:
+    url = f"{proxied.url}/t/usage/v1"
+    payload = body(proxied.engine, 3, stream=True)
+    assert not any("usage" in chunk for chunk in await ask(proxied.http, url, payload))
+    asked = payload | {"stream_options": {"include_usage": True}}
+    direct = await ask(proxied.http, f"{proxied.engine.url}/v1", asked)
+    through = await ask(proxied.http, url, asked)
+    assert through[-1]["usage"] == direct[-1]["usage"]
+    assert without_identity(through) == without_identity(direct)
+
+
+async def test_completions_of_token_ids_extend_exactly(proxied: Proxied) -> None:
+    ids = [5, 6, 7, 8]
+    for step in range(3):
+        payload = {"model": proxied.engine.model, "prompt": ids, "max_tokens": 8, "seed": step,
+                   "temperature": 1.0, "return_token_ids": True}  # fmt: skip
+        async with proxied.http.post(
+            f"{proxied.url}/t/tokens/v1/completions", json=payload
+        ) as reply:
+            choice = (await reply.json())["choices"][0]
+        assert choice["prompt_token_ids"] == ids
+        ids = ids + choice["token_ids"] + [9, 10]
+    traces = proxied.traces("tokens")
+    assert [trace.meta.prefix_exact for trace in traces] == [False, True, True]
+    assert traces[2].prompt_ids is not None
+    assert traces[2].meta.prefix_len == len(traces[2].prompt_ids) - 2
+    assert all(trace.meta.missing == [] for trace in traces)
