@@ -102,4 +102,4 @@ def narrow_routes(array: Integers) -> Routes:
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     if low < 0 or high > 0xFFFF:
         raise ValueError(f"expert ids from {low} to {high} are not between 0 and 65535")
-    return array.astype(np.uint8 if high <= 0xFF else np.uint16)
+    return array.astype(np.uint8) if high <= 0xFF else array.astype(np.uint16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ __all__ = ["Gateway", "start_forward", "start_gateway", "start_nginx", "start_st
 
 DRAIN_TIMEOUT_S = 120.0
 POLL_S = 0.02
-QUIET_POLLS = 50
-"""A second without a new trace, while some are missing: they are lost."""
+QUIET_POLLS = 1500
+"""Half a minute without a new trace, while some are missing: they are lost."""
 
 NGINX = """\
 daemon off;
@@ -141,10 +142,10 @@ def start_gateway(stage: Stage, upstream: str, cores: Cores) -> Gateway:
     """driftgate as ``driftgate serve`` starts it, with an empty store."""
     port = free_port()
     url, store = f"http://127.0.0.1:{port}", stage.logs / "store"
-    stage.module(
+    command = [sys.executable, "-c", "from driftgate.cli import main; main()", "serve"]
+    stage.start(
         "driftgate",
-        "driftgate.cli",
-        *("serve", "--upstream", upstream, "--store", str(store), "--port", str(port)),
+        [*command, "--upstream", upstream, "--store", str(store), "--port", str(port)],
         cores=cores.proxy,
         ready=f"{url}/readyz",
     )

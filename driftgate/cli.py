@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 import tomllib
 from pathlib import Path
@@ -101,6 +102,14 @@ def serve(
     weight_version: Annotated[
         str | None, typer.Option(help="Version of the policy that the engine serves.")
     ] = None,
+    upstream_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Sent to the engine in place of the agent's key; better in the environment.",
+            envvar="DRIFTGATE_UPSTREAM_KEY",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run the gateway in front of an engine.
 
@@ -116,11 +125,18 @@ def serve(
         "streaming_routes": streaming_routes,
         "logprobs_mode": logprobs_mode,
         "weight_version": weight_version,
+        "upstream_key": upstream_key,
     }
     settings = _gateway_config(config, {k: v for k, v in given.items() if v is not None})
-    from driftgate.gateway.app import serve as run_gateway
+    from driftgate.gateway.app import run
 
-    run_gateway(settings)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run(settings, started=lambda url: print(_welcome(url, settings), flush=True))
+    except OSError as error:
+        raise DriftgateError(
+            f"cannot serve at {settings.host}:{settings.port}: {error}; choose another --port"
+        ) from error
 
 
 @app.command()
@@ -320,6 +336,15 @@ def version() -> None:
     print(version_of("driftgate"))
 
 
+def _welcome(url: str, settings: GatewayConfig) -> str:
+    return (
+        f"driftgate at {url}, in front of {settings.upstream}, store {settings.store}\n"
+        f"  agents:  OPENAI_BASE_URL={url}/v1\n"
+        f"  teacher: driftgate teach --follow --store {settings.store} --model DIR\n"
+        f"  drift:   driftgate tail --url {url}"
+    )
+
+
 def _report(report: ProbeReport) -> str:
     """What an engine gives, a line each, then what to do about the rest."""
     lines = [f"{report.engine} {report.version} at {report.url} serves {report.model}"]
@@ -360,3 +385,7 @@ def _decode_path(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise NotImplementedError(f"no setting is a {kind.__name__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -176,7 +176,8 @@ class Api:
         reward = Reward(
             trajectory=name, value=body.value, source=body.source, given_ns=time.time_ns()
         )
-        await asyncio.wrap_future(self._context.submit(reward))
+        # Shielded: a client that leaves must not cancel what the writer has in hand.
+        await asyncio.shield(asyncio.wrap_future(self._context.submit(reward)))
         return json_answer(msgspec.json.encode(reward))
 
     async def get_cells(self, request: web.Request) -> web.StreamResponse:

@@ -12,6 +12,9 @@ __all__ = ["Floors"]
 PAGE = 1000
 """Scores read at once when looking at what a store already has."""
 
+TWINS = 10_000
+"""Pairs looked at, oldest first: the most that the store gives at once, and enough for a floor."""
+
 
 class Floors:
     """Remembers what has been measured; starts from what the store holds."""
@@ -37,7 +40,7 @@ class Floors:
 
     def new_twins(self) -> Iterator[tuple[str, str]]:
         """Pairs of traces that one engine sampled from one request, not compared yet."""
-        for first, second in self._reader.twins():
+        for first, second in self._reader.twins(limit=TWINS):
             if second not in self._compared:
                 self._compared.add(second)
                 yield first, second

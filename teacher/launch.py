@@ -68,7 +68,7 @@ def _torchrun(config: TeacherConfig, scratch: Path) -> int:
     try:
         while process.poll() is None:
             if stopped_at and time.monotonic() - stopped_at[0] > GRACE_S:
-                process.terminate()
+                break
             time.sleep(POLL_S)
     finally:
         for number, handler in previous.items():

@@ -78,6 +78,7 @@ class Scorer(nn.Module):
         ids = torch.arange(PROBE_TOKENS, device=device) * 7919 % vocab
         rows = torch.arange(PROBE_TOKENS, device=device)
         scored, routed = self(ids[None], rows, ids, None)
+        # FSDP keeps its root's weights gathered after a forward, so the head is there to call.
         full = self.model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
         error = (full.gather(-1, ids[:, None])[:, 0] - scored.logprobs).abs().max().item()
         if not error < PROBE_TOLERANCE:

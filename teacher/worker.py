@@ -188,7 +188,9 @@ class Worker:
         backend, now_ns = self._backend, time.time_ns
         sequences = assemble(traces)
         results = {result.trace_id: result for result in backend.score(sequences)}
-        self.report.forward_s += sum(result.forward_s for result in results.values())
+        forward_s = sum(result.forward_s for result in results.values())
+        self.report.forward_s += forward_s
+        log.info("%d traces in %d forwards, %.2f s", len(traces), len(sequences), forward_s)
         scores = [
             drift(
                 trace,
@@ -224,7 +226,8 @@ class Worker:
         scores = []
         for first_id, second_id in self._floors.new_twins():
             first, second = self._reader.trace(first_id), self._reader.trace(second_id)
-            if self._config.served_model in (None, first.meta.model):
+            same_weights = first.meta.weight_version == second.meta.weight_version
+            if same_weights and self._config.served_model in (None, first.meta.model):
                 scores.append(engine_floor(first, second, now_ns=time.time_ns()))
         self._store(scores)
         return bool(scores)

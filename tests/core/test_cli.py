@@ -6,11 +6,13 @@ import asyncio
 import base64
 import io
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -207,6 +209,29 @@ def test_errors_are_one_line(
         cli.main()
     assert said in str(ended.value.code)
     assert "\n" not in str(ended.value.code)
+
+
+def test_serve_listens_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "driftgate.cli", "serve", "--port", "0"]
+    options = ["--upstream", "http://127.0.0.1:9", "--store", str(tmp_path / "store")]
+    with subprocess.Popen(command + options, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[2].rstrip(",")
+        assert "OPENAI_BASE_URL=" in process.stdout.readline()
+        assert httpx.get(f"{url}/api/trajectories").json() == {"items": [], "next": None}
+        minted = httpx.post(f"{url}/api/trajectories", json={"trajectory": "a/b"}).json()
+        assert minted["base_url"] == f"{url}/t/a%2Fb/v1"
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options = ["--upstream", "http://127.0.0.1:9", "--store", str(tmp_path), "--port", port]
+        monkeypatch.setattr(sys, "argv", ["driftgate", "serve", *options])
+        with pytest.raises(SystemExit, match=f"cannot serve at 127.0.0.1:{port}"):
+            cli.main()
 
 
 def test_probe_prints_what_is_missing_and_how_to_get_it() -> None:

@@ -48,15 +48,28 @@ def reader(config: TeacherConfig) -> Iterator[Reader]:
 def say(
     checkpoints: dict[CheckpointKind, Path], backend: ReferenceBackend, make_trace: MakeTrace
 ) -> Say:
-    """Traces of an engine that is the trainer itself: its drift is exactly 0."""
+    """Traces of an engine that is the trainer itself: its drift is exactly 0.
+
+    ``hot``: a temperature that it scales its logprobs by.
+    """
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["moe"])
 
-    def trace(name: str, prompt: Sequence[int], response: Sequence[int], **more: Any) -> Trace:
+    def trace(
+        name: str,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        *,
+        hot: float | None = None,
+        **more: Any,
+    ) -> Trace:
         ids = np.asarray([*prompt, *response], np.int32)
-        part = Slice(trace_id="", prompt_len=len(prompt), response_ids=ids[len(prompt) :])
-        (result,) = backend.score([Forward(ids=ids[:-1], slices=(part,))])
+        whole = Slice(trace_id="", prompt_len=1, response_ids=ids[1:], temperature=hot)
+        (result,) = backend.score([Forward(ids=ids[:-1], slices=(whole,))])
+        logprobs = result.logprobs if hot is None else result.at_temperature
+        assert logprobs is not None
         given = {
-            "logprobs": result.logprobs,
+            "logprobs": logprobs[len(prompt) - 1 :],
+            "routes": result.routes,
             "texts": [tokenizer.decode([token]).encode() for token in response],
         }
         return make_trace(name, prompt, response, **{**given, **more})
@@ -321,6 +334,59 @@ def test_a_wrong_checkpoint_is_suspected_by_its_numbers_alone(
     judged = reader.score("a.0").meta.comparable
     assert judged.verdict == "no"
     assert "checkpoint_mismatch_suspected" in {reason.code for reason in judged.reasons}
+
+
+def codes(reader: Reader, trace_id: str) -> set[str]:
+    return {reason.code for reason in reader.score(trace_id).meta.comparable.reasons}
+
+
+def test_routes_shifted_by_one_row_are_found(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    right = say("right", tokens(1, 50), tokens(2, 100))
+    assert right.routes is not None
+    wrong = say(
+        "wrong",
+        tokens(1, 50),
+        tokens(2, 100),
+        routes=np.roll(right.routes, 1, axis=0),
+        trajectory="u",
+    )
+    store(config, right, wrong)
+    teach(config, backend)
+    router = reader.score("right.0").meta.router
+    assert router is not None
+    assert router.metrics()["router_set_disagree_rate"] == 0.0
+    assert "routes_misaligned" not in codes(reader, "right.0")
+    assert "routes_misaligned" in codes(reader, "wrong.0")
+    assert reader.score("wrong.0").meta.comparable.verdict == "no"
+
+
+def test_scaled_logprobs_declared_raw_are_a_convention_error(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    store(config, say("a", tokens(1, 50), tokens(2, 100), hot=0.7, temperature=0.7))
+    teach(config, backend)
+    meta = reader.score("a.0").meta
+    assert "logprob_convention_mismatch" in codes(reader, "a.0")
+    assert meta.comparable.verdict == "no"
+    assert meta.at_requested_temperature is not None
+    assert meta.at_requested_temperature.metrics()["abs_log_ratio_max"] == 0.0
+
+
+def test_processed_logprobs_are_compared_at_their_temperature(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    engine = Engine(name="e", version="1", model="tiny", logprobs_mode="processed_logprobs")
+    store(config, say("a", tokens(1, 50), tokens(2, 100), hot=0.7, temperature=0.7, engine=engine))
+    teach(config, backend)
+    score = reader.score("a.0")
+    assert score.meta.temperature == 0.7
+    assert score.meta.bucket is not None
+    assert score.meta.bucket.metrics()["abs_log_ratio_max"] == 0.0
+    assert score.meta.comparable.verdict == "converted"
+    assert score.logprobs_at_temperature is not None
+    assert (score.logprobs_at_temperature != score.logprobs).all()
 
 
 def test_following_scores_what_arrives_until_it_is_told_to_stop(

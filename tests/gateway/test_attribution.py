@@ -1,0 +1,213 @@
+"""Which trajectory and step a call gets, over real calls: DESIGN 7's table."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.gateway.conftest import Agent, StandIn
+
+USER = {"role": "user", "content": "hi"}
+NEXT = {"role": "user", "content": "and then?"}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [USER], "seed": 3}
+TOOLS = [{"type": "function", "function": {"name": "echo"}}]
+
+Place = tuple[str, int, str]
+
+
+async def ask(agent: Agent, messages: list[Any], **extra: Any) -> list[dict[str, Any]]:
+    """The messages of the answer's choices."""
+    headers = extra.pop("headers", None)
+    status, body = await agent.send(CHAT | {"messages": messages} | extra, headers=headers)
+    assert status == 200
+    return [choice["message"] for choice in json.loads(body)["choices"]]
+
+
+async def places(agent: Agent) -> list[Place]:
+    traces = sorted(await agent.traces(), key=lambda t: (t.meta.started_ns, t.meta.choice))
+    return [(t.meta.trajectory, t.meta.step, t.meta.attribution) for t in traces]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"path": "/t/a%2Fb/v1/chat/completions"}, ("a/b", "url")),
+        ({"headers": {"x-driftgate-trajectory": "h"}}, ("h", "header")),
+        ({"headers": {"X-Claude-Code-Session-Id": "cc"}}, ("cc", "session_header")),
+        ({"headers": {"session-id": "codex"}}, ("codex", "session_header")),
+        ({"headers": {"x-session-id": "oc"}}, ("oc", "session_header")),
+        (
+            {"path": "/t/u/v1/chat/completions", "headers": {"x-driftgate-trajectory": "h"}},
+            ("u", "url"),
+        ),
+    ],
+)
+async def test_a_named_trajectory(
+    agent: Agent, options: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    for _ in range(2):
+        await agent.send(CHAT, **options)
+    name, rule = expected
+    assert await places(agent) == [(name, 0, rule), (name, 1, rule)]
+
+
+async def test_metadata_names_a_trajectory(agent: Agent) -> None:
+    await ask(agent, [USER], metadata={"trajectory_id": "m"})
+    assert await places(agent) == [("m", 0, "metadata")]
+
+
+async def test_a_minted_key_names_a_trajectory_and_stays_here(
+    agent: Agent, engine: StandIn
+) -> None:
+    async with agent.http.post(agent.url + "/api/trajectories", json={"trajectory": "k"}) as made:
+        key = (await made.json())["key"]
+    await ask(agent, [USER], headers={"Authorization": f"Bearer {key}"})
+    assert await places(agent) == [("k", 0, "key")]
+    assert "Authorization" not in engine.headers[-1]
+    status, _ = await agent.send(CHAT, headers={"Authorization": "Bearer dgk_unknown"})
+    assert status == 400
+
+
+@pytest.mark.parametrize("name", ["%00", "a%0Ab", "x" * 201, "%20a"])
+async def test_a_name_that_is_none_is_refused(agent: Agent, name: str) -> None:
+    status, _ = await agent.send(CHAT, path=f"/t/{name}/v1/chat/completions")
+    assert status == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_conversation_is_followed_by_its_answers(agent: Agent, stream: bool) -> None:
+    (first,) = await ask(agent, [USER])
+    if stream:
+        _, raw = await agent.send(CHAT | {"messages": [USER, first, NEXT], "stream": True})
+        parts = [json.loads(e[6:]) for e in raw.split(b"\n\n") if e.startswith(b"data: {")]
+        text = "".join(c["choices"][0]["delta"].get("content", "") for c in parts)
+        second: dict[str, Any] = {"role": "assistant", "content": text}
+    else:
+        (second,) = await ask(agent, [USER, first, NEXT])
+    await ask(agent, [USER, first, NEXT, second, NEXT])
+    (one, *others) = await places(agent)
+    assert one[1:] == (0, "new")
+    assert others == [(one[0], 1, "prefix"), (one[0], 2, "prefix")]
+    roots = await agent.traces()
+    assert [t.meta.parent for t in roots] == [None, roots[0].meta.trace_id, roots[1].meta.trace_id]
+
+
+async def test_an_equal_prompt_is_a_new_trajectory(agent: Agent) -> None:
+    await asyncio.gather(*(ask(agent, [USER], seed=i) for i in range(4)))
+    await ask(agent, [USER], seed=0)
+    found = await places(agent)
+    assert len({trajectory for trajectory, _, _ in found}) == 5
+    assert {rule for _, _, rule in found} == {"new"}
+
+
+async def test_a_group_of_rollouts_never_mixes(agent: Agent) -> None:
+    async def rollout(seed: int) -> None:
+        messages: list[Any] = [USER]
+        for _ in range(3):
+            (answer,) = await ask(agent, messages, seed=seed)
+            messages += [answer, NEXT]
+
+    await asyncio.gather(*(rollout(seed) for seed in range(6)))
+    by_trajectory: dict[str, set[int]] = {}
+    for trace in await agent.traces():
+        by_trajectory.setdefault(trace.meta.trajectory, set()).add(trace.meta.sampling.seed or 0)
+    assert sorted(map(len, by_trajectory.values())) == [1] * 6
+
+
+async def test_equal_answers_are_told_apart_by_their_tool_ids(
+    agent: Agent, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = iter(["call-a", "call-b"])
+    original = engine.tool_call
+    monkeypatch.setattr(
+        engine, "tool_call", lambda text, choice: original(text, choice) | {"id": next(ids)}
+    )
+    a, b = [(await ask(agent, [USER], tools=TOOLS))[0] for _ in range(2)]
+    monkeypatch.setattr(engine, "tool_call", original)
+    for message in (b, a):
+        result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "ok"}
+        await ask(agent, [USER, message, result])
+    first, second, third, fourth = await places(agent)
+    assert (third[0], fourth[0]) == (second[0], first[0])
+
+
+async def test_what_cannot_be_told_apart_is_new_and_says_so(agent: Agent) -> None:
+    (answer,) = await ask(agent, [USER])
+    await ask(agent, [USER])
+    (later,) = await ask(agent, [USER, answer, NEXT])
+    await ask(agent, [USER, answer, NEXT, later, NEXT])
+    first, second, third, fourth = [t.meta for t in await agent.traces()]
+    assert third.attribution == "new"
+    assert sorted(third.ambiguous) == sorted([first.trajectory, second.trajectory])
+    assert (fourth.trajectory, fourth.attribution) == (third.trajectory, "prefix")
+
+
+async def test_either_of_two_choices_can_be_continued(agent: Agent) -> None:
+    answers = await ask(agent, [USER], n=2)
+    for answer in answers:
+        await ask(agent, [USER, answer, NEXT])
+    found = await places(agent)
+    assert len({trajectory for trajectory, _, _ in found}) == 1
+    traces = await agent.traces()
+    assert [t.meta.parent for t in traces[2:]] == [t.meta.trace_id for t in traces[:2]]
+
+
+async def test_a_history_that_comes_back_changed_is_recognised(agent: Agent) -> None:
+    (answer,) = await ask(agent, [USER], tools=TOOLS)
+    call = answer["tool_calls"][0]
+    arguments = json.dumps(json.loads(call["function"]["arguments"]), indent=2)
+    changed = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "mine", "type": "function", "function": {"name": "echo", "arguments": arguments}}
+        ],
+    }
+    await ask(agent, [USER, changed, {"role": "tool", "tool_call_id": "mine", "content": "ok"}])
+    assert [(step, rule) for _, step, rule in await places(agent)] == [(0, "new"), (1, "prefix")]
+
+
+async def test_a_retry_keeps_its_step(agent: Agent, engine: StandIn) -> None:
+    engine.status = 500
+    await agent.send(CHAT)
+    engine.status = None
+    await agent.send(CHAT, headers={"x-stainless-retry-count": "1"})
+    (trace,) = await agent.traces()
+    assert (trace.meta.step, trace.meta.retry) == (0, 1)
+    reader = agent.gateway.reader
+    assert reader is not None
+    failed, repeated = reader.calls(trace.meta.trajectory)
+    assert (failed.state, repeated.state) == ("failed", "done")
+    assert reader.trajectory(trace.meta.trajectory).complete
+
+
+async def test_the_same_body_after_a_failure_is_a_retry(agent: Agent, engine: StandIn) -> None:
+    path = "/t/named/v1/chat/completions"
+    engine.status = 500
+    await agent.send(CHAT, path=path)
+    engine.status = None
+    await agent.send(CHAT, path=path)
+    await agent.send(CHAT, path=path)
+    found = [(t.meta.step, t.meta.retry) for t in await agent.traces()]
+    assert found == [(0, 1), (1, 0)]
+
+
+async def test_steps_go_on_after_a_restart(
+    connect: Callable[..., Any], engine: StandIn
+) -> None:
+    path = "/t/named/v1/chat/completions"
+    first = await connect()
+    await first.send(CHAT, path=path)
+    await first.flush()
+    second = await connect()
+    engine.tokens = 3
+    await second.send(CHAT | {"messages": [USER, NEXT]}, path=path)
+    assert [(t.meta.step, t.meta.trajectory) for t in await second.traces()] == [
+        (0, "named"),
+        (1, "named"),
+    ]
