@@ -7,7 +7,7 @@ time goes. Nothing is padded, guessed or retokenised: what does not fit is left 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -17,9 +17,10 @@ from msgspec import Raw
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UpstreamError
 from driftgate.gateway import sse
-from driftgate.gateway.messages import Delta, assemble
+from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage
+from driftgate.gateway.messages import assemble
 from driftgate.gateway.openai import Plan
-from driftgate.gateway.texts import text_matches, token_texts
+from driftgate.gateway.texts import text_matches
 from driftgate.trace import F32, I32, Proof, Routes, RoutesVia
 
 __all__ = ["Folded", "Sample", "fold_answer", "fold_stream"]
@@ -28,6 +29,8 @@ MAX_TOKEN_ID = 2**31 - 1
 
 ERROR_BYTES = 500
 """Of an engine's error, in a trace."""
+
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 ARRAY_KEYS = ("token_ids", "prompt_token_ids", "logprobs", "prompt_logprobs", "routed_experts")
 """Left out of ``Sample.response``: the arrays hold them."""
@@ -62,104 +65,6 @@ class Folded:
     """What went wrong for the whole answer, in words."""
 
 
-class _Row(msgspec.Struct):
-    token: str = ""
-    logprob: float | None = None
-    bytes: list[int] | None = None
-
-
-class _Rows(msgspec.Struct):
-    content: list[_Row] | None = None
-    tokens: list[str] | None = None
-    token_logprobs: list[float | None] | None = None
-
-
-class _Choice(msgspec.Struct):
-    index: int = 0
-    delta: Delta | None = None
-    message: Delta | None = None
-    text: str | None = None
-    logprobs: _Rows | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-    routed_experts: Raw = Raw()
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
-class _Head(msgspec.Struct):
-    choices: list[Raw] = []
-    prompt_token_ids: list[int] | None = None
-    usage: _Usage | None = None
-    system_fingerprint: str | None = None
-    error: Raw = Raw()
-
-
-_HEAD = msgspec.json.Decoder(_Head)
-_CHOICE = msgspec.json.Decoder(_Choice)
-_FIELDS = msgspec.json.Decoder(dict[str, Raw])
-
-
-@dataclass(slots=True, kw_only=True)
-class _Draft:
-    """What came for one choice so far."""
-
-    index: int
-    prompt_ids: list[int] | None = None
-    ids: list[int] | None = None
-    rows: int | None = None
-    logprobs: list[float | None] = field(default_factory=list)
-    texts: list[bytes | None] = field(default_factory=list)
-    deltas: list[Delta] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    routes: bytes | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    response: bytes | None = None
-    missing: list[str] = field(default_factory=list)
-
-    def add(self, choice: _Choice) -> None:
-        if choice.prompt_token_ids is not None:
-            self.prompt_ids = choice.prompt_token_ids
-        if choice.token_ids is not None:
-            self.ids = self.ids or []
-            self.ids.extend(choice.token_ids)
-        if choice.logprobs is not None:
-            self._add_rows(choice.logprobs)
-        delta = choice.delta or choice.message
-        if delta is not None:
-            self.deltas.append(delta)
-        if choice.text is not None:
-            self.text.append(choice.text)
-        if choice.finish_reason is not None:
-            self.finish_reason = choice.finish_reason
-        if choice.stop_reason is not None:
-            self.stop_reason = choice.stop_reason
-        self.add_routes(choice.routed_experts)
-
-    def add_routes(self, raw: Raw) -> None:
-        if raw and raw != Raw(b"null"):
-            self.routes = msgspec.json.decode(raw, type=str).encode()
-
-    def _add_rows(self, rows: _Rows) -> None:
-        if rows.content is not None:
-            values = [row.logprob for row in rows.content]
-            texts = token_texts((row.token, row.bytes) for row in rows.content)
-        elif rows.tokens is not None and rows.token_logprobs is not None:
-            values = rows.token_logprobs
-            texts = token_texts((token, None) for token in rows.tokens)
-        else:
-            return
-        self.rows = (self.rows or 0) + len(values)
-        self.logprobs += values
-        self.texts += texts
-
-
 def fold_answer(
     body: bytes,
     plan: Plan,
@@ -170,7 +75,7 @@ def fold_answer(
 ) -> Folded:
     """The samples of a JSON answer. UpstreamError where it is none."""
     try:
-        head = _HEAD.decode(body)
+        head = HEAD.decode(body)
     except msgspec.DecodeError as error:
         raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
     drafts = [_draft(raw, position) for position, raw in enumerate(head.choices)]
@@ -178,10 +83,10 @@ def fold_answer(
     return folder.fold(drafts, head.prompt_token_ids, head.usage, head.system_fingerprint)
 
 
-def _draft(raw: Raw, position: int) -> _Draft:
-    draft = _Draft(index=position)
+def _draft(raw: Raw, position: int) -> Draft:
+    draft = Draft(index=position)
     try:
-        choice = _CHOICE.decode(raw)
+        choice = CHOICE.decode(raw)
     except msgspec.DecodeError as error:
         draft.missing.append(f"answer: choice {position} cannot be read: {error}")
         draft.response = bytes(raw)
@@ -205,9 +110,9 @@ def fold_stream(
 ) -> Folded:
     """The samples of a stream's events. ``end`` says why it did not end by itself, None if it
     did."""
-    drafts: dict[int, _Draft] = {}
+    drafts: dict[int, Draft] = {}
     prompt_ids: list[int] | None = None
-    usage: _Usage | None = None
+    usage: Usage | None = None
     fingerprint = error = None
     done = False
     unread: list[str] = []
@@ -219,13 +124,13 @@ def fold_stream(
             done = True
             continue
         try:
-            head = _HEAD.decode(data)
-            choices = [_CHOICE.decode(raw) for raw in head.choices]
+            head = HEAD.decode(data)
+            choices = [CHOICE.decode(raw) for raw in head.choices]
         except msgspec.DecodeError as problem:
             unread.append(str(problem))
             continue
         for choice in choices:
-            drafts.setdefault(choice.index, _Draft(index=choice.index)).add(choice)
+            drafts.setdefault(choice.index, Draft(index=choice.index)).add(choice)
         prompt_ids = head.prompt_token_ids or prompt_ids
         if not choices:
             usage = head.usage or usage  # beside choices it is the continuous usage of one of them
@@ -264,21 +169,21 @@ class _Folder:
 
     def fold(
         self,
-        drafts: list[_Draft],
+        drafts: list[Draft],
         prompt_ids: list[int] | None,
-        usage: _Usage | None,
+        usage: Usage | None,
         fingerprint: str | None,
         *,
         error: str | None = None,
     ) -> Folded:
-        usage = usage or _Usage()
+        usage = usage or Usage()
         for draft in drafts:
             draft.prompt_ids = draft.prompt_ids or prompt_ids
         counted = self._usage_gap(drafts, usage)
         samples = [self._sample(draft, usage, counted) for draft in drafts]
         return Folded(samples=samples, fingerprint=fingerprint, error=error)
 
-    def _usage_gap(self, drafts: list[_Draft], usage: _Usage) -> list[str]:
+    def _usage_gap(self, drafts: list[Draft], usage: Usage) -> list[str]:
         """Where the engine's own count differs from what came."""
         if self._end is not None or any(draft.ids is None for draft in drafts):
             return []
@@ -287,7 +192,7 @@ class _Folder:
             return []
         return [f"response_ids: usage counts {usage.completion_tokens} tokens, {came} ids came"]
 
-    def _sample(self, draft: _Draft, usage: _Usage, counted: list[str]) -> Sample:
+    def _sample(self, draft: Draft, usage: Usage, counted: list[str]) -> Sample:
         missing = [*draft.missing, *counted]
         terminal = self._end is None and draft.finish_reason is not None
         if not terminal:
@@ -336,7 +241,7 @@ class _Folder:
             return None
         return np.array(ids, dtype=np.int32)
 
-    def _logprobs(self, draft: _Draft, ids: I32 | None, missing: list[str]) -> F32 | None:
+    def _logprobs(self, draft: Draft, ids: I32 | None, missing: list[str]) -> F32 | None:
         if draft.rows is None:
             if ids is not None and not len(ids):
                 return np.empty(0, np.float32)
@@ -357,9 +262,7 @@ class _Folder:
             return None
         return np.array(draft.logprobs, dtype=np.float32) if ids is not None else None
 
-    def _texts(
-        self, draft: _Draft, ids: I32 | None, missing: list[str]
-    ) -> tuple[bytes, I32 | None]:
+    def _texts(self, draft: Draft, ids: I32 | None, missing: list[str]) -> tuple[bytes, I32 | None]:
         if ids is None or draft.rows != len(ids):
             return b"", np.zeros(1, np.int32) if ids is not None and not len(ids) else None
         if None in draft.texts:
@@ -373,7 +276,7 @@ class _Folder:
         return b"".join(texts), offsets
 
     def _routes(
-        self, draft: _Draft, prompt_ids: I32 | None, ids: I32 | None, missing: list[str]
+        self, draft: Draft, prompt_ids: I32 | None, ids: I32 | None, missing: list[str]
     ) -> Routes | None:
         if draft.routes is None:
             if self._expect_routes and self._end is None:
@@ -392,7 +295,7 @@ class _Folder:
             missing.append(f"routed_experts: {error}")
             return None
 
-    def _text_matches(self, draft: _Draft, offsets: I32 | None) -> bool | None:
+    def _text_matches(self, draft: Draft, offsets: I32 | None) -> bool | None:
         if offsets is None or self._plan.echo or self._end is not None:
             return None
         text: str | None = "".join(draft.text)
@@ -406,7 +309,7 @@ class _Folder:
         texts = [t for t in draft.texts if t is not None]
         return text_matches(texts, text.encode(), stopped=draft.finish_reason == "stop")
 
-    def _response(self, draft: _Draft) -> bytes:
+    def _response(self, draft: Draft) -> bytes:
         """A streamed choice, with the keys of a JSON answer's."""
         body: dict[str, Any] = {"index": draft.index}
         if self._plan.api == "chat":

@@ -78,8 +78,12 @@ class StandIn:
         return [*ids, ord("a")]
 
     def sample(self, body: dict[str, Any], choice: int) -> tuple[list[int], list[str], list[float]]:
-        source = random.Random(f"{body.get('seed')}|{body.get('messages')}|{body.get('prompt')}|{choice}")
-        picked = [source.randrange(len(VOCABULARY)) for _ in range(body.get("max_tokens") or self.tokens)]
+        source = random.Random(
+            f"{body.get('seed')}|{body.get('messages')}|{body.get('prompt')}|{choice}"
+        )
+        picked = [
+            source.randrange(len(VOCABULARY)) for _ in range(body.get("max_tokens") or self.tokens)
+        ]
         texts = [VOCABULARY[i] for i in picked]
         ids = [FIRST_ID + i for i in picked]
         self._sampled["".join(texts)] = ids
@@ -196,7 +200,9 @@ class StandIn:
                 chunks.append(chunk)
         if usage:
             counts = self.usage(len(prompt), sum(len(s[0]) for s in samples))
-            chunks.append(head | {"choices": [], "usage": counts} | {"system_fingerprint": self.fingerprint})
+            chunks.append(
+                head | {"choices": [], "usage": counts} | {"system_fingerprint": self.fingerprint}
+            )
         if self.routes and self.plugin and body.get("driftgate_routes"):
             chunks.append(
                 head
@@ -221,7 +227,11 @@ class StandIn:
             function = {"name": call["function"]["name"], "arguments": ""}
             return {"tool_calls": [{**call, "index": 0, "function": function}]}
         if position == len(texts) - 1:
-            return {"tool_calls": [{"index": 0, "function": {"arguments": call["function"]["arguments"]}}]}
+            return {
+                "tool_calls": [
+                    {"index": 0, "function": {"arguments": call["function"]["arguments"]}}
+                ]
+            }
         return None
 
     # Completions.
@@ -243,7 +253,9 @@ class StandIn:
             "text_offset": offsets, "token_logprobs": values, "tokens": texts, "top_logprobs": top,
         }  # fmt: skip
 
-    def text_choices(self, body: dict[str, Any]) -> list[tuple[dict[str, Any], list[int], list[str]]]:
+    def text_choices(
+        self, body: dict[str, Any]
+    ) -> list[tuple[dict[str, Any], list[int], list[str]]]:
         out = []
         for prompt in self.text_prompts(body):
             for _ in range(body.get("n") or 1):
@@ -258,7 +270,9 @@ class StandIn:
                     "token_ids": ids if with_ids else None,
                     "prompt_logprobs": None,
                     "prompt_token_ids": prompt if with_ids else None,
-                    "routed_experts": npy(self.route(len(prompt) + len(ids) - 1)) if self.routes else None,
+                    "routed_experts": npy(self.route(len(prompt) + len(ids) - 1))
+                    if self.routes
+                    else None,
                 }
                 out.append((choice, ids, texts))
         return out
@@ -287,7 +301,9 @@ class StandIn:
                     "index": whole["index"],
                     "text": text,
                     "logprobs": logprobs
-                    and {name: values[position : position + 1] for name, values in logprobs.items()},
+                    and {
+                        name: values[position : position + 1] for name, values in logprobs.items()
+                    },
                     "finish_reason": "length" if last else None,
                     "stop_reason": None,
                     "prompt_token_ids": whole["prompt_token_ids"] if position == 0 else None,
@@ -305,7 +321,9 @@ class StandIn:
             body = json.loads(raw)
         except ValueError:
             return self.error(400, "Invalid JSON")
+        hold = None
         if "Say something." not in raw.decode():  # the gateway's probe
+            hold = self.hold
             self.bodies.append(raw)
             self.headers.append(request.headers)
         if self.status is not None:
@@ -318,16 +336,20 @@ class StandIn:
         try:
             if body.get("stream"):
                 events = self.chat_events(body) if chat else self.text_events(body)
-                return await self.stream(request, [*events, b"data: [DONE]\n\n"])
-            if self.hold is not None:
-                await self.hold.wait()
+                return await self.stream(request, [*events, b"data: [DONE]\n\n"], hold)
+            if hold is not None:
+                await hold.wait()
             answer = self.chat_answer(body) if chat else self.text_answer(body)
         except asyncio.CancelledError:
             self.left.set()
             raise
-        return web.Response(body=answer, content_type="application/json", headers={"X-Engine": "yes"})
+        return web.Response(
+            body=answer, content_type="application/json", headers={"X-Engine": "yes"}
+        )
 
-    async def stream(self, request: web.Request, events: list[bytes]) -> web.StreamResponse:
+    async def stream(
+        self, request: web.Request, events: list[bytes], hold: asyncio.Event | None
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         for position, event in enumerate(events):
@@ -335,8 +357,8 @@ class StandIn:
                 assert request.transport is not None
                 request.transport.close()
                 return response
-            if position == 1 and self.hold is not None:
-                await self.hold.wait()
+            if position == 1 and hold is not None:
+                await hold.wait()
             await response.write(event)
         return response
 
@@ -346,7 +368,12 @@ class StandIn:
 
     async def models(self, _request: web.Request) -> web.Response:
         return web.json_response(
-            {"object": "list", "data": [{"id": "tiny", "owned_by": "vllm", "root": "/nowhere", "max_model_len": 4096}]}
+            {
+                "object": "list",
+                "data": [
+                    {"id": "tiny", "owned_by": "vllm", "root": "/nowhere", "max_model_len": 4096}
+                ],
+            }
         )
 
     async def version(self, _request: web.Request) -> web.Response:
@@ -382,7 +409,9 @@ async def engine() -> AsyncIterator[StandIn]:
 class Agent:
     """Calls a gateway and looks into its store."""
 
-    def __init__(self, gateway: Gateway, http: aiohttp.ClientSession, url: str, engine: StandIn) -> None:
+    def __init__(
+        self, gateway: Gateway, http: aiohttp.ClientSession, url: str, engine: StandIn
+    ) -> None:
         self.gateway = gateway
         self.http = http
         self.url = url
@@ -421,7 +450,9 @@ class Agent:
         reader = self.gateway.reader
         assert reader is not None
         await self.flush()
-        calls = [c for t in reversed(reader.trajectories(limit=500)) for c in reader.calls(t.trajectory)]
+        calls = [
+            c for t in reversed(reader.trajectories(limit=500)) for c in reader.calls(t.trajectory)
+        ]
         return [call.outcome for call in calls if call.outcome is not None]
 
     async def flush(self) -> None:
@@ -435,7 +466,9 @@ async def connect(engine: StandIn, tmp_path: Path) -> AsyncIterator[Callable[...
     async with AsyncExitStack() as stack:
 
         async def connect(*, sink: Any = None, **settings: Any) -> Agent:
-            config = GatewayConfig(**{"upstream": engine.url, "store": tmp_path / "store"} | settings)
+            config = GatewayConfig(
+                **{"upstream": engine.url, "store": tmp_path / "store"} | settings
+            )
             app = create_app(config, sink=sink)
             runner, url = await start(app)
             stack.push_async_callback(runner.cleanup)

@@ -197,9 +197,7 @@ async def test_the_same_body_after_a_failure_is_a_retry(agent: Agent, engine: St
     assert found == [(0, 1), (1, 0)]
 
 
-async def test_steps_go_on_after_a_restart(
-    connect: Callable[..., Any], engine: StandIn
-) -> None:
+async def test_steps_go_on_after_a_restart(connect: Callable[..., Any], engine: StandIn) -> None:
     path = "/t/named/v1/chat/completions"
     first = await connect()
     await first.send(CHAT, path=path)

@@ -81,7 +81,9 @@ async def test_an_engine_that_dies_in_a_json_answer_is_a_502(
 ) -> None:
     async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+        )
         await writer.drain()
         writer.close()
 
@@ -267,13 +269,17 @@ async def test_a_stream_is_written_where_the_engine_streams_no_routes(
         assert trace.routes is not None
 
 
-@pytest.mark.parametrize("extra", [{}, {"tools": [{"type": "function", "function": {"name": "echo"}}]}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"tools": [{"type": "function", "function": {"name": "echo"}}]}]
+)
 async def test_written_chunks_have_the_engines_keys(
     connect: Connect, engine: StandIn, extra: dict[str, Any]
 ) -> None:
     engine.routes = True
     agent = await connect()
-    direct, proxied = await agent.both(STREAM | extra | {"logprobs": True, "return_token_ids": True})
+    direct, proxied = await agent.both(
+        STREAM | extra | {"logprobs": True, "return_token_ids": True}
+    )
     assert shapes(proxied) == shapes(direct)
 
 

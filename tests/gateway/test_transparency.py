@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from driftgate.trace import Trace
+
 if TYPE_CHECKING:
     from tests.gateway.conftest import Agent, StandIn
 
@@ -46,6 +48,10 @@ TEXT_EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 
+def statuses(traces: list[Trace]) -> list[str]:
+    return [trace.meta.status for trace in traces]
+
+
 @pytest.mark.parametrize("routes", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("extra", CHAT_EXTRAS.values(), ids=CHAT_EXTRAS)
 async def test_json_chat_is_the_engines(
@@ -54,7 +60,7 @@ async def test_json_chat_is_the_engines(
     engine.routes = routes
     direct, proxied = await agent.both(CHAT | extra)
     assert proxied == direct
-    assert all(t.meta.status == "complete" for t in await agent.traces())
+    assert statuses(await agent.traces()) == ["complete"] * extra.get("n", 1)
 
 
 @pytest.mark.parametrize("usage", [False, True], ids=["no usage", "usage"])
@@ -65,7 +71,7 @@ async def test_streamed_chat_is_the_engines(
     options = {"stream_options": {"include_usage": True}} if usage else {}
     direct, proxied = await agent.both(CHAT | extra | {"stream": True} | options)
     assert proxied == direct
-    assert all(t.meta.status == "complete" for t in await agent.traces())
+    assert statuses(await agent.traces()) == ["complete"] * extra.get("n", 1)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
@@ -75,9 +81,8 @@ async def test_completions_are_the_engines(
 ) -> None:
     direct, proxied = await agent.both(TEXT | extra | {"stream": stream}, path="/v1/completions")
     assert proxied == direct
-    traces = await agent.traces()
-    assert len(traces) == len(json.loads(direct)["choices"]) if not stream else traces
-    assert all(t.meta.status == "complete" for t in traces)
+    prompts = 2 if extra.get("prompt") == ["a", "bc"] else 1
+    assert statuses(await agent.traces()) == ["complete"] * extra.get("n", 1) * prompts
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
@@ -127,7 +132,9 @@ async def test_headers_pass_both_ways_without_ours(agent: Agent, engine: StandIn
     [{"top_logprobs": 2}, {"model": "other"}, {"n": 0, "model": None}],
     ids=["top_logprobs alone", "unknown model", "no model"],
 )
-async def test_what_the_engine_refuses_is_refused_by_it(agent: Agent, extra: dict[str, Any]) -> None:
+async def test_what_the_engine_refuses_is_refused_by_it(
+    agent: Agent, extra: dict[str, Any]
+) -> None:
     direct, proxied = await agent.both(CHAT | extra)
     assert proxied == direct
     assert [outcome.status for outcome in await agent.outcomes()] == ["failed"]

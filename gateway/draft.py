@@ -1,0 +1,110 @@
+"""An answer's or chunk's fields, typed, and what has come for one choice so far. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Raw
+
+from driftgate.gateway.messages import Delta
+from driftgate.gateway.texts import token_texts
+
+__all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage"]
+
+
+class _Row(msgspec.Struct):
+    token: str = ""
+    logprob: float | None = None
+    bytes: list[int] | None = None
+
+
+class _Rows(msgspec.Struct):
+    content: list[_Row] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+
+
+class Choice(msgspec.Struct):
+    index: int = 0
+    delta: Delta | None = None
+    message: Delta | None = None
+    text: str | None = None
+    logprobs: _Rows | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    routed_experts: Raw = Raw()
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Head(msgspec.Struct):
+    choices: list[Raw] = []
+    prompt_token_ids: list[int] | None = None
+    usage: Usage | None = None
+    system_fingerprint: str | None = None
+    error: Raw = Raw()
+
+
+HEAD = msgspec.json.Decoder(Head)
+CHOICE = msgspec.json.Decoder(Choice)
+
+
+@dataclass(slots=True, kw_only=True)
+class Draft:
+    """What came for one choice so far."""
+
+    index: int
+    prompt_ids: list[int] | None = None
+    ids: list[int] | None = None
+    rows: int | None = None
+    logprobs: list[float | None] = field(default_factory=list)
+    texts: list[bytes | None] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    routes: bytes | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    response: bytes | None = None
+    missing: list[str] = field(default_factory=list)
+
+    def add(self, choice: Choice) -> None:
+        if choice.prompt_token_ids is not None:
+            self.prompt_ids = choice.prompt_token_ids
+        if choice.token_ids is not None:
+            self.ids = self.ids or []
+            self.ids.extend(choice.token_ids)
+        if choice.logprobs is not None:
+            self._add_rows(choice.logprobs)
+        delta = choice.delta or choice.message
+        if delta is not None:
+            self.deltas.append(delta)
+        if choice.text is not None:
+            self.text.append(choice.text)
+        if choice.finish_reason is not None:
+            self.finish_reason = choice.finish_reason
+        if choice.stop_reason is not None:
+            self.stop_reason = choice.stop_reason
+        self.add_routes(choice.routed_experts)
+
+    def add_routes(self, raw: Raw) -> None:
+        if raw and raw != Raw(b"null"):
+            self.routes = msgspec.json.decode(raw, type=str).encode()
+
+    def _add_rows(self, rows: _Rows) -> None:
+        if rows.content is not None:
+            values = [row.logprob for row in rows.content]
+            texts = token_texts((row.token, row.bytes) for row in rows.content)
+        elif rows.tokens is not None and rows.token_logprobs is not None:
+            values = rows.token_logprobs
+            texts = token_texts((token, None) for token in rows.tokens)
+        else:
+            return
+        self.rows = (self.rows or 0) + len(values)
+        self.logprobs += values
+        self.texts += texts
