@@ -171,10 +171,19 @@ def teach(
     served_model: Annotated[
         str | None, typer.Option(help="Score only traces of this served model name.")
     ] = None,
+    weight_version: Annotated[
+        str | None, typer.Option(help="Policy version of this checkpoint, as the gateway names it.")
+    ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Precision of the weights; auto is the checkpoint's own."),
     ] = "auto",
+    train_dtype: Annotated[
+        str | None, typer.Option(help="Precision of the training job; other scores are marked.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest sequence that fits this machine.")
+    ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
     ] = "auto",
@@ -198,7 +207,10 @@ def teach(
             nproc=nproc,
             follow=follow,
             served_model=served_model,
+            weight_version=weight_version,
             dtype=dtype,
+            train_dtype=train_dtype,
+            max_tokens=max_tokens,
             device=device,
         )
     except ValueError as error:

@@ -57,6 +57,10 @@ _TABLE: dict[str, tuple[Severity, str]] = {
         "note",
         "No temperature was sent; 1 is assumed, the engine's own default may be another.",
     ),
+    "grammar_masked": (
+        "no",
+        "A grammar or forced tool choice masked the logits before the logprobs were taken.",
+    ),
     # what processed logprobs have been through that the trainer has not
     "processed_truncation": (
         "no",
@@ -72,7 +76,6 @@ _TABLE: dict[str, tuple[Severity, str]] = {
         "Processed logprobs include logit_bias, bad_words or allowed_token_ids.",
     ),
     "processed_min_tokens": ("no", "Processed logprobs while min_tokens bans the end token."),
-    "processed_structured": ("no", "Processed logprobs under a grammar or forced tool choice."),
     "beam_search": ("no", "Beam search does not sample: importance weights mean nothing."),
     "speculative_decoding": ("note", "The engine decodes speculatively; see its noise floor."),
     # whether both sides are the same policy

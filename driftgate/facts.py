@@ -57,7 +57,6 @@ def constraints(sampling: Sampling) -> dict[str, list[str]]:
         "processed_penalties": penalties,
         "processed_logit_bias": banned,
         "processed_min_tokens": [f"min_tokens={s.min_tokens}"] if s.min_tokens else [],
-        "processed_structured": [s.structured] if s.structured else [],
     }
     return {code: what for code, what in found.items() if what}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from driftgate.bands import MOE_FP8_SLACK, Colour, band
+from driftgate.codes import SEVERITY
 from driftgate.trace import Engine, Reason, Trainer
 from driftgate.views import (
     CellView,
@@ -138,7 +140,9 @@ def drift_line(event: DriftEvent) -> Text:
 
 
 def _verdict(score: ScoreView) -> str:
-    codes = ",".join(reason.code for reason in score.comparable.reasons)
+    codes = ", ".join(
+        reason.code for reason in score.comparable.reasons if SEVERITY.get(reason.code) != "note"
+    )
     return f"{score.comparable.verdict} ({codes})" if codes else score.comparable.verdict
 
 
@@ -165,20 +169,20 @@ def matrix(cells: Sequence[CellView]) -> RenderableType:
     """The cells side by side, each number with its interval and, beside it, the noise floor."""
     if not cells:
         return Text("Nothing is scored yet: start `driftgate teach --follow` beside the gateway.")
-    ordered = sorted(cells, key=lambda cell: (cell.kind != "drift", cell.model))
-    groups = [
-        ordered[start : start + CELLS_PER_TABLE]
-        for start in range(0, len(ordered), CELLS_PER_TABLE)
-    ]
-    return Group(*(_matrix_table(group) for group in groups), *_cell_reasons(ordered))
+    drift = sorted((cell for cell in cells if cell.kind == "drift"), key=lambda cell: cell.model)
+    floors = sorted((cell for cell in cells if cell.kind != "drift"), key=lambda cell: cell.model)
+    groups = [drift[at : at + CELLS_PER_TABLE] for at in range(0, len(drift), CELLS_PER_TABLE)]
+    tables = [_matrix_table(group) for group in groups]
+    if floors:
+        tables.append(_floor_table(floors))
+    return Group(*tables, *_cell_reasons(drift), *_cell_notes(drift))
 
 
 def _matrix_table(cells: Sequence[CellView]) -> Table:
     table = Table(title="rollout engine × trainer", title_justify="left", pad_edge=False)
     table.add_column("")
     for cell in cells:
-        kind = "" if cell.kind == "drift" else " (noise floor)"
-        table.add_column(_plain(cell.model + kind))
+        table.add_column(_plain(cell.model))
     table.add_row("engine", *(_side(cell.engine, cell.engine_digest) for cell in cells))
     table.add_row("trainer", *(_side(cell.trainer, cell.trainer_digest) for cell in cells))
     table.add_row("tokens / responses", *(_counts(cell) for cell in cells))
@@ -190,6 +194,24 @@ def _matrix_table(cells: Sequence[CellView]) -> Table:
         for label, name in ROUTER_ROWS:
             table.add_row(label, *(_router_measure(cell, name) for cell in cells))
     table.add_row("worst token", *(_worst_cell(cell.worst) for cell in cells))
+    return table
+
+
+def _floor_table(cells: Sequence[CellView]) -> Table:
+    """Each side against itself; what drift is read against."""
+    table = Table(title="noise floor: the same side twice", title_justify="left", pad_edge=False)
+    for name in ("model", "side", "tokens / responses", "k3", "mean |D|", "max |D|", "router"):
+        table.add_column(name)
+    for cell in cells:
+        metrics = cell.measures.metrics if cell.measures else {}
+        router = cell.router.metrics if cell.router else {}
+        table.add_row(
+            _plain(cell.model),
+            _side(cell.engine, cell.engine_digest),
+            _counts(cell),
+            *(number(metrics.get(name)) for name in AGAINST_FLOOR if "p99" not in name),
+            _percent(router.get("router_set_disagree_rate")),
+        )
     return table
 
 
@@ -248,11 +270,23 @@ def _worst_cell(worst: WorstView | None) -> Text:
 
 
 def _cell_reasons(cells: Sequence[CellView]) -> Iterator[Text]:
+    """What makes scores not comparable, or comparable only under a transform."""
     for cell in cells:
         for reason in cell.reasons:
-            line = Text("! ", "yellow").append(reason.code, "bold")
-            scores = f"{reason.scores} of {cell.scored} scores of {cell.model}"
-            yield line.append(f": {reason.meaning} ({scores})", "default")
+            if SEVERITY.get(reason.code) != "note":
+                line = Text("! ", "yellow").append(reason.code, "bold")
+                scores = f"{reason.scores} of {cell.scored} scores of {cell.model}"
+                yield line.append(_safe(f": {reason.meaning} ({scores})"), "default")
+
+
+def _cell_notes(cells: Sequence[CellView]) -> Iterator[Text]:
+    """What is worth knowing and changes no verdict, in one line."""
+    counts: Counter[str] = Counter()
+    for cell in cells:
+        counts.update({r.code: r.scores for r in cell.reasons if SEVERITY.get(r.code) == "note"})
+    if counts:
+        listed = ", ".join(f"{code} {count}" for code, count in sorted(counts.items()))
+        yield Text(f"notes (scores): {listed}", "dim")
 
 
 def _reason(reason: Reason) -> Text:

@@ -41,6 +41,9 @@ KINDS: tuple[CheckpointKind, ...] = ("dense", "moe")
 AGENT_RUNS = 6
 """Conversations per model; one more repeats the first for the noise floor."""
 
+WEIGHTS = "step-0"
+"""The policy version that both sides hold."""
+
 SCORING_TIMEOUT_S = 180.0
 POLL_S = 0.3
 
@@ -112,7 +115,7 @@ def start_gateways(stage: Stage, engines: dict[str, EngineProcess], store: Path)
         stage.start(
             f"gateway-{kind}",
             *driftgate("serve", "--upstream", engine.url, "--store", str(store)),
-            *("--port", str(port)),
+            *("--port", str(port), "--weight-version", WEIGHTS),
             log=log,
         )
         wait_for_http(f"{urls[kind]}/readyz", stage.children[f"gateway-{kind}"], log, timeout_s=60)
@@ -126,6 +129,7 @@ def start_teachers(stage: Stage, checkpoints: dict[str, Path], store: Path) -> N
             f"teacher-{kind}",
             *driftgate("teach", "--model", str(path), "--served-model", f"tiny-{kind}"),
             *("--backend", "fsdp", "--nproc", "2", "--follow", "--store", str(store)),
+            *("--weight-version", WEIGHTS),
             log=RUNS / "logs" / f"teacher-{kind}.log",
             OMP_NUM_THREADS="1",
         )

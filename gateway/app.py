@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
@@ -36,6 +37,10 @@ __all__ = ["GATEWAY", "Gateway", "create_app", "run", "serve"]
 SHUTDOWN_TIMEOUT_S = 30.0
 """Calls under way get this long to end when the gateway is stopped; then they are cut and
 marked."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long the writer thread may keep the interpreter while the event loop waits for it: Python's
+5 ms would be a call's whole delay."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -201,6 +206,7 @@ def run(config: GatewayConfig, *, started: Callable[[str], None] | None = None) 
     listens."""
     import uvloop
 
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     uvloop.run(_until_stopped(config, started))
 
 

@@ -10,7 +10,9 @@ from msgspec import Raw
 from driftgate.gateway.messages import Delta
 from driftgate.gateway.texts import token_texts
 
-__all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage"]
+__all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage", "given"]
+
+_NULL = Raw(b"null")
 
 
 class _Row(msgspec.Struct):
@@ -34,7 +36,7 @@ class Choice(msgspec.Struct):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: Raw = Raw()
     routed_experts: Raw = Raw()
 
 
@@ -45,7 +47,7 @@ class Usage(msgspec.Struct):
 
 class Head(msgspec.Struct):
     choices: list[Raw] = []
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: Raw = Raw()
     usage: Usage | None = None
     system_fingerprint: str | None = None
     error: Raw = Raw()
@@ -55,12 +57,18 @@ HEAD = msgspec.json.Decoder(Head)
 CHOICE = msgspec.json.Decoder(Choice)
 
 
+def given(raw: Raw) -> Raw | None:
+    """None for a field that is absent or null."""
+    return raw if raw and raw != _NULL else None
+
+
 @dataclass(slots=True, kw_only=True)
 class Draft:
     """What came for one choice so far."""
 
     index: int
-    prompt_ids: list[int] | None = None
+    prompt_ids: Raw | None = None
+    """Not parsed yet: thousands of ids are read by numpy, not into Python integers."""
     ids: list[int] | None = None
     rows: int | None = None
     logprobs: list[float | None] = field(default_factory=list)
@@ -74,8 +82,7 @@ class Draft:
     missing: list[str] = field(default_factory=list)
 
     def add(self, choice: Choice) -> None:
-        if choice.prompt_token_ids is not None:
-            self.prompt_ids = choice.prompt_token_ids
+        self.prompt_ids = given(choice.prompt_token_ids) or self.prompt_ids
         if choice.token_ids is not None:
             self.ids = self.ids or []
             self.ids.extend(choice.token_ids)
@@ -93,7 +100,7 @@ class Draft:
         self.add_routes(choice.routed_experts)
 
     def add_routes(self, raw: Raw) -> None:
-        if raw and raw != Raw(b"null"):
+        if given(raw) is not None:
             self.routes = msgspec.json.decode(raw, type=str).encode()
 
     def _add_rows(self, rows: _Rows) -> None:

@@ -14,18 +14,23 @@ def token_texts(rows: Iterable[tuple[str, list[int] | None]]) -> list[bytes | No
     """Each token's bytes from (token, bytes) rows; None where only a placeholder came.
 
     The bytes win over the token's text: in chat answers vLLM keeps them true when it names tokens
-    by id."""
-    return [_text(token, values) for token, values in rows]
+    by id.
+    """
+    return [
+        token.encode(errors="surrogatepass")
+        if values is None and not token.startswith(_PLACEHOLDER)
+        else _text(token, values)
+        for token, values in rows
+    ]
 
 
 def _text(token: str, values: list[int] | None) -> bytes | None:
-    if values is not None:
-        try:
-            text = bytes(values)
-        except ValueError:
-            return None
-    else:
-        text = token.encode(errors="surrogatepass")
+    if values is None:
+        return None
+    try:
+        text = bytes(values)
+    except ValueError:
+        return None
     named_only = token.startswith(_PLACEHOLDER) and text == token.encode()
     return None if named_only else text
 

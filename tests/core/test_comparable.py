@@ -229,7 +229,6 @@ CONSTRAINED = {
     "processed_penalties": Sampling(temperature=1.0, repetition_penalty=1.1),
     "processed_logit_bias": Sampling(temperature=1.0, logit_bias=True),
     "processed_min_tokens": Sampling(temperature=1.0, min_tokens=5),
-    "processed_structured": Sampling(temperature=1.0, structured="tool_choice=required"),
 }
 
 
@@ -242,6 +241,15 @@ def test_constraints_spoil_processed_logprobs_convert_raw_ones_and_need_a_mode(c
     assert (raw.verdict, codes(raw)[0]) == ("converted", "raw_logprobs_not_sampling_density")
     unknown = judge(meta("unknown", sampling), TRAINER, at_one=small())
     assert (unknown.verdict, codes(unknown)[0]) == ("no", "logprobs_mode_unknown")
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs", "unknown"])
+def test_a_grammar_spoils_logprobs_of_any_mode_and_blames_no_checkpoint(mode: str) -> None:
+    rng = np.random.default_rng(0)
+    masked = Bucket.of(np.log(rng.uniform(1e-14, 1e-10, 100)), np.log(rng.uniform(0.3, 1, 100)))
+    sampling = Sampling(temperature=0.7, structured="tool_choice=required")
+    result = judge(meta(mode, sampling), TRAINER, at_one=masked, at_requested=masked)
+    assert (result.verdict, codes(result)) == ("no", ["grammar_masked"])
 
 
 def test_neutral_settings_are_no_constraint() -> None:

@@ -1,7 +1,7 @@
 """A stand-in engine that answers as vLLM 0.29 does, over real sockets, and a gateway before it.
 
-The shapes and the nulls follow ``vllm/entrypoints/openai/{chat_completion,completion}/serving.py``; the
-end-to-end tests hold the same comparisons against the real engine.
+The shapes and the nulls follow vLLM's ``entrypoints/openai/{chat_completion,completion}/serving.py``;
+the end-to-end tests hold the same comparisons against the real engine.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class StandIn:
         """Close the connection after so many events."""
         self.hold: asyncio.Event | None = None
         """Wait for it before the second event, or before a JSON answer."""
+        self.came = asyncio.Event()
+        """A call that is not a probe has come."""
         self.left = asyncio.Event()
         """A client went away while an answer was made."""
         self.bodies: list[bytes] = []
@@ -325,6 +327,7 @@ class StandIn:
         if "Say something." not in raw.decode():  # the gateway's probe
             hold = self.hold
             self.bodies.append(raw)
+            self.came.set()
             self.headers.append(request.headers)
         if self.status is not None:
             return self.error(self.status, "the stand-in was told so")

@@ -1,4 +1,4 @@
-"""What happens to calls that do not go well, to the store that does, and to what must not be forwarded."""
+"""Calls that do not go well, storage that does not, and what must not be forwarded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sink:
         self.stats = WriterStats()
         self.full = False
         self.broken = False
-        self.held: list[tuple[Future[None], Callable[[], Sequence[Record]]]] | None = None
+        self.held: asyncio.Queue[tuple[Future[None], Callable[[], Sequence[Record]]]] | None = None
         self.records: list[Record] = []
 
     def submit(self, record: Record) -> Future[None]:
@@ -50,7 +50,7 @@ class Sink:
         if self.held is None:
             self.settle(future, make)
         else:
-            self.held.append((future, make))
+            self.held.put_nowait((future, make))
         return future
 
     def settle(self, future: Future[None], make: Callable[[], Sequence[Record]]) -> None:
@@ -129,19 +129,18 @@ async def test_a_client_that_leaves_a_json_call_is_an_outcome(
 ) -> None:
     engine.hold = asyncio.Event()
     call = asyncio.create_task(agent.send(CHAT))
-    while not engine.bodies:
-        await asyncio.sleep(0.01)
+    await engine.came.wait()
     call.cancel()
     await asyncio.wait_for(engine.left.wait(), 10)
     while not (outcomes := await agent.outcomes()):
-        await asyncio.sleep(0.01)
+        continue
     assert [outcome.status for outcome in outcomes] == ["cancelled"]
 
 
 async def poll(agent: Agent) -> list[Trace]:
     """The traces, once there are any: a client that has left cannot wait for them."""
     while not (traces := await agent.traces()):
-        await asyncio.sleep(0.01)
+        continue
     return traces
 
 
@@ -161,13 +160,12 @@ async def test_strict_withholds_the_end_until_the_trace_is_durable(
     sink = Sink()
     agent = await connect(sink=sink, durability="strict")
     await agent.send(body)  # the engine is known from here on
-    sink.held = []
+    sink.held = asyncio.Queue()
     call = asyncio.create_task(agent.send(body))
-    for held in range(2):  # the intent, then the answer
-        while len(sink.held) == held:
-            await asyncio.sleep(0.01)
+    for _ in range(2):  # the intent, then the answer
+        held = await sink.held.get()
         assert not call.done()
-        sink.settle(*sink.held[held])
+        sink.settle(*held)
     status, answer = await call
     assert status == 200
     assert answer.rstrip().endswith(b"}" if body is CHAT else b"[DONE]")
@@ -219,15 +217,12 @@ async def test_strict_and_refuse_never_show_an_answer_that_is_not_on_disk(
 ) -> None:
     sink = Sink()
     agent = await connect(sink=sink, durability="strict", on_capture_failure="refuse")
-    sink.held = []
+    sink.held = asyncio.Queue()
     call = asyncio.create_task(agent.send(body))
-    while not sink.held:
-        await asyncio.sleep(0.01)
-    sink.settle(*sink.held[0])
-    while len(sink.held) == 1:
-        await asyncio.sleep(0.01)
+    sink.settle(*await sink.held.get())
+    answer = await sink.held.get()
     sink.broken = True
-    sink.settle(*sink.held[1])
+    sink.settle(*answer)
     if cut:
         with pytest.raises(aiohttp.ClientPayloadError):
             await call
@@ -361,9 +356,11 @@ async def test_other_paths_are_not_forwarded(agent: Agent, method: str, path: st
 
 @pytest.mark.parametrize("prefix", ["", "/t/some%2Fname"])
 async def test_models_are_the_engines(agent: Agent, engine: StandIn, prefix: str) -> None:
-    async with agent.http.get(agent.url + prefix + "/v1/models") as proxied:
-        async with agent.http.get(engine.url + "/v1/models") as direct:
-            assert await proxied.read() == await direct.read()
+    answers = []
+    for base in (agent.url + prefix, engine.url):
+        async with agent.http.get(base + "/v1/models") as answer:
+            answers.append(await answer.read())
+    assert answers[0] == answers[1]
 
 
 async def test_a_body_over_the_limit_is_refused(connect: Connect) -> None:

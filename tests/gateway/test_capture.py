@@ -1,0 +1,187 @@
+"""Folding answers: what does not fit is left out and named, never padded or guessed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from driftgate.adapters.vllm import Vllm, narrow_routes, read_npy
+from driftgate.errors import UpstreamError
+from driftgate.gateway.capture import Sample, fold_answer, fold_stream
+from driftgate.gateway.openai import Plan
+from driftgate.gateway.texts import text_matches
+
+PLAN = Plan(api="chat", model="m")
+PROMPT, IDS = [1, 2, 3], [7, 8]
+
+
+def npy(array: Any) -> str:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def row(text: str, logprob: float | None = -0.5) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+
+
+def choice(**changes: Any) -> dict[str, Any]:
+    return {
+        "index": 0,
+        "message": {"role": "assistant", "content": "ab"},
+        "logprobs": {"content": [row("a"), row("b")]},
+        "finish_reason": "length",
+        "token_ids": IDS,
+    } | changes
+
+
+def fold(plan: Plan = PLAN, *, top: dict[str, Any] | None = None, **changes: Any) -> Sample:
+    body = {"choices": [choice(**changes)], "prompt_token_ids": PROMPT} | (top or {})
+    folded = fold_answer(json.dumps(body).encode(), plan, Vllm(), expect_routes=False)
+    (sample,) = folded.samples
+    return sample
+
+
+def test_a_whole_answer_misses_nothing() -> None:
+    sample = fold(top={"usage": {"prompt_tokens": 3, "completion_tokens": 2}})
+    assert sample.missing == []
+    assert sample.token_bytes == b"ab"
+    assert sample.token_offsets is not None
+    assert sample.token_offsets.tolist() == [0, 1, 2]
+    assert sample.proof.usage_completion == sample.proof.ids == sample.proof.logprob_rows == 2
+    assert sample.proof.usage_prompt == sample.proof.prompt_ids == 3
+    assert sample.proof.terminal
+    assert set(json.loads(sample.response)) == {"index", "message", "finish_reason"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"token_ids": None}, "response_ids: the engine sent none"),
+        ({"token_ids": [7, -1]}, "response_ids: -1 .. 7 are no token ids"),
+        ({"token_ids": [7, 8, 9]}, "logprobs: 2 rows came for 3 ids"),
+        ({"token_ids": "7"}, "answer: choice 0 cannot be read"),
+        ({"logprobs": None}, "logprobs: the engine sent none"),
+        ({"logprobs": {"content": [row("a"), row("b", None)]}}, "logprobs: 1 of 2 are null"),
+        ({"token_ids": [7, 2**31]}, "response_ids: 7 .. 2147483648 are no token ids"),
+        ({"top": {"prompt_token_ids": [1, 2**31]}}, "prompt_ids: 1 .. 2147483648 are no token ids"),
+        ({"top": {"prompt_token_ids": [1, 2**70]}}, "prompt_ids: "),
+        ({"top": {"prompt_token_ids": [1, -2]}}, "prompt_ids: -2 .. 1 are no token ids"),
+        ({"top": {"prompt_token_ids": [1, "2"]}}, "prompt_ids: Expected `int`"),
+        ({"top": {"prompt_token_ids": [[1], 2]}}, "prompt_ids: Expected `int`"),
+        ({"finish_reason": None}, "end: no finish_reason came"),
+        ({"top": {"usage": {"completion_tokens": 5}}}, "response_ids: usage counts 5 tokens, 2"),
+        ({"top": {"prompt_token_ids": None}}, "prompt_ids: the engine sent none"),
+        ({"routed_experts": "!"}, "routed_experts: "),
+        ({"routed_experts": npy(np.zeros((3, 2, 2), np.uint8))}, "routed_experts: 3 rows came"),
+        ({"routed_experts": npy(np.zeros((4, 2), np.uint8))}, "routed_experts: shape [4, 2]"),
+        ({"routed_experts": npy(np.zeros((4, 2, 2)))}, "routed_experts: dtype float64"),
+        ({"routed_experts": npy(np.full((4, 1, 1), -1, np.int32))}, "routed_experts: expert ids"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], missing: str) -> None:
+    sample = fold(**changes)
+    assert any(said.startswith(missing) for said in sample.missing), sample.missing
+
+
+def test_tokens_named_by_id_have_no_text() -> None:
+    named = [{"token": f"token_id:{i}", "logprob": -1.0, "bytes": None} for i in IDS]
+    sample = fold(logprobs={"content": named})
+    assert sample.token_offsets is None
+    assert sample.missing[0].startswith("token_text: ")
+    with_bytes = [{"token": f"token_id:{i}", "logprob": -1.0, "bytes": [97]} for i in IDS]
+    assert fold(logprobs={"content": with_bytes}).token_bytes == b"aa"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [("uint8", "uint8"), ("uint16", "uint16"), ("int32", "uint8")]
+)
+def test_routes_keep_their_values(dtype: str, kept: str) -> None:
+    routes = np.arange(4 * 2 * 3, dtype=dtype).reshape(4, 2, 3)
+    sample = fold(routed_experts=npy(routes))
+    assert sample.routes is not None
+    assert sample.routes.dtype == kept
+    np.testing.assert_array_equal(sample.routes, routes)
+    assert sample.proof.route_rows == len(PROMPT) + len(IDS) - 1
+
+
+def test_expert_ids_are_narrowed_to_what_holds_them() -> None:
+    assert narrow_routes(np.array([[[256]]], np.int32)).dtype == np.uint16
+    with pytest.raises(ValueError, match="65535"):
+        narrow_routes(np.array([[[65536]]], np.int32))
+
+
+def test_a_header_that_promises_more_than_came_allocates_nothing() -> None:
+    file = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 8, 8)}
+    np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match="bytes, 0 came"):
+        read_npy(file.getvalue())
+
+
+def test_a_pickle_is_refused() -> None:
+    file = io.BytesIO()
+    np.save(file, np.array([{}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="dtype object"):
+        read_npy(file.getvalue())
+
+
+def test_what_is_no_answer_is_an_error() -> None:
+    with pytest.raises(UpstreamError):
+        fold_answer(b"[]", PLAN, Vllm(), expect_routes=False)
+
+
+def events(*chunks: dict[str, Any], done: bool = True) -> list[bytes]:
+    out = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks]
+    return [*out, b"data: [DONE]\n\n"] if done else out
+
+
+def delta(text: str, token: int, **changes: Any) -> dict[str, Any]:
+    piece = {"index": 0, "delta": {"content": text}, "logprobs": {"content": [row(text)]}}
+    return {"choices": [piece | {"token_ids": [token], "finish_reason": None} | changes]}
+
+
+def test_a_stream_folds_as_its_json_answer() -> None:
+    head = {"choices": [{"index": 0, "delta": {"role": "assistant"}}], "prompt_token_ids": PROMPT}
+    stream = events(head, delta("a", 7), delta("b", 8, finish_reason="length"))
+    (streamed,) = fold_stream(stream, PLAN, Vllm(), expect_routes=False).samples
+    whole = fold()
+    for name in ("prompt_ids", "response_ids", "logprobs", "token_offsets"):
+        np.testing.assert_array_equal(getattr(streamed, name), getattr(whole, name))
+    assert streamed.token_bytes == whole.token_bytes
+    assert streamed.proof == whole.proof
+    assert streamed.missing == []
+
+
+@pytest.mark.parametrize(
+    ("stream", "missing"),
+    [
+        (events(delta("a", 7), done=False), "end: the stream ended without data: [DONE]"),
+        (events(delta("a", 7)), "end: no finish_reason came"),
+        (events(delta("a", 7), {"error": {"message": "boom"}}), "end: the engine ended the stream"),
+        (events(delta("a", 7), {"choices": 3}), "events: 1 cannot be read"),
+    ],
+)
+def test_streams_that_do_not_end_well(stream: list[bytes], missing: str) -> None:
+    (sample,) = fold_stream(stream, PLAN, Vllm(), expect_routes=False).samples
+    assert any(said.startswith(missing) for said in sample.missing), sample.missing
+
+
+@pytest.mark.parametrize(
+    ("texts", "sent", "stopped", "matches"),
+    [
+        ([b"a", b"b"], b"ab", False, True),
+        ([b"a", b"<eos>"], b"a", True, True),
+        ([b"a", b"bSTOP"], b"ab", True, True),
+        ([b"a", b"<special>", b"b"], b"ab", False, None),
+        ([b"a", b"b"], b"ax", False, False),
+        ([b"a"], b"ab", False, False),
+    ],
+)
+def test_text_matches(texts: list[bytes], sent: bytes, stopped: bool, matches: bool | None) -> None:
+    assert text_matches(texts, sent, stopped=stopped) is matches

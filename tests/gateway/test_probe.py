@@ -1,0 +1,94 @@
+"""The probe says what an engine gives, and how to switch on what is missing."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from driftgate.errors import UpstreamError
+from driftgate.gateway.probe import logprobs_mode, probe
+from driftgate.trace import LogprobsMode
+
+if TYPE_CHECKING:
+    from tests.gateway.conftest import StandIn
+
+
+async def test_a_dense_engine(engine: StandIn) -> None:
+    report = await probe(engine.url)
+    assert (report.engine, report.version, report.model) == ("vllm", "0.29.0", "tiny")
+    assert report.system_fingerprint == engine.fingerprint
+    assert report.models[0].max_model_len == 4096
+    assert report.captures
+    assert report.logprobs_mode == "raw_logprobs"
+    assert not report.routes
+    (note,) = report.notes
+    assert "--enable-return-routed-experts" in note
+
+
+async def test_a_moe_engine_with_and_without_the_plugin(engine: StandIn) -> None:
+    engine.routes = True
+    bare = await probe(engine.url)
+    assert (bare.routes, bare.streaming_routes) == (True, False)
+    assert "plugin" in bare.notes[0]
+    engine.plugin = True
+    assert (await probe(engine.url)).notes == []
+
+
+async def test_processed_logprobs_are_seen(engine: StandIn) -> None:
+    engine.logprobs_scale = lambda temperature: 1 / temperature
+    assert (await probe(engine.url)).logprobs_mode == "processed_logprobs"
+
+
+async def test_an_unknown_model_and_no_engine(engine: StandIn) -> None:
+    with pytest.raises(UpstreamError, match="not 'other'"):
+        await probe(engine.url, model="other")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(UpstreamError, match="no engine answers at"):
+            await probe(f"http://127.0.0.1:{unused.getsockname()[1]}")
+
+
+def softmax_logs(logits: dict[str, float], temperature: float) -> dict[str, float]:
+    scaled = {token: value / temperature for token, value in logits.items()}
+    total = math.log(sum(math.exp(value) for value in scaled.values()))
+    return {token: value - total for token, value in scaled.items()}
+
+
+LOGITS = {"a": 3.0, "b": 2.0, "c": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("warm", "cold", "mode"),
+    [
+        (softmax_logs(LOGITS, 1), softmax_logs(LOGITS, 1), "raw_logprobs"),
+        (softmax_logs(LOGITS, 1), softmax_logs(LOGITS, 0.25), "processed_logprobs"),
+        (LOGITS, LOGITS, "raw_logits"),
+        (LOGITS, {token: 4 * value for token, value in LOGITS.items()}, "processed_logits"),
+        ({"a": -0.7, "b": -0.7}, {"a": -0.7, "b": -0.7}, "unknown"),
+        ({"a": -0.1}, {"a": -0.1}, "unknown"),
+        ({}, {}, "unknown"),
+    ],
+)
+def test_logprobs_mode(warm: dict[str, float], cold: dict[str, float], mode: LogprobsMode) -> None:
+    assert logprobs_mode(warm, cold) == mode
+
+
+async def test_a_new_engine_behind_the_same_address_is_probed_again(
+    connect: Callable[..., Any], engine: StandIn
+) -> None:
+    agent = await connect()
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    await agent.send(chat)
+    engine.fingerprint = "vllm-0.30.0-other"
+    await agent.send(chat)
+    first, second = [trace.meta.engine for trace in await agent.traces()]
+    assert (first.name, first.version, first.logprobs_mode) == ("vllm", "0.29.0", "raw_logprobs")
+    assert first.system_fingerprint == "vllm-0.29.0-standin"
+    assert second.system_fingerprint == "vllm-0.30.0-other"
+    assert first.digest != second.digest
+    while agent.gateway.upstream.report.system_fingerprint != "vllm-0.30.0-other":
+        await agent.send(chat)
