@@ -69,7 +69,8 @@ class Vllm:
             "routes": "for a MoE model start vLLM with --enable-return-routed-experts (a dense "
             "model has no routes)",
             "streaming_routes": "install driftgate in the engine's environment, so that vLLM "
-            "loads its plugin (entry point vllm.general_plugins), or set streaming_routes to synthesise",
+            "loads its plugin (entry point vllm.general_plugins), or set streaming_routes to "
+            "synthesise",
         }[what]
 
 

@@ -1,9 +1,10 @@
 """A plugin for vLLM's own process: routed experts for streaming clients, and on CPU.
 
-vLLM 0.29 returns ``routed_experts`` in JSON answers and leaves them out of streams, and its CPU
-experts do not offer their choices for capture. This plugin mends both, inside the engine, without
-touching a number: streams end with one more chunk that carries the routes, and the CPU experts
-report the ids they select. vLLM loads it by itself from the entry point group
+vLLM 0.29 returns ``routed_experts`` in JSON answers and leaves them out of streams, forgets them
+where it joins two outputs of a stream that is read too slowly, and its CPU experts do not offer
+their choices for capture. This plugin mends all three, inside the engine, without touching a
+number: streams end with one more chunk that carries the routes, joined outputs keep theirs, and the
+CPU experts report the ids they select. vLLM loads it by itself from the entry point group
 ``vllm.general_plugins`` where driftgate is installed beside vLLM, in every process, possibly
 twice: ``register`` may be called again.
 
@@ -45,6 +46,7 @@ def register() -> None:
         "completion_stream_generator",
         functools.partial(_with_routes, object_name="text_completion"),
     )
+    _patch("vllm.outputs", "RequestOutput", "add", _add_with_routes)
     _report_cpu_routes()
 
 
@@ -129,6 +131,24 @@ def routes_event(head: dict[str, Any], routes: dict[int, Any], object_name: str)
         "driftgate": "routed_experts",
     }
     return f"data: {msgspec.json.encode(chunk).decode()}\n\n"
+
+
+def _add_with_routes(original: Any) -> Any:
+    """Wrap ``RequestOutput.add``, which joins two outputs of a stream that is read too slowly.
+
+    vLLM 0.29 copies the newer output's text, ids and logprobs and forgets its routes, which only
+    the last output has: on a busy engine streams lose them.
+    """
+
+    @functools.wraps(original)
+    def add(self: Any, next_output: Any, aggregate: bool) -> None:
+        original(self, next_output, aggregate)
+        newer = {choice.index: choice.routed_experts for choice in next_output.outputs}
+        for choice in self.outputs:
+            if newer.get(choice.index) is not None:
+                choice.routed_experts = newer[choice.index]
+
+    return add
 
 
 def _report_cpu_routes() -> None:

@@ -39,6 +39,9 @@ Headers are held until then, so that an engine's early error keeps its status.""
 
 CLIENT_LEFT = "the client left before the end of the answer"
 
+ERROR_EVENT = b'data: {"error"'
+"""How vLLM reports a failure inside a stream; a clean ``[DONE]`` follows."""
+
 SAID_CHARS = 300
 """Of an engine's error, in an outcome."""
 
@@ -215,6 +218,9 @@ class Exchange:
 
     def _keep(self, event: bytes) -> None:
         """Keep the event for the fold, up to the limit; then only count."""
+        if event.startswith(ERROR_EVENT):
+            self._sessions.failed(self._asked.call)
+            self.outcome = "engine_error"
         self._kept_bytes += len(event)
         if self._kept_bytes <= self._asked.max_answer_bytes:
             self._events.append(event)

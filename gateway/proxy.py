@@ -15,7 +15,7 @@ import aiohttp
 from aiohttp import web
 
 from driftgate.adapters.base import EngineAdapter
-from driftgate.errors import RequestError, StorageError, UpstreamError
+from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
 from driftgate.gateway import http, openai
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import read_conversation
@@ -85,6 +85,8 @@ class Proxy:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """``GET /v1/models`` and ``/v1/models/{model}``."""
+        if ".." in request.match_info.get("model", "").split("/"):
+            raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
         headers = http.request_headers(request.headers, self._config.upstream_key)
         try:

@@ -86,3 +86,21 @@ async def test_a_stream_without_routes_is_left_as_it_is(asked: bool) -> None:
 
 async def test_a_client_that_did_not_ask_gets_no_extra_chunk() -> None:
     assert await streamed(output(0, np.zeros((1, 1, 1), np.uint8)), asked=False) == EVENTS
+
+
+def test_joined_outputs_keep_the_routes_of_the_later_one() -> None:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    def part(ids: list[int], routes: Any) -> RequestOutput:
+        choice = CompletionOutput(
+            index=0, text="x", token_ids=ids, cumulative_logprob=None, logprobs=None,
+            routed_experts=routes,
+        )  # fmt: skip
+        return RequestOutput("r", None, [1], None, [choice], finished=routes is not None)
+
+    routes = np.ones((2, 1, 2), np.uint8)
+    vllm_plugin._patch("vllm.outputs", "RequestOutput", "add", vllm_plugin._add_with_routes)
+    joined = part([1], None)
+    joined.add(part([2], routes), aggregate=True)
+    assert joined.outputs[0].token_ids == [1, 2]
+    assert joined.outputs[0].routed_experts is routes

@@ -1,7 +1,7 @@
 """A stand-in engine that answers as vLLM 0.29 does, over real sockets, and a gateway before it.
 
-The shapes and the nulls follow vLLM's ``entrypoints/openai/{chat_completion,completion}/serving.py``;
-the end-to-end tests hold the same comparisons against the real engine.
+Shapes and nulls follow vLLM's ``entrypoints/openai/{chat_completion,completion}/serving.py``; the
+end-to-end tests hold the same comparisons against the real engine.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class StandIn:
         self.status: int | None = None
         self.cut_after: int | None = None
         """Close the connection after so many events."""
+        self.error_after: int | None = None
+        """Put an error event in place of the rest of a stream, as vLLM does."""
         self.hold: asyncio.Event | None = None
         """Wait for it before the second event, or before a JSON answer."""
         self.came = asyncio.Event()
@@ -258,7 +260,7 @@ class StandIn:
     def text_choices(
         self, body: dict[str, Any]
     ) -> list[tuple[dict[str, Any], list[int], list[str]]]:
-        out = []
+        out: list[tuple[dict[str, Any], list[int], list[str]]] = []
         for prompt in self.text_prompts(body):
             for _ in range(body.get("n") or 1):
                 ids, texts, values = self.sample(body, len(out))
@@ -339,6 +341,8 @@ class StandIn:
         try:
             if body.get("stream"):
                 events = self.chat_events(body) if chat else self.text_events(body)
+                if self.error_after is not None:
+                    events[self.error_after :] = [b'data: {"error": {"message": "boom"}}\n\n']
                 return await self.stream(request, [*events, b"data: [DONE]\n\n"], hold)
             if hold is not None:
                 await hold.wait()
@@ -469,9 +473,8 @@ async def connect(engine: StandIn, tmp_path: Path) -> AsyncIterator[Callable[...
     async with AsyncExitStack() as stack:
 
         async def connect(*, sink: Any = None, **settings: Any) -> Agent:
-            config = GatewayConfig(
-                **{"upstream": engine.url, "store": tmp_path / "store"} | settings
-            )
+            known: dict[str, Any] = {"upstream": engine.url, "store": tmp_path / "store"}
+            config = GatewayConfig(**(known | settings))
             app = create_app(config, sink=sink)
             runner, url = await start(app)
             stack.push_async_callback(runner.cleanup)

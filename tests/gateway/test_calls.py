@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from driftgate.errors import StorageError
 from driftgate.gateway import exchange
@@ -74,6 +75,26 @@ async def test_a_cut_stream_reaches_the_agent_cut(agent: Agent, engine: StandIn)
     assert trace.meta.proof.terminal is False
     assert trace.response_ids is not None
     assert trace.response_ids.tolist() == engine.sample(STREAM, 0)[0][:2]
+    assert [outcome.status for outcome in await agent.outcomes()] == ["failed"]
+
+
+@pytest.mark.parametrize("after", [0, 3])
+async def test_an_error_inside_a_stream_is_passed_and_its_call_can_be_retried(
+    agent: Agent, engine: StandIn, after: int
+) -> None:
+    engine.error_after = after
+    direct, proxied = await agent.both(STREAM)
+    assert proxied == direct
+    engine.error_after = None
+    await agent.send(STREAM)
+    *partial, whole = await agent.traces()
+    assert [t.meta.status for t in partial] == ["partial"] * (after > 0)
+    assert all("boom" in t.meta.missing[0] for t in partial)
+    assert (whole.meta.status, whole.meta.step, whole.meta.retry) == ("complete", 0, 1)
+    assert [outcome.status for outcome in await agent.outcomes()] == ["failed"]
+    reader = agent.gateway.reader
+    assert reader is not None
+    assert [row.complete for row in reader.trajectories()] == [True]
 
 
 async def test_an_engine_that_dies_in_a_json_answer_is_a_502(
@@ -122,6 +143,7 @@ async def test_a_client_that_leaves_ends_the_engines_work(agent: Agent, engine: 
     assert trace.meta.delivery == "uncertain"
     assert trace.meta.missing[0] == "end: the client left before the end of the answer"
     assert trace.prompt_ids is not None
+    assert [outcome.status for outcome in await agent.outcomes()] == ["cancelled"]
 
 
 async def test_a_client_that_leaves_a_json_call_is_an_outcome(
@@ -352,6 +374,12 @@ async def test_other_paths_are_not_forwarded(agent: Agent, method: str, path: st
     async with agent.http.request(method, agent.url + path) as answer:
         assert answer.status in (404, 405)
         assert "POST /v1/chat/completions" in (await answer.json())["error"]["message"]
+
+
+async def test_a_models_name_is_no_path(agent: Agent) -> None:
+    path = "/v1/models/..%2F..%2Fupdate_weights"
+    async with agent.http.get(URL(agent.url + path, encoded=True)) as answer:
+        assert answer.status == 404
 
 
 @pytest.mark.parametrize("prefix", ["", "/t/some%2Fname"])
