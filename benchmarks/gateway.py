@@ -59,7 +59,7 @@ class Way:
         self.window_s[connections] = self.window_s.get(connections, 0.0) + rate.window_s
         self.latencies_s.setdefault(connections, []).extend(rate.latencies_s)
         if self.gateway is not None:
-            self.gateway.owed += rate.answered
+            self.gateway.answered += rate.answered
             took_s = self.gateway.drain() - rate.started
             self.durable_s[connections] = self.durable_s.get(connections, 0.0) + took_s
 
@@ -115,7 +115,7 @@ def check(way: Way, episode: Episode, *, stream: bool) -> None:
         content = msgspec.json.decode(data)["choices"][0]["message"]["content"]
     assert content == episode.contents[0], f"{way.name} changed the answer"
     if way.gateway is not None:
-        way.gateway.owed += 1
+        way.gateway.answered += 1
 
 
 def measure(workload: Workload, cores: Cores, log: Callable[[str], None]) -> list[Way]:
@@ -155,7 +155,7 @@ def measure_delays(cores: Cores, log: Callable[[str], None]) -> list[tuple[str, 
             log(f"{way.name}: {len(seen)} events")
             delays.append((way.name, seen))
             if way.gateway is not None:
-                way.gateway.owed += STREAMS
+                way.gateway.answered += STREAMS
                 way.gateway.drain()
     return delays
 
@@ -203,6 +203,8 @@ def run(log: Callable[[str], None]) -> Section:
     measured = [(workload, measure(workload, cores, log)) for workload in WORKLOADS]
     delays = measure_delays(cores, log)
     first = {way.name: way for way in measured[0][1]}
+    gateways = [way.gateway for _, ways in measured for way in ways if way.gateway is not None]
+    lost, answered = sum(g.lost for g in gateways), sum(g.answered for g in gateways)
     ratio = first[OURS].rate(32) / first[REFERENCE].rate(32)
     return Section(
         name="gateway",
@@ -211,11 +213,14 @@ def run(log: Callable[[str], None]) -> Section:
         tables=[*(rate_table(*pair) for pair in measured), delay_table(delays)],
         goals=[
             Goal(
+                "answers without a trace, over all runs", "0", f"{lost} of {answered:,}", lost == 0
+            ),
+            Goal(
                 "driftgate with capture against aiohttp forwarding bytes, JSON at 32 connections",
                 "at least 0.5",
                 f"{ratio:.2f}",
                 ratio >= 0.5,
-            )
+            ),
         ],
         notes=[
             f"Cores of each proxy: {sorted(cores.proxy)}; "
@@ -229,5 +234,6 @@ A closed loop of keep-alive connections; each plays agents whose history grows o
 10k prompt tokens, 500 out, bodies of 26 to 50 kB), and no two trajectories are alike. Every proxy
 is one process on one core (driftgate with its writer thread, capture on, group commit); the
 stand-in for the engine and the load generator share the rest, so the first row is the ceiling.
-*Until all is durable* counts the time until the last trace of each run was synced and indexed; a
-run with a lost trace fails. *p99* is of the whole call."""
+*Until all is durable* counts the time until the last trace of each run was synced and indexed;
+every answer must have a trace by then, and every trace all of its parts. *p99* is of the whole
+call."""

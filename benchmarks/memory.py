@@ -17,6 +17,8 @@ __all__ = ["run"]
 CALLS = (0, 1_000, 2_000, 5_000, 10_000)
 FIRST, LAST = 1_000, 10_000
 GOAL = 1.20
+ROUND = 200
+"""Calls between two looks at the store: this is about what stays, not about a full queue."""
 CONNECTIONS = 16
 SHAPES = ((SMALL, "small answers (20 tokens)"), (TYPICAL, "agent-typical answers (8k/500)"))
 
@@ -31,11 +33,13 @@ def measure(shape: Shape, cores: Cores, log: Callable[[str], None]) -> dict[int,
         upstream = start_standin(stage, shape, cores)
         gateway = start_gateway(stage, upstream, cores)
         for calls in CALLS:
-            if calls > made:
+            while made < calls:
                 with pinned(cores.rest):
-                    call(agents, gateway.url, CONNECTIONS, calls=calls - made)
-                gateway.owed = made = calls
+                    call(agents, gateway.url, CONNECTIONS, calls=min(ROUND, calls - made))
+                gateway.answered = made = min(made + ROUND, calls)
                 gateway.drain()
+            if gateway.lost:
+                raise RuntimeError(f"{gateway.lost} of {calls} answers have no trace")
             resident[calls] = resident_bytes(stage.pid("driftgate"))
             log(f"{shape.name}: {resident[calls] / 1e6:.0f} MB after {calls} calls")
     return resident
@@ -66,4 +70,5 @@ def run(log: Callable[[str], None]) -> Section:
 
 HOW = f"""\
 One `driftgate serve` process with capture on, {CONNECTIONS} connections; agents of several steps
-each, no two alike. Read from /proc when every trace is on disk and indexed."""
+each, no two alike. The load rests whenever {ROUND} calls are on their way to the store, and memory
+is read from /proc when every trace is on disk and indexed."""

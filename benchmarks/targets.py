@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 from benchmarks.payloads import Shape
 from benchmarks.stage import Cores, Stage
@@ -17,8 +19,10 @@ __all__ = ["Gateway", "start_forward", "start_gateway", "start_nginx", "start_st
 
 DRAIN_TIMEOUT_S = 120.0
 POLL_S = 0.02
-QUIET_POLLS = 1500
-"""Half a minute without a new trace, while some are missing: they are lost."""
+IDLE_POLLS = 25
+"""Half a second with an empty queue and traces still missing: they are lost."""
+
+QUEUED = re.compile(rb"^driftgate_store_queued_records (\S+)$", re.MULTILINE)
 
 NGINX = """\
 daemon off;
@@ -113,29 +117,45 @@ def start_nginx(stage: Stage, upstream: str, cores: Cores, *, buffering: bool) -
 
 @dataclass(slots=True)
 class Gateway:
-    """A running driftgate with capture on, and how many traces it owes."""
+    """A running driftgate with capture on: what it answered and what it stored."""
 
     url: str
     store: Path
-    owed: int = 0
+    answered: int = 0
+    """Whole answers that came back through it; whoever sends a call adds it."""
+    lost: int = 0
+    """Answers that never got a trace; as of the last ``drain``."""
 
     def drain(self) -> float:
-        """Wait until every owed trace is durable and indexed; returns ``time.monotonic()`` of that.
+        """Wait until nothing is queued; ``time.monotonic()`` of when the last trace was indexed.
 
-        Raises ``RuntimeError`` when some never come: a benchmark of a gateway that loses
-        records is none.
+        Raises ``RuntimeError`` where it takes too long, or where a trace misses something.
         """
         reader, deadline = Reader(self.store), time.monotonic() + DRAIN_TIMEOUT_S
-        seen, quiet = -1, 0
-        while (count := reader.counts().traces) < self.owed:
-            quiet = quiet + 1 if count == seen else 0
-            seen = count
-            if time.monotonic() > deadline or quiet > QUIET_POLLS:
-                raise RuntimeError(f"{self.owed - count} of {self.owed} answers have no trace")
+        idle, now = 0, time.monotonic()
+        while (traces := reader.counts().traces) < self.answered - self.lost:
+            idle = idle + 1 if self._queued() == 0 else 0
+            if idle == IDLE_POLLS:
+                self.lost = self.answered - traces
+                break
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.answered - traces} answers still wait for storage")
             time.sleep(POLL_S)
-        if count > self.owed:
-            raise RuntimeError(f"{count} traces for {self.owed} answers")
-        return time.monotonic()
+            now = time.monotonic() if not idle else now
+        counts = reader.counts()
+        reader.close()
+        if counts.traces > self.answered - self.lost:
+            raise RuntimeError(f"{counts.traces} traces for {self.answered} answers")
+        if not self.lost and counts.complete != counts.trajectories:
+            raise RuntimeError(f"{counts.trajectories - counts.complete} trajectories have gaps")
+        return now
+
+    def _queued(self) -> int:
+        """Records that wait for storage, from ``/metrics``."""
+        with urlopen(f"{self.url}/metrics", timeout=DRAIN_TIMEOUT_S) as answer:
+            found = QUEUED.search(answer.read())
+        assert found is not None
+        return int(float(found.group(1)))
 
 
 def start_gateway(stage: Stage, upstream: str, cores: Cores) -> Gateway:

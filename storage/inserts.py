@@ -245,7 +245,8 @@ def _touch_trajectory(
 def _settle(connection: sqlite3.Connection, call_id: str) -> None:
     """Recompute which calls of this call's step are gaps; one repeated well is none."""
     connection.execute(
-        "UPDATE calls SET gap = NOT whole AND NOT (status IN ('failed', 'cancelled') AND EXISTS ("
+        "UPDATE calls SET gap = NOT whole AND NOT ("
+        "coalesce(status, '') IN ('failed', 'cancelled') AND EXISTS ("
         "  SELECT 1 FROM calls other WHERE other.trajectory = calls.trajectory "
         "  AND other.step = calls.step AND other.whole)) "
         "WHERE (trajectory, step) = (SELECT trajectory, step FROM calls WHERE call_id = ?)",

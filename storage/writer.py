@@ -2,7 +2,7 @@
 
 ``submit`` never blocks and does no work on the caller's thread. A batch is all that is queued; its
 futures are resolved when it is synced and indexed. A batch that cannot be written is taken back as
-a whole and its futures fail; the next batch starts afresh.
+a whole and its submissions are tried one by one, so that a bad one fails alone.
 """
 
 from __future__ import annotations
@@ -212,19 +212,24 @@ class Writer:
             except Exception as error:  # the caller's code, at the edge of one item
                 errors[i] = error
                 groups.append(())
+        return [mine or its for mine, its in zip(errors, self._commit(groups), strict=True)]
+
+    def _commit(self, groups: Sequence[Sequence[Record]]) -> Sequence[Exception | None]:
+        """Write groups together; where that fails, each alone: one must not take others along."""
         try:
             result = self._appender.commit(groups)
-        except (
-            Exception
-        ) as error:  # the edge of one batch: OSError, sqlite3.Error or our own mistake
-            failure = StorageError(f"{len(items)} submissions could not be written: {error}")
+        except Exception as error:  # the edge of one batch: OSError, sqlite3.Error or our own bug
+            if len(groups) > 1:
+                log.warning("%d submissions together: %s; writing each alone", len(groups), error)
+                return [failed for group in groups for failed in self._commit([group])]
+            failure = StorageError(f"could not be written: {error}")
             failure.__cause__ = error
             with self._wake:
                 self._stats.write_errors += 1
-            log.error("%s", failure)
-            return [failure if old is None else old for old in errors]
+            log.error("a submission %s", failure)
+            return [failure]
         self._count(result)
-        return [mine or its for mine, its in zip(errors, result.errors, strict=True)]
+        return result.errors
 
     def _count(self, result: Result) -> None:
         with self._wake:

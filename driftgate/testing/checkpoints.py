@@ -39,7 +39,7 @@ __all__ = ["CheckpointKind", "make_checkpoint"]
 CheckpointKind = Literal["dense", "moe"]
 CheckpointDtype = Literal["bfloat16", "float32"]
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """Raise it when anything below changes what is written: cached checkpoints are then made again."""
 
 RECIPE_FILE = "driftgate-recipe.json"
@@ -60,6 +60,9 @@ SPLIT_PATTERN = (
 BIAS_CHANNEL = 0
 NON_WORD_WEIGHT = -240.0
 """Head weight on the constant channel, which is 0.04 to 0.1 after the last norm: -10 to -24."""
+BLANK_WEIGHT = -900.0
+"""As above, for tokens that are only blanks: -36 to -90. A grammar allows them between any two
+tokens of JSON and little else, so that a random model would fill its whole answer with them."""
 END_WEIGHT: dict[CheckpointKind, float] = {"dense": 90.0, "moe": 53.0}
 """Lifts ``<|im_end|>`` to two per cent a token, tried: half of all answers end within 64 tokens."""
 
@@ -161,7 +164,7 @@ def _write(path: Path, kind: CheckpointKind, *, seed: int, dtype: CheckpointDtyp
     config = _config(kind, eos_token_id=end, pad_token_id=pad)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _fill(model, kind, seed=seed, words=_words(tokenizer), end=end)
+    _fill(model, kind, seed=seed, words=_words(tokenizer), blanks=_blanks(tokenizer), end=end)
     model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
     # Weights are cast one by one: model.to(dtype) would also cast the rotary buffer (TRAINERS.md).
     for parameter in model.parameters():
@@ -208,7 +211,13 @@ def _config(kind: CheckpointKind, *, eos_token_id: int, pad_token_id: int) -> An
 
 
 def _fill(
-    model: torch.nn.Module, kind: CheckpointKind, *, seed: int, words: list[int], end: int
+    model: torch.nn.Module,
+    kind: CheckpointKind,
+    *,
+    seed: int,
+    words: list[int],
+    blanks: list[int],
+    end: int,
 ) -> None:
     """Draw every weight from one generator, in the order of names: the library's own initialiser
     may change between versions."""
@@ -227,6 +236,7 @@ def _fill(
         elif name == "lm_head.weight":
             parameter.data[:, BIAS_CHANNEL] = NON_WORD_WEIGHT
             parameter.data[words, BIAS_CHANNEL] = 0.0
+            parameter.data[blanks, BIAS_CHANNEL] = BLANK_WEIGHT
             parameter.data[end] *= 0.25  # moved less by what was said: few answers are empty
             parameter.data[end, BIAS_CHANNEL] = END_WEIGHT[kind]
 
@@ -237,6 +247,11 @@ def _words(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     whole = [index for index, text in texts.items() if re.fullmatch(r" [A-Za-z]+", text)]
     again = tokenizer([texts[index] for index in whole], add_special_tokens=False)["input_ids"]
     return [index for index, ids in zip(whole, again, strict=True) if ids == [index]]
+
+
+def _blanks(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of the tokens that are blanks and nothing else."""
+    return [index for index in range(len(tokenizer)) if tokenizer.decode([index]).isspace()]
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -108,6 +108,19 @@ def test_a_failed_call_is_a_gap_unless_it_is_repeated(
     assert row.missing == (status == "capture_failed")
 
 
+def test_a_partial_answer_that_is_asked_for_again_stays_a_gap(
+    writer: Writer, reader: Reader
+) -> None:
+    partial = make_trace(missing=["end: cut"], status="partial", call_id="a", trace_id="a.0")
+    again = make_trace(call_id="b", trace_id="b.0", retry=1)
+    for trace in (partial, again):
+        writer.submit(make_intent(trace))
+        writer.submit(trace)
+    writer.flush()
+    assert not reader.trajectory("t1").complete
+    assert reader.trajectory("t1").gaps == ["step 0 choice 0: end: cut"]
+
+
 def test_pages_are_newest_first(writer: Writer, reader: Reader) -> None:
     for i in range(5):
         put(writer, make_trace(trajectory=f"t{i}", step=i))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import math
 import os
 import resource
 import signal
@@ -237,6 +238,14 @@ def test_a_full_disk_fails_the_batch_and_the_next_one_is_written(tmp_path: Path)
     reader = Reader(tmp_path)
     for trace in (first, second, third):
         assert_same_trace(reader.trace(trace.meta.trace_id), trace)
+
+
+def test_a_record_that_the_index_refuses_fails_alone(writer: Writer, reader: Reader) -> None:
+    bad = Reward(trajectory="t1", value=math.nan, given_ns=1)
+    futures = [writer.submit(record) for record in (make_trace(), bad, make_trace(step=1))]
+    writer.flush(WAIT_S)
+    assert [future.exception() is None for future in futures] == [True, False, True]
+    assert reader.counts().traces == 2
 
 
 @pytest.mark.parametrize("operation", ["append", "sync", "truncate"])
