@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,4 +112,6 @@ def finish(
         console.print(f"  driftgate cells --store {store}")
     console.print(f"  {path}")
     if svg is not None:
-        console.save_svg(str(svg), title="make demo")
+        picture = console.export_svg(title="make demo")
+        # Rich links fonts from the network; the picture is right with any monospaced one.
+        svg.write_text(re.sub(r"@font-face\s*\{[^}]*\}", "", picture))

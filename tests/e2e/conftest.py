@@ -1,9 +1,20 @@
-"""Two real engines on CPU, started once a session: a dense model in fp32, a MoE in bf16."""
+"""Real engines on CPU, started once a session, and what agents did on them: captured, then scored.
+
+The engines start side by side, because most of their 30 s is spent in imports. Stores are shared
+between tests: a test that changes one copies it first.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import pytest
 
@@ -15,6 +26,27 @@ from driftgate.testing.engine import (
     stop,
     wait_for_http,
 )
+from driftgate.trace import Trainer
+from tests.e2e.rollouts import roll_out
+from tests.e2e.support import WEIGHT_VERSION, reference, teach
+
+DTYPES = {"dense": "float32", "moe": "bfloat16"}
+"""What each checkpoint is stored in and each engine computes in."""
+
+FLAGS: dict[str, tuple[str, ...]] = {
+    # vLLM's own choice for a float32 checkpoint is bfloat16.
+    "dense": ("--dtype", "float32"),
+    "moe": (),
+    "processed": ("--dtype", "float32", "--logprobs-mode", "processed_logprobs"),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The machine is shared, and one thread makes runs equal to the last bit."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +59,96 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def engines(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+def launched(
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, EngineProcess]]:
-    """Both engines start side by side: most of their 30 s is spent in imports."""
+    """Every engine that some test of this session asks for, perhaps not ready yet."""
     logs = tmp_path_factory.mktemp("engines")
-    running = {
-        kind: launch_vllm(path, name=kind, log=logs / f"{kind}.log", routes=kind == "moe")
-        for kind, path in checkpoints.items()
-    }
+    asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    running: dict[str, EngineProcess] = {}
     try:
-        for engine in running.values():
-            wait_for_http(
-                f"{engine.url}/health", engine.process, engine.log, timeout_s=START_TIMEOUT_S
+        for name in ("dense", "moe", *(["processed"] if "processed_engine" in asked else [])):
+            model = "moe" if name == "moe" else "dense"
+            running[name] = launch_vllm(
+                checkpoints[model],
+                name=model,
+                log=logs / f"{name}.log",
+                routes=name == "moe",
+                extra=FLAGS[name],
             )
         yield running
     finally:
         for engine in running.values():
             stop(engine.process)
+
+
+def ready(engine: EngineProcess) -> EngineProcess:
+    """The engine, once it answers."""
+    url = f"{engine.url}/health"
+    wait_for_http(url, engine.process, engine.log, timeout_s=START_TIMEOUT_S)
+    return engine
+
+
+@pytest.fixture(scope="session")
+def engines(launched: dict[str, EngineProcess]) -> dict[str, EngineProcess]:
+    """A dense model in float32 and a MoE in bfloat16."""
+    return {kind: ready(launched[kind]) for kind in DTYPES}
+
+
+@pytest.fixture(scope="session")
+def processed_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
+    """The dense model again, by an engine whose logprobs are taken after the temperature."""
+    return ready(launched["processed"])
+
+
+@pytest.fixture(scope="session")
+def captured(
+    engines: dict[str, EngineProcess], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A store of an agent's runs from each engine, not scored."""
+    root = tmp_path_factory.mktemp("captured")
+
+    async def both() -> None:
+        runs = (
+            roll_out(engine, root / kind, engine_settings={"dtype": DTYPES[kind]})
+            for kind, engine in engines.items()
+        )
+        await asyncio.gather(*runs)
+
+    asyncio.run(both())
+    return {kind: root / kind for kind in engines}
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A captured store after the reference has scored it."""
+
+    store: Path
+    checkpoint: Path
+    exact: Trainer
+    """In float32."""
+    native: Trainer
+    """In the engine's precision."""
+
+
+@pytest.fixture(scope="session")
+def scored(
+    captured: dict[str, Path], checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Scored]:
+    """Copies of the captured stores, scored by the reference in float32 and in the engine's
+    precision."""
+    root = tmp_path_factory.mktemp("scored")
+    found: dict[str, Scored] = {}
+    for kind, path in captured.items():
+        store = Path(shutil.copytree(path, root / kind))
+        trainers: dict[str, Trainer] = {}
+        for dtype in sorted({"float32", DTYPES[kind]}):
+            backend = reference(checkpoints[kind], dtype)
+            teach(store, backend, checkpoints[kind])
+            trainers[dtype] = backend.trainer
+        found[kind] = Scored(
+            store, checkpoints[kind], trainers["float32"], trainers[DTYPES[kind]]
+        )
+    return found

@@ -8,8 +8,11 @@ from typing import Any
 from driftgate.testing.engine import EngineProcess
 from tests.e2e.support import CHAT, COMPLETIONS, Proxied, proxy
 
-MAX_TOKENS = 48
-"""Above the 32 tokens that the tests of ``driftgate.comparable`` ask of a trace."""
+TOKENS = 48
+"""Of most answers: above the 32 that naming a wrong checkpoint takes."""
+
+LONG_TOKENS = 240
+"""Of the trajectory ``long``: above the 200 that the tests of the sampling density take."""
 
 QUESTIONS = (
     "Plan a walk through the old town.",
@@ -29,6 +32,7 @@ async def roll_out(engine: EngineProcess, store: Path, **settings: Any) -> Path:
         await converse(proxied, "streamed", stream=True)
         await extend(proxied, "tokens")
         await proxied.call("branches", question(engine, seed=21, n=2))
+        await proxied.call("long", question(engine, seed=22, max_tokens=LONG_TOKENS))
         for run in range(HOT_RUNS):
             await proxied.call(f"hot-{run}", question(engine, seed=31 + run, temperature=HOT))
         for twin in ("twin-a", "twin-b"):
@@ -38,22 +42,23 @@ async def roll_out(engine: EngineProcess, store: Path, **settings: Any) -> Path:
 
 
 def question(engine: EngineProcess, **more: Any) -> dict[str, Any]:
-    """A chat request of one turn."""
+    """A chat request of one turn, with an answer of exactly so many tokens."""
     return {
         "model": engine.model,
         "messages": [{"role": "user", "content": QUESTIONS[0]}],
         "temperature": 1.0,
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
         **more,
     }
 
 
 async def converse(proxied: Proxied, trajectory: str, **more: Any) -> None:
-    """A chat of several turns that keeps its history verbatim."""
+    """A chat of several turns that keeps its history verbatim; its answers end by themselves."""
     messages: list[dict[str, str]] = [{"role": "system", "content": "You are a guide."}]
     for turn, text in enumerate(QUESTIONS):
         messages.append({"role": "user", "content": text})
-        asked = question(proxied.engine, messages=messages, seed=11 + turn, **more)
+        asked = question(proxied.engine, messages=messages, seed=11 + turn, ignore_eos=False, **more)
         answer = await proxied.call(trajectory, asked)
         messages.append({"role": "assistant", "content": content(answer)})
 
@@ -70,8 +75,8 @@ async def extend(proxied: Proxied, trajectory: str) -> None:
     """Completions of token ids, each prompt all of the tokens before it and two more."""
     ids = [5, 6, 7, 8, 9]
     for turn in range(4):
-        asked = {"model": proxied.engine.model, "prompt": ids, "max_tokens": MAX_TOKENS,
-                 "seed": turn, "temperature": 1.0, "return_token_ids": True}  # fmt: skip
+        asked = {"model": proxied.engine.model, "prompt": ids, "max_tokens": TOKENS, "seed": turn,
+                 "temperature": 1.0, "ignore_eos": True, "return_token_ids": True}  # fmt: skip
         answer = await proxied.call(trajectory, asked, api=COMPLETIONS)
         ids = ids + answer["choices"][0]["token_ids"] + [10 + turn, 20 + turn]
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 
@@ -17,9 +17,13 @@ from driftgate.gateway.config import GatewayConfig
 from driftgate.storage import Reader, Writer
 from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.reference import ReferenceBackend
 from driftgate.teacher.worker import Report, Worker
 from driftgate.testing.engine import EngineProcess
 from driftgate.trace import Score, Trace
+
+WEIGHT_VERSION = "step-7"
+"""Of every engine and trainer here, unless a test says otherwise."""
 
 CHAT, COMPLETIONS = "chat/completions", "completions"
 
@@ -45,7 +49,7 @@ class Proxied:
 @asynccontextmanager
 async def proxy(engine: EngineProcess, store: Path, **settings: Any) -> AsyncIterator[Proxied]:
     """A gateway that has probed ``engine`` and records in ``store``, strictly unless told else."""
-    chosen: dict[str, Any] = {"durability": "strict", **settings}
+    chosen: dict[str, Any] = {"durability": "strict", "weight_version": WEIGHT_VERSION, **settings}
     config = GatewayConfig(upstream=engine.url, port=0, store=store, **chosen)
     async with serve(config) as url, aiohttp.ClientSession() as http:
         while (await http.get(f"{url}/readyz")).status != 200:
@@ -106,7 +110,19 @@ def write(store: Path, traces: Iterable[Trace]) -> Path:
     return store
 
 
+Precision = Literal["auto", "bfloat16", "float32"]
+
+
+def reference(checkpoint: Path, dtype: Precision = "auto") -> ReferenceBackend:
+    """The reference trainer on a checkpoint."""
+    config = TeacherConfig(store="unused", model=str(checkpoint), dtype=dtype)
+    return ReferenceBackend.load(config)
+
+
 def teach(store: Path, backend: Backend, checkpoint: Path) -> Report:
     """Score all of a store; ``checkpoint`` gives the tokenizer that the traces are checked with."""
-    with closing(Worker(TeacherConfig(store=str(store), model=str(checkpoint)), backend)) as worker:
+    config = TeacherConfig(
+        store=str(store), model=str(checkpoint), weight_version=WEIGHT_VERSION
+    )
+    with closing(Worker(config, backend)) as worker:
         return worker.run(threading.Event())

@@ -6,19 +6,14 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 
-from driftgate.gateway.app import serve
-from driftgate.gateway.config import GatewayConfig
-from driftgate.storage import Reader
 from driftgate.testing.engine import EngineProcess
-from driftgate.trace import Trace
+from tests.e2e.support import Proxied, ask, proxy, without_identity
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -29,36 +24,12 @@ ASK = {"logprobs": True, "top_logprobs": 0, "return_token_ids": True}
 FORMS: dict[str, dict[str, Any]] = {"json": {}, "sse": {"stream": True}, "n=2": {"n": 2}}
 
 
-@dataclass(frozen=True, slots=True)
-class Proxied:
-    """A gateway in front of one engine, on a store of its own."""
-
-    url: str
-    engine: EngineProcess
-    store: Path
-    http: aiohttp.ClientSession
-
-    def traces(self, trajectory: str) -> list[Trace]:
-        """All traces of a trajectory; in strict mode they are durable before the answer ends."""
-        reader = Reader(self.store)
-        try:
-            return [reader.trace(row.meta.trace_id) for row in reader.traces(trajectory)]
-        finally:
-            reader.close()
-
-
 @pytest.fixture(params=["dense", "moe"])
 async def proxied(
     request: pytest.FixtureRequest, engines: dict[str, EngineProcess], tmp_path: Path
 ) -> AsyncIterator[Proxied]:
-    engine = engines[request.param]
-    config = GatewayConfig(
-        upstream=engine.url, port=0, store=tmp_path / "store", durability="strict"
-    )
-    async with serve(config) as url, aiohttp.ClientSession() as http:
-        while (await http.get(f"{url}/readyz")).status != 200:
-            pass  # the probe's own calls would share a batch with the test's
-        yield Proxied(url, engine, config.store, http)
+    async with proxy(engines[request.param], tmp_path / "store") as running:
+        yield running
 
 
 def body(engine: EngineProcess, number: int, **more: Any) -> dict[str, Any]:
@@ -71,25 +42,6 @@ def body(engine: EngineProcess, number: int, **more: Any) -> dict[str, Any]:
         "max_tokens": 24,
         **more,
     }
-
-
-async def ask(http: aiohttp.ClientSession, url: str, payload: dict[str, Any]) -> Any:
-    """A JSON answer decoded, or the list of a stream's decoded chunks."""
-    async with http.post(f"{url}/chat/completions", json=payload) as answer:
-        text = await answer.text()
-        assert answer.status == 200, text
-    if not payload.get("stream"):
-        return json.loads(text)
-    events = [event.removeprefix("data: ") for event in text.strip().split("\n\n")]
-    assert events.pop() == "[DONE]"
-    return [json.loads(event) for event in events]
-
-
-def without_identity(value: Any) -> Any:
-    """Drop what differs between any two answers of an engine: ids of answers and calls, times."""
-    if isinstance(value, dict):
-        return {k: without_identity(v) for k, v in value.items() if k not in ("id", "created")}
-    return [without_identity(v) for v in value] if isinstance(value, list) else value
 
 
 def said(answer: Any) -> Any:
