@@ -11,10 +11,10 @@ from urllib.request import Request, urlopen
 import msgspec
 import numpy as np
 
-from benchmarks.load import Agents, Rate, delays_us, drive
+from benchmarks.load import Agents, delays_us, drive
 from benchmarks.payloads import ROUTES, TYPICAL, Episode, Shape
 from benchmarks.report import Goal, Section, Table
-from benchmarks.stage import Cores, Stage, pinned
+from benchmarks.stage import Cores, Stage, cpu_seconds, pinned
 from benchmarks.targets import (
     Gateway,
     start_forward,
@@ -28,9 +28,6 @@ __all__ = ["run"]
 CONNECTIONS = (1, 32, 256)
 WINDOW_S = 1.5
 WARM_S = 0.4
-ROUNDS = 2
-"""The ways are measured in turns, so that a change of the machine's mood meets all of them."""
-
 STREAMS = 256
 PACE_MS = 20.0
 
@@ -39,39 +36,61 @@ OURS = "driftgate"
 
 
 @dataclass(slots=True)
+class Sums:
+    """What was measured on one way with one number of connections."""
+
+    in_window: int = 0
+    window_s: float = 0.0
+    answered: int = 0
+    """Also before and after the windows."""
+    cpu_s: float = 0.0
+    """Of the proxy; for driftgate until its store was drained."""
+    durable_s: float = 0.0
+    """From the first request until every trace of the run was on disk and indexed."""
+
+    @property
+    def rate(self) -> float:
+        """Answers a second."""
+        return self.in_window / self.window_s
+
+    @property
+    def durable_rate(self) -> float:
+        """Answers a second, the time to drain the store counted."""
+        return self.answered / self.durable_s
+
+    @property
+    def cpu_us(self) -> float:
+        """Processor time of one answer in the proxy."""
+        return 1e6 * self.cpu_s / self.answered
+
+
+@dataclass(slots=True)
 class Way:
-    """One way to the engine and what was measured on it, by number of connections."""
+    """One way to the engine and what was measured on it."""
 
     name: str
     url: str
+    pid: int | None = None
+    """The proxy's process; None for the direct way."""
     gateway: Gateway | None = None
-    done: dict[int, int] = field(default_factory=dict)
-    window_s: dict[int, float] = field(default_factory=dict)
-    latencies_s: dict[int, list[float]] = field(default_factory=dict)
-    answered: dict[int, int] = field(default_factory=dict)
-    durable_s: dict[int, float] = field(default_factory=dict)
-    """From the first request until every trace of the run was on disk and indexed."""
+    sums: dict[int, Sums] = field(default_factory=lambda: {n: Sums() for n in CONNECTIONS})
 
-    def add(self, connections: int, rate: Rate) -> None:
-        """Count one run; for driftgate also wait for its store."""
-        for sums, value in ((self.done, rate.in_window), (self.answered, rate.answered)):
-            sums[connections] = sums.get(connections, 0) + value
-        self.window_s[connections] = self.window_s.get(connections, 0.0) + rate.window_s
-        self.latencies_s.setdefault(connections, []).extend(rate.latencies_s)
+    def measure(self, agents: Agents, connections: int, cores: Cores) -> float:
+        """One run, added to the sums; for driftgate it ends when the store is drained."""
+        sums, cpu_s = self.sums[connections], self._cpu_s()
+        with pinned(cores.rest):
+            rate = drive(agents, self.url, connections, warm_s=WARM_S, window_s=WINDOW_S)
+        sums.in_window += rate.in_window
+        sums.window_s += rate.window_s
+        sums.answered += rate.answered
         if self.gateway is not None:
             self.gateway.answered += rate.answered
-            took_s = self.gateway.drain() - rate.started
-            self.durable_s[connections] = self.durable_s.get(connections, 0.0) + took_s
+            sums.durable_s += self.gateway.drain() - rate.started
+        sums.cpu_s += self._cpu_s() - cpu_s
+        return rate.per_second
 
-    def rate(self, connections: int) -> float:
-        """Answers a second."""
-        return self.done[connections] / self.window_s[connections]
-
-    def durable_rate(self, connections: int) -> float | None:
-        """Answers a second, the time to drain the queue counted; None where nothing is stored."""
-        if connections not in self.durable_s:
-            return None
-        return self.answered[connections] / self.durable_s[connections]
+    def _cpu_s(self) -> float:
+        return 0.0 if self.pid is None else cpu_seconds(self.pid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +100,12 @@ class Workload:
     name: str
     shape: Shape
     stream: bool
+    rounds: int = 1
+    """The ways are measured in turns, so that a change of the machine's mood meets all of them."""
 
 
 WORKLOADS = (
-    Workload("JSON, 8k prompt tokens, 500 out", TYPICAL, stream=False),
+    Workload("JSON, 8k prompt tokens, 500 out", TYPICAL, stream=False, rounds=2),
     Workload("SSE, the same, 500 events sent at once", TYPICAL, stream=True),
     Workload("JSON with routes, 4.4 MB", ROUTES, stream=False),
 )
@@ -92,12 +113,13 @@ WORKLOADS = (
 
 def start_ways(stage: Stage, upstream: str, cores: Cores, *, stream: bool) -> list[Way]:
     """Everything that is compared, running."""
-    ways = [Way("engine directly", upstream), Way(REFERENCE, start_forward(stage, upstream, cores))]
+    forward = start_forward(stage, upstream, cores)
+    ways = [Way("engine directly", upstream), Way(REFERENCE, forward, stage.pid("forward"))]
     nginx = start_nginx(stage, upstream, cores, buffering=not stream)
     if nginx is not None:
-        ways.append(Way("nginx", nginx))
+        ways.append(Way("nginx", nginx, stage.pid("nginx")))
     gateway = start_gateway(stage, upstream, cores)
-    return [*ways, Way(OURS, gateway.url, gateway)]
+    return [*ways, Way(OURS, gateway.url, stage.pid("driftgate"), gateway)]
 
 
 def check(way: Way, episode: Episode, *, stream: bool) -> None:
@@ -131,12 +153,10 @@ def measure(workload: Workload, cores: Cores, log: Callable[[str], None]) -> lis
         for way in ways:
             check(way, episode, stream=workload.stream)
         for connections in CONNECTIONS:
-            for _ in range(ROUNDS):
+            for _ in range(workload.rounds):
                 for way in ways:
-                    with pinned(cores.rest):
-                        rate = drive(agents, way.url, connections, warm_s=WARM_S, window_s=WINDOW_S)
-                    log(f"{workload.name}: {way.name}, {connections}: {rate.per_second:.0f}/s")
-                    way.add(connections, rate)
+                    rate = way.measure(agents, connections, cores)
+                    log(f"{workload.name}: {way.name}, {connections}: {rate:.0f}/s")
         return ways
 
 
@@ -161,27 +181,24 @@ def measure_delays(cores: Cores, log: Callable[[str], None]) -> list[tuple[str, 
 
 
 def rate_table(workload: Workload, ways: list[Way]) -> Table:
-    """One row for each way: requests a second and the ratio to the reference."""
+    """One row for each way: requests a second, the ratio to the reference, processor time."""
     reference = next(way for way in ways if way.name == REFERENCE)
     rows = []
     for way in ways:
-        row = [way.name]
-        for connections in CONNECTIONS:
-            rate = way.rate(connections)
-            p99_ms = 1000 * float(np.percentile(way.latencies_s[connections], 99))
-            row += [f"{rate:,.0f}", f"{rate / reference.rate(connections):.2f}", f"{p99_ms:.1f}"]
-        rows.append(row)
-        if way.gateway is not None:
-            row = [f"{way.name}, until all is durable"]
-            for connections in CONNECTIONS:
-                durable = way.durable_rate(connections) or 0.0
-                row += [f"{durable:,.0f}", f"{durable / reference.rate(connections):.2f}", ""]
-            rows.append(row)
+        row, durable = [way.name], [f"{way.name}, until all is durable"]
+        for connections, sums in way.sums.items():
+            base = reference.sums[connections].rate
+            cpu = "" if way.pid is None else f"{sums.cpu_us:,.0f}"
+            row += [f"{sums.rate:,.0f}", f"{sums.rate / base:.2f}", cpu]
+            if way.gateway is not None:
+                rate = sums.durable_rate
+                durable += [f"{rate:,.0f}", f"{rate / base:.2f}", ""]
+        rows += [row] if way.gateway is None else [row, durable]
     if not any(way.name == "nginx" for way in ways):
         rows.append(["nginx: not installed", *[""] * 3 * len(CONNECTIONS)])
     columns = ["way"]
     for connections in CONNECTIONS:
-        columns += [f"{connections} conn: req/s", "ratio", "p99 ms"]
+        columns += [f"{connections} conn: req/s", "ratio", "CPU µs"]
     return Table(workload.name, columns, rows)
 
 
@@ -205,7 +222,7 @@ def run(log: Callable[[str], None]) -> Section:
     first = {way.name: way for way in measured[0][1]}
     gateways = [way.gateway for _, ways in measured for way in ways if way.gateway is not None]
     lost, answered = sum(g.lost for g in gateways), sum(g.answered for g in gateways)
-    ratio = first[OURS].rate(32) / first[REFERENCE].rate(32)
+    ratio = first[OURS].sums[32].rate / first[REFERENCE].sums[32].rate
     return Section(
         name="gateway",
         title="Gateway",
@@ -235,5 +252,5 @@ A closed loop of keep-alive connections; each plays agents whose history grows o
 is one process on one core (driftgate with its writer thread, capture on, group commit); the
 stand-in for the engine and the load generator share the rest, so the first row is the ceiling.
 *Until all is durable* counts the time until the last trace of each run was synced and indexed;
-every answer must have a trace by then, and every trace all of its parts. *p99* is of the whole
-call."""
+every answer must have a trace by then, and every trace all of its parts. *Ratio* is to
+aiohttp; *CPU µs* is the processor time of one answer in the proxy, all of its threads."""

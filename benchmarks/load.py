@@ -12,7 +12,7 @@ import itertools
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -40,8 +40,6 @@ class Rate:
     """All answers, those before and after the window too."""
     started: float
     """``time.monotonic()`` when the first request was sent."""
-    latencies_s: list[float]
-    """Of the answers in the window."""
 
     @property
     def per_second(self) -> float:
@@ -83,7 +81,6 @@ class _Run:
     answered: int = 0
     calls_left: int | None = None
     """Stop after so many requests were sent; None: when told."""
-    latencies_s: list[float] = field(default_factory=list)
     delays_us: list[int] | None = None
     """Collects the age of every event, if not None."""
 
@@ -120,7 +117,6 @@ class _Client(asyncio.Protocol):
         self._left = 0
         """Bytes of the body still to come; -1: until the last chunk; 0: no answer is due."""
         self._tail = b""
-        self._sent = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -165,13 +161,11 @@ class _Client(asyncio.Protocol):
             self._run.leave()
             return
         self._tail = b""
-        self._sent = time.perf_counter()
         self.transport.writelines(next(self._requests))
 
     def _done(self) -> None:
         run = self._run
         run.answered += 1
-        run.latencies_s.append(time.perf_counter() - self._sent)
         self._left = 0
         self._send()
 
@@ -225,8 +219,7 @@ def drive(agents: Agents, url: str, connections: int, *, warm_s: float, window_s
         await loop.go_on(window_s)
         after, elapsed_s = loop.run.answered, time.perf_counter() - opened
         await loop.finish()
-        latencies_s = loop.run.latencies_s[before:after]
-        return Rate(after - before, elapsed_s, loop.run.answered, started, latencies_s)
+        return Rate(after - before, elapsed_s, loop.run.answered, started)
 
     return uvloop.run(play())
 

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from driftgate.testing.engine import process_log, stop, wait_for_http
 
-__all__ = ["Cores", "Stage", "resident_bytes"]
+__all__ = ["Cores", "Stage", "cpu_seconds", "pinned", "resident_bytes"]
 
 ROOT = Path(__file__).resolve().parent.parent
 """Where ``python -m benchmarks.…`` finds itself."""
@@ -95,5 +95,16 @@ class Stage:
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process and its children, from /proc."""
     own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return own + sum(resident_bytes(int(child)) for child in children)
+    return own + sum(map(resident_bytes, _children(pid)))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process and its children have used, all threads, from /proc."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(map(cpu_seconds, _children(pid)))
+
+
+def _children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]

@@ -28,9 +28,9 @@ from driftgate.testing.engine import (
 )
 from driftgate.trace import Trainer
 from tests.e2e.rollouts import roll_out
-from tests.e2e.support import WEIGHT_VERSION, reference, teach
+from tests.e2e.support import Dtype, reference, teach
 
-DTYPES = {"dense": "float32", "moe": "bfloat16"}
+DTYPES: dict[str, Dtype] = {"dense": "float32", "moe": "bfloat16"}
 """What each checkpoint is stored in and each engine computes in."""
 
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -143,12 +143,11 @@ def scored(
     found: dict[str, Scored] = {}
     for kind, path in captured.items():
         store = Path(shutil.copytree(path, root / kind))
-        trainers: dict[str, Trainer] = {}
-        for dtype in sorted({"float32", DTYPES[kind]}):
+        trainers: dict[Dtype, Trainer] = {}
+        wanted: set[Dtype] = {"float32", DTYPES[kind]}
+        for dtype in wanted:
             backend = reference(checkpoints[kind], dtype)
             teach(store, backend, checkpoints[kind])
             trainers[dtype] = backend.trainer
-        found[kind] = Scored(
-            store, checkpoints[kind], trainers["float32"], trainers[DTYPES[kind]]
-        )
+        found[kind] = Scored(store, checkpoints[kind], trainers["float32"], trainers[DTYPES[kind]])
     return found

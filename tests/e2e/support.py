@@ -25,6 +25,8 @@ from driftgate.trace import Score, Trace
 WEIGHT_VERSION = "step-7"
 """Of every engine and trainer here, unless a test says otherwise."""
 
+Dtype = Literal["auto", "bfloat16", "float32"]
+
 CHAT, COMPLETIONS = "chat/completions", "completions"
 
 
@@ -110,10 +112,7 @@ def write(store: Path, traces: Iterable[Trace]) -> Path:
     return store
 
 
-Precision = Literal["auto", "bfloat16", "float32"]
-
-
-def reference(checkpoint: Path, dtype: Precision = "auto") -> ReferenceBackend:
+def reference(checkpoint: Path, dtype: Dtype = "auto") -> ReferenceBackend:
     """The reference trainer on a checkpoint."""
     config = TeacherConfig(store="unused", model=str(checkpoint), dtype=dtype)
     return ReferenceBackend.load(config)

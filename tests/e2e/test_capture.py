@@ -74,7 +74,9 @@ def join(into: dict[str, Any], value: dict[str, Any]) -> None:
         elif key == "tool_calls":
             for call in new:
                 join(into.setdefault(key, {}).setdefault(call["index"], {}), call)
-        elif isinstance(new, (str, list)) and isinstance(old, type(new)):
+        elif isinstance(new, str) and isinstance(old, str):
+            into[key] = old + new
+        elif isinstance(new, list) and isinstance(old, list):
             into[key] = old + new
         elif new is not None or key not in into:
             into[key] = new
