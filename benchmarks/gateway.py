@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.load import Agents, delays_us, drive
-from benchmarks.payloads import ROUTES, TYPICAL, Episode, Shape
+from benchmarks.payloads import PACED, ROUTES, TYPICAL, Episode, Shape
 from benchmarks.report import Goal, Section, Table
 from benchmarks.stage import Cores, Stage, cpu_seconds, pinned
 from benchmarks.targets import (
@@ -26,10 +26,12 @@ from benchmarks.targets import (
 __all__ = ["run"]
 
 CONNECTIONS = (1, 32, 256)
-WINDOW_S = 1.5
-WARM_S = 0.4
+WINDOW_S = 1.2
+WARM_S = 0.3
 STREAMS = 256
 PACE_MS = 20.0
+SPREAD_S = 2.5
+"""The streams do not start, and so do not end, all at once."""
 
 REFERENCE = "aiohttp bytes"
 OURS = "driftgate"
@@ -162,16 +164,16 @@ def measure(workload: Workload, cores: Cores, log: Callable[[str], None]) -> lis
 
 def measure_delays(cores: Cores, log: Callable[[str], None]) -> list[tuple[str, list[int]]]:
     """Age of events on arrival, in us, by way."""
-    agents = Agents(Episode(TYPICAL), stream=True)
+    agents = Agents(Episode(PACED), stream=True)
     delays = []
     with (
         tempfile.TemporaryDirectory(prefix="driftgate-bench-") as folder,
         Stage(Path(folder)) as stage,
     ):
-        upstream = start_standin(stage, TYPICAL, cores, pace_ms=PACE_MS)
+        upstream = start_standin(stage, PACED, cores, pace_ms=PACE_MS)
         for way in start_ways(stage, upstream, cores, stream=True):
             with pinned(cores.rest):
-                seen = delays_us(agents, way.url, STREAMS, spread_s=PACE_MS / 1000)
+                seen = delays_us(agents, way.url, STREAMS, spread_s=SPREAD_S)
             log(f"{way.name}: {len(seen)} events")
             delays.append((way.name, seen))
             if way.gateway is not None:
@@ -253,4 +255,5 @@ is one process on one core (driftgate with its writer thread, capture on, group 
 stand-in for the engine and the load generator share the rest, so the first row is the ceiling.
 *Until all is durable* counts the time until the last trace of each run was synced and indexed;
 every answer must have a trace by then, and every trace all of its parts. *Ratio* is to
-aiohttp; *CPU µs* is the processor time of one answer in the proxy, all of its threads."""
+aiohttp; *CPU µs* is the processor time of one answer in the proxy, all of its threads. The paced
+streams last 5 s each and start one after another."""

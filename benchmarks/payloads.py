@@ -28,6 +28,7 @@ __all__ = [
     "CREATED",
     "FIRST_NONCE",
     "MODEL",
+    "PACED",
     "ROUTES",
     "SEED_FIELD",
     "SHAPES",
@@ -102,7 +103,9 @@ TYPICAL = Shape("typical", 6075, 500, 50, 8, routes=False, text_bytes=26_000)
 ROUTES = Shape("routes", 6075, 500, 50, 8, routes=True, text_bytes=26_000)
 """The same with routes [8,499, 48, 8] on average: 4.4 MB of base64."""
 SMALL = Shape("small", 100, 20, 20, 4, routes=False, text_bytes=600)
-SHAPES = {shape.name: shape for shape in (TYPICAL, ROUTES, SMALL)}
+PACED = Shape("paced", 6075, 250, 50, 8, routes=False, text_bytes=26_000)
+"""Streams that last 5 s at an event every 20 ms."""
+SHAPES = {shape.name: shape for shape in (TYPICAL, ROUTES, SMALL, PACED)}
 
 
 def random_ids(count: int, *, seed: int) -> npt.NDArray[np.int64]:

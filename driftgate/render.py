@@ -328,7 +328,8 @@ def trajectory(detail: TrajectoryDetail) -> RenderableType:
     table = Table(pad_edge=False)
     for column in ("step", "prompt", "sampled", "finish", "routes", "k3", "mean|D|", "max|D|"):
         table.add_column(column, justify="left" if column == "finish" else "right")
-    table.add_column("worst")
+    for column in ("comparable", "worst"):
+        table.add_column(column)
     for row in detail.steps:
         for choice in row.choices:
             table.add_row(
@@ -345,12 +346,13 @@ def trajectory(detail: TrajectoryDetail) -> RenderableType:
 def _score_columns(scores: Sequence[ScoreView]) -> list[RenderableType]:
     drift = [score for score in scores if score.kind == "drift" and score.measures]
     if not drift:
-        return [MISSING] * 4
+        return [MISSING] * 5
     last = max(drift, key=lambda score: (score.comparable.verdict != "no", score.scored_ns))
     assert last.measures is not None
     names = ("kl_k3_rollout_train", "abs_log_ratio_mean", "abs_log_ratio_max")
     values = [Text(number(last.measures.metrics.get(name)), STYLES[colour(last)]) for name in names]
-    return [*values, _worst_cell(last.worst)]
+    verdict = Text(_verdict(last), _verdict_style(last))
+    return [*values, verdict, _worst_cell(last.worst)]
 
 
 def _whole(complete: bool) -> str:

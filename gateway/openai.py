@@ -88,8 +88,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 def read_request(body: bytes) -> Fields:
     """The body's top-level fields. RequestError where it is not a JSON object."""
     try:
+        if not body.isascii():
+            body.decode()  # msgspec looks at a text's bytes only where it is read
         return _FIELDS.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the request body is not a JSON object: {error}") from error
 
 
@@ -177,6 +179,8 @@ def _uncapturable(api: Api, fields: Fields, adapter: EngineAdapter) -> str | Non
         if read(fields, "echo", bool):
             return "echo: asking for token ids would change the echoed text"
         return None
+    if "messages" not in fields:
+        return "messages are missing: the engine's refusal repeats the whole request"
     if not _absent(fields, "logprobs") and read(fields, "logprobs", bool) is None:
         return "logprobs is not true, false or null"
     top = read(fields, "top_logprobs", int)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from driftgate.errors import DriftgateError
+from driftgate.errors import DriftgateError, TeacherError
 from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.launch import CONFIG_ENV, REPORT_ENV
@@ -53,15 +53,14 @@ def main() -> int:
     (``driftgate.teacher.launch``)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     config = msgspec.json.decode(os.environ[CONFIG_ENV], type=TeacherConfig)
+    reports = Path(os.environ[REPORT_ENV]) if REPORT_ENV in os.environ else None
     if int(os.environ["RANK"]) > 0:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        _serve(config)
-        return 0
+        return _status(_serve(config), reports)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    reports = Path(os.environ[REPORT_ENV]) if REPORT_ENV in os.environ else None
     if reports is not None:
         (reports / "pid").write_text(str(os.getpid()))
     message = ""
@@ -71,18 +70,29 @@ def main() -> int:
         _work(config, FsdpBackend.load(config), stop)
     except DriftgateError as error:
         message = str(error)
-        log.error("the teacher stopped: %s", message)
+        log.info("stopped: %s", message)
     if reports is not None:
         (reports / "report").write_text(message)
-    return 1 if message else 0
+    return _status(message, reports)
 
 
-def _serve(config: TeacherConfig) -> None:
+def _status(message: str, reports: Path | None) -> int:
+    """A rank's exit status. With a report it is 0: torchrun would bury its line under its own."""
+    return 1 if message and reports is None else 0
+
+
+def _serve(config: TeacherConfig) -> str:
+    """Do what rank 0 sends; why that was not possible, which rank 0 has met as well."""
     from driftgate.teacher.fsdp import FsdpBackend
 
-    backend = FsdpBackend.load(config)
+    try:
+        backend = FsdpBackend.load(config)
+    except TeacherError as error:
+        log.info("stopped: %s", error)
+        return str(error)
     backend.serve()
     backend.close()
+    return ""
 
 
 def _work(config: TeacherConfig, backend: Backend, stop: threading.Event) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from driftgate.adapters.hf import checkpoint_digest, inspect_model
 from driftgate.errors import TeacherError
@@ -18,6 +22,8 @@ from driftgate.teacher.sequences import Sequence
 from driftgate.trace import Reason, Trainer
 
 __all__ = ["ReferenceBackend", "fingerprint", "load_model", "model_limit", "pick_device"]
+
+log = logging.getLogger(__name__)
 
 
 class ReferenceBackend:
@@ -78,21 +84,65 @@ def load_model(config: TeacherConfig) -> Any:
     """The checkpoint on the CPU in the precision asked for.
 
     ``from_pretrained(dtype=…)`` keeps the rotary buffers in float32; ``model.to(dtype)`` would not.
+    Raises ``TeacherError`` if it is no checkpoint, or if its weights are not the whole model:
+    transformers would fill what is missing with random numbers, and warn.
     """
     try:
         described = transformers.AutoConfig.from_pretrained(config.model, local_files_only=True)
         # transformers refuses the setting for a dense model.
         chosen = config.experts if is_moe(described) else None
         experts = {"experts_implementation": chosen} if chosen else {}
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            config.model,
-            dtype=config.dtype,
-            attn_implementation=config.attention,
-            local_files_only=True,
-            **experts,
+        with _own_words():
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                config.model,
+                dtype=config.dtype,
+                attn_implementation=config.attention,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **experts,
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TeacherError(f"cannot load the checkpoint {config.model}: {said}") from error
+    _check_whole(config.model, loaded)
+    return model
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """Keep transformers from printing its table of weights: `_check_whole` says it in a line."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+
+
+def _check_whole(model_dir: str, loaded: Mapping[str, Any]) -> None:
+    """Raises ``TeacherError`` unless every weight of the model came from the files."""
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise TeacherError(
+            f"cannot load the checkpoint {model_dir}: {len(missing)} weights of its config.json "
+            f"are not in its files, the first is {missing[0]}"
         )
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"cannot load the checkpoint {config.model}: {error}") from error
+    mismatched = sorted(loaded["mismatched_keys"], key=lambda key: str(key[0]))
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise TeacherError(
+            f"cannot load the checkpoint {model_dir}: {len(mismatched)} weights have other shapes "
+            f"than its config.json says, the first is {name}: {list(stored)}, not {list(wanted)}"
+        )
+    unused = sorted(loaded["unexpected_keys"])
+    if unused:
+        log.warning(
+            "%s holds %d weights that the model does not use, the first is %s",
+            model_dir,
+            len(unused),
+            unused[0],
+        )
 
 
 def pick_device(config: TeacherConfig) -> torch.device:

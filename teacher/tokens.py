@@ -91,7 +91,12 @@ def load_tokenizer(model_dir: str) -> Any | None:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         log.warning("no tokenizer in %s, only id ranges are checked: %s", model_dir, error)
         return None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty one of the model's class where there are no files.
+        log.warning("no tokenizer in %s, only id ranges are checked", model_dir)
+        return None
+    return tokenizer

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 import typer.main
 
 from driftgate.bands import BANDS
 from driftgate.cli import app
 from driftgate.codes import CODES
+from driftgate.gateway.config import GatewayConfig
 from driftgate.glossary import METRICS, ROUTER_METRICS
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,12 @@ def test_make_targets_exist(path: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     for line in re.findall(r"(?:^ {4}|`)make ([a-z ]+)", path.read_text(), re.M):
         assert set(line.split()) <= targets, line
+
+
+def test_the_readmes_configuration_is_valid() -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", README, re.S)
+    config = msgspec.toml.decode(block, type=GatewayConfig)
+    assert config.engine_settings == {"dtype": "bfloat16"}
 
 
 def test_the_readme_names_reasons_and_metrics_by_their_names() -> None:

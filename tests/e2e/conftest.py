@@ -135,7 +135,9 @@ class Scored:
 
 @pytest.fixture(scope="session")
 def scored(
-    captured: dict[str, Path], checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    captured: dict[str, Path],
+    checkpoints: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Scored]:
     """Copies of the captured stores, scored by the reference in float32 and in the engine's
     precision."""

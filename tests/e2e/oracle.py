@@ -59,8 +59,11 @@ class HuggingFace:
         full = logits.log_softmax(-1)
         hot = trace.meta.sampling.temperature
         scaled = None if hot in (None, 1.0) else (logits / hot).log_softmax(-1)
-        layers = [layer[first:].float().softmax(-1) for layer in given.router_logits or ()] \
-            if routed else []
+        layers = (
+            [layer[first:].float().softmax(-1) for layer in given.router_logits or ()]
+            if routed
+            else []
+        )
         experts, margins = self._chosen(layers)
         return Answer(
             logprobs=full.gather(-1, target)[:, 0].numpy(),
@@ -122,7 +125,9 @@ def by_hand(pairs: Sequence[Pair]) -> dict[str, float]:
 def _by_sequence(pairs: Sequence[Pair]) -> dict[str, Any]:
     d = [t - r for t, r in pairs]
     sums, means = np.array([x.sum() for x in d]), np.array([x.mean() for x in d])
-    t_mean, r_mean = (np.array([side.mean() for side in sides]) for sides in zip(*pairs, strict=True))
+    t_mean, r_mean = (
+        np.array([side.mean() for side in sides]) for sides in zip(*pairs, strict=True)
+    )
     square = np.exp(2 * sums).mean()
     truncated = np.repeat(np.exp(sums).clip(0.5, 2), [len(x) for x in d])
     return {

@@ -33,12 +33,25 @@ async def roll_out(engine: EngineProcess, store: Path, **settings: Any) -> Path:
         await extend(proxied, "tokens")
         await proxied.call("branches", question(engine, seed=21, n=2))
         await proxied.call("long", question(engine, seed=22, max_tokens=LONG_TOKENS))
-        for run in range(HOT_RUNS):
-            await proxied.call(f"hot-{run}", question(engine, seed=31 + run, temperature=HOT))
+        await heat_up(proxied)
         for twin in ("twin-a", "twin-b"):
             await proxied.call(twin, question(engine, seed=41))
         await fail_once(proxied, "gap")
     return store
+
+
+async def heat(engine: EngineProcess, store: Path, **settings: Any) -> Path:
+    """Record the trajectories ``hot-0``, ``hot-1``, … only."""
+    async with proxy(engine, store, **settings) as proxied:
+        await heat_up(proxied)
+    return store
+
+
+async def heat_up(proxied: Proxied) -> None:
+    """Several answers at the temperature ``HOT``."""
+    for run in range(HOT_RUNS):
+        asked = question(proxied.engine, seed=31 + run, temperature=HOT)
+        await proxied.call(f"hot-{run}", asked)
 
 
 def question(engine: EngineProcess, **more: Any) -> dict[str, Any]:
@@ -58,7 +71,9 @@ async def converse(proxied: Proxied, trajectory: str, **more: Any) -> None:
     messages: list[dict[str, str]] = [{"role": "system", "content": "You are a guide."}]
     for turn, text in enumerate(QUESTIONS):
         messages.append({"role": "user", "content": text})
-        asked = question(proxied.engine, messages=messages, seed=11 + turn, ignore_eos=False, **more)
+        asked = question(
+            proxied.engine, messages=messages, seed=11 + turn, ignore_eos=False, **more
+        )
         answer = await proxied.call(trajectory, asked)
         messages.append({"role": "assistant", "content": content(answer)})
 

@@ -120,8 +120,6 @@ def reference(checkpoint: Path, dtype: Dtype = "auto") -> ReferenceBackend:
 
 def teach(store: Path, backend: Backend, checkpoint: Path) -> Report:
     """Score all of a store; ``checkpoint`` gives the tokenizer that the traces are checked with."""
-    config = TeacherConfig(
-        store=str(store), model=str(checkpoint), weight_version=WEIGHT_VERSION
-    )
+    config = TeacherConfig(store=str(store), model=str(checkpoint), weight_version=WEIGHT_VERSION)
     with closing(Worker(config, backend)) as worker:
         return worker.run(threading.Event())
