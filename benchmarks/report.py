@@ -38,7 +38,7 @@ class Table:
     def markdown(self) -> str:
         """A Markdown table whose columns also line up as plain text."""
         rows = [list(self.columns), *map(list, self.rows)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
+        widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(self.columns))]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         lines = [
             "| "

@@ -379,7 +379,7 @@ class StepMismatch(msgspec.Struct, frozen=True, kw_only=True):
 
     score: ScoreView
     tokens: list[TokenView] | None = None
-    """Only with ``tokens=1``."""
+    """Only with ``tokens=1``, and where the trace can still be read."""
 
 
 class CellMismatch(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ and every fold says how many scores, tokens and trajectories stand behind it.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -15,13 +16,13 @@ import msgspec
 
 from driftgate.bootstrap import FEW_TRAJECTORIES
 from driftgate.comparable import CODES
-from driftgate.errors import NotFoundError
+from driftgate.errors import FormatError, NotFoundError
 from driftgate.gateway import shape
 from driftgate.gateway.spread import Spread
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket
 from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
-from driftgate.trace import Score, ScoreMeta
+from driftgate.trace import Score, ScoreMeta, Trace
 from driftgate.views import (
     CallView,
     CellMismatch,
@@ -47,6 +48,8 @@ from driftgate.views import (
 )
 
 __all__ = ["Answers"]
+
+log = logging.getLogger("driftgate.api")
 
 T = TypeVar("T")
 
@@ -199,9 +202,8 @@ class Answers:
 
     def _read_context(self, trace_id: str, index: int) -> dict[str, Any] | None:
         """The fields of ``WorstView`` that only the trace knows."""
-        try:
-            trace = self.reader.trace(trace_id)
-        except NotFoundError:
+        trace = self._readable(trace_id)
+        if trace is None:
             return None
         found: dict[str, Any] = {"step": trace.meta.step, "choice": trace.meta.choice}
         if trace.prompt_ids is not None:
@@ -232,11 +234,19 @@ class Answers:
         )
 
     def _step_mismatch(self, meta: ScoreMeta, tokens: bool) -> StepMismatch:
-        if not tokens:
+        trace = self._readable(meta.trace_id) if tokens else None
+        if trace is None:
             return StepMismatch(score=self._score(meta, text=True))
-        trace = self.reader.trace(meta.trace_id)
         score = self.reader.score(meta.trace_id, meta.trainer.digest)
         return StepMismatch(score=self._score(meta, text=True), tokens=shape.tokens(trace, score))
+
+    def _readable(self, trace_id: str) -> Trace | None:
+        """A trace whose score stands without it; None where it is lost or damaged."""
+        try:
+            return self.reader.trace(trace_id)
+        except (NotFoundError, FormatError) as error:
+            log.warning("%s", error)
+            return None
 
     def _fold(
         self, metas: Sequence[ScoreMeta], captured: int, cells: Sequence[CellRow]

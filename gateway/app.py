@@ -27,6 +27,7 @@ from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.proxy import Proxy
 from driftgate.gateway.recorder import Recorder, Sink
+from driftgate.gateway.restore import restore
 from driftgate.gateway.sessions import Sessions
 from driftgate.gateway.tasks import Tasks
 from driftgate.gateway.upstream import Upstream
@@ -53,7 +54,7 @@ class Gateway:
     def __init__(self, config: GatewayConfig, sink: Sink | None = None) -> None:
         """Open the store (StorageError); ``sink`` takes the writer's place, for tests."""
         self.config = config
-        adapter = Vllm()
+        self._adapter = adapter = Vllm()
         self._writer = Writer(config.store, durability=config.durability) if sink is None else None
         self.sink: Sink = sink or self._writer or _unreachable()
         self.reader = Reader(config.store) if sink is None else None
@@ -84,6 +85,7 @@ class Gateway:
         """aiohttp cleanup context: from the first to the last request."""
         await self.proxy.start()
         self._tasks.start("upstream", self.upstream.watch())
+        self._tasks.start("restore", self._restore())
         yield
         await self._tasks.close()
         await self.proxy.close()
@@ -100,6 +102,13 @@ class Gateway:
             )
         if self.reader is not None:
             self.reader.close()
+
+    async def _restore(self) -> None:
+        try:
+            if self.reader is not None:
+                await restore(self.sessions, self.reader, self._adapter.ask_ids)
+        finally:
+            self.proxy.restored.set()
 
     async def healthz(self, _request: web.Request) -> web.Response:
         """The process runs."""

@@ -13,10 +13,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import Raw
 
-__all__ = ["Conversation", "Turn", "read_conversation"]
+from driftgate.gateway.recent import Recent
+
+__all__ = ["MAX_SEEN", "Conversation", "Seen", "Turn", "read_conversation"]
+
+MAX_SEEN = 20_000
+"""Messages remembered by their bytes: 200 runs of 100 messages, about 6 MB."""
 
 _DIGEST_BYTES = 16
+
+_MESSAGES = msgspec.json.Decoder(list[Raw])
+_MESSAGE = msgspec.json.Decoder(dict[str, Any])
 
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 """Reasoning in the text itself, where the engine runs without a reasoning parser; agents cut it
@@ -33,6 +42,11 @@ class Turn(NamedTuple):
     tool_ids: frozenset[str]
     """Of all its tool calls."""
 
+    @property
+    def key(self) -> bytes:
+        """Stands for the whole of it."""
+        return self.digest
+
 
 class Conversation(NamedTuple):
     """The messages of a request."""
@@ -45,29 +59,61 @@ class Conversation(NamedTuple):
 
     def answered(self, message: Mapping[str, Any]) -> Turn:
         """The turn that ``message``, an answer to this conversation, completes."""
-        return Turn(_link(self.digest, message), self.tool_ids | set(_tool_ids(message)))
+        seen = _read({**message, "role": "assistant"})
+        return Turn(_digest(self.digest + seen.digest), self.tool_ids | (seen.tool_ids or set()))
 
 
-def read_conversation(messages: bytes) -> Conversation | None:
-    """The chain of a request's ``messages`` (JSON); None where they are not a list of objects."""
+class Seen(NamedTuple):
+    """What of one message enters the chain."""
+
+    digest: bytes
+    tool_ids: frozenset[str] | None
+    """None where it is not an assistant's."""
+
+
+def read_conversation(
+    messages: bytes, known: Recent[bytes, Seen] | None = None
+) -> Conversation | None:
+    """The chain of a request's ``messages`` (JSON); None where they are not a list of objects.
+
+    ``known`` remembers messages by their bytes: each call of a run brings all earlier ones
+    again."""
     try:
-        items = msgspec.json.decode(messages, type=list[dict[str, Any]])
+        items = _MESSAGES.decode(messages)
+        seen = [_seen(bytes(item), known) for item in items]
     except msgspec.DecodeError:
         return None
     digest, ids = b"", frozenset[str]()
     turns = []
-    for item in items:
-        digest = _link(digest, item)
-        if item.get("role") == "assistant":
-            ids |= set(_tool_ids(item))
+    for message in seen:
+        digest = _digest(digest + message.digest)
+        if message.tool_ids is not None:
+            ids |= message.tool_ids
             turns.append(Turn(digest, ids))
     return Conversation(digest, ids, tuple(turns))
 
 
-def _link(digest: bytes, message: Mapping[str, Any]) -> bytes:
-    canonical = _assistant(message) if message.get("role") == "assistant" else _other(message)
-    encoded = msgspec.json.encode(canonical, order="sorted")
-    return hashlib.blake2b(digest + encoded, digest_size=_DIGEST_BYTES).digest()
+def _seen(raw: bytes, known: Recent[bytes, Seen] | None) -> Seen:
+    if known is None:
+        return _read(_MESSAGE.decode(raw))
+    key = _digest(raw)
+    found = known.get(key)
+    if found is None:
+        found = _read(_MESSAGE.decode(raw))
+        known.put(key, found)
+    return found
+
+
+def _read(message: Mapping[str, Any]) -> Seen:
+    is_assistant = message.get("role") == "assistant"
+    canonical = _assistant(message) if is_assistant else _other(message)
+    ids = frozenset(_tool_ids(message)) if is_assistant else None
+    return Seen(_digest(msgspec.json.encode(canonical, order="sorted")), ids)
+
+
+def _digest(data: bytes) -> bytes:
+    """SHA-256, which processors compute at twice the speed of BLAKE2b, cut short."""
+    return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
 
 
 def _assistant(message: Mapping[str, Any]) -> list[Any]:

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import aiohttp
-import msgspec
 from aiohttp import web
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import DriftgateError, StorageError, UpstreamError
 from driftgate.gateway import http, sse, synthesis
 from driftgate.gateway.capture import Folded, fold_answer, fold_stream
-from driftgate.gateway.conversation import Conversation
-from driftgate.gateway.messages import streamed_messages
+from driftgate.gateway.conversation import Turn
+from driftgate.gateway.history import History, turns_of_answer, turns_of_stream
 from driftgate.gateway.openai import Plan, strip_answer, strip_event
+from driftgate.gateway.prompts import End
 from driftgate.gateway.recorder import Answer, Recorder
 from driftgate.gateway.sessions import Call, Sessions
 from driftgate.gateway.tasks import beside
@@ -62,7 +62,7 @@ class Asked:
     plan: Plan
     body: bytes
     """The agent's."""
-    conversation: Conversation | None
+    history: History
     started_ns: int
     expect_routes: bool
     max_answer_bytes: int
@@ -92,6 +92,8 @@ class Exchange:
         self._kept_bytes = 0
         self._recorded = False
         self._known = False
+        self._released = False
+        """The end of the answer is on its way to the agent: what breaks now is no failed try."""
 
     async def run(self) -> web.StreamResponse:
         """Ask the engine and answer the agent.
@@ -140,12 +142,13 @@ class Exchange:
         self.streamed = False
         # On the loop at any size: the parser holds the GIL, a thread would only add its switch.
         body, messages = strip_answer(raw, self._asked.plan)
-        self._make_known([msgspec.json.decode(message) for message in messages])
+        self._make_known(turns_of_answer(self._asked.history, self._asked.plan, raw, messages))
         response = web.Response(body=body, headers=http.answer_headers(answer.headers))
         fold = self._fold_answer(raw, "json")
         if self._recorder.strict:
             await self._recorder.closed(self._record(fold, len(raw)))
         delivered = True
+        self._released = True
         try:
             await response.prepare(self._request)
             self._first_byte()
@@ -211,10 +214,10 @@ class Exchange:
         """All of the answer is here: make it known and, in ``strict``, durable. Once."""
         if self._known:
             return
-        chat = self._asked.plan.api == "chat"
-        self._make_known(streamed_messages(self._events) if chat else [])
+        self._make_known(turns_of_stream(self._asked.history, self._asked.plan, self._events))
         if self._recorder.strict:
             await self._recorder.closed(self._record_stream(None))
+        self._released = True
 
     def _keep(self, event: bytes) -> None:
         """Keep the event for the fold, up to the limit; then only count."""
@@ -229,7 +232,8 @@ class Exchange:
 
     def _end_stream(self, end: str | None) -> None:
         if end is not None:
-            self._sessions.failed(self._asked.call)
+            if not self._released:
+                self._sessions.failed(self._asked.call)
             self.outcome = "cancelled" if end == CLIENT_LEFT else "cut"
         self._record_stream(end)
 
@@ -292,9 +296,10 @@ class Exchange:
         try:
             body, messages = strip_answer(raw, self._asked.plan)
             await self._write(response, b"".join(synthesis.stream_of(body, self._asked.plan)))
-            self._make_known([msgspec.json.decode(message) for message in messages])
+            self._make_known(turns_of_answer(self._asked.history, self._asked.plan, raw, messages))
             if self._recorder.strict:
                 await self._recorder.closed(self._record(fold, len(raw)))
+            self._released = True
             await self._write(response, synthesis.DONE_EVENT)
             await response.write_eof()
         except ConnectionError:
@@ -328,9 +333,9 @@ class Exchange:
         if self._request.transport is not None:
             self._request.transport.abort()
 
-    def _make_known(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    def _make_known(self, turns: Iterable[Turn | End]) -> None:
         self._known = True
-        self._sessions.answered(self._asked.call, self._asked.conversation, messages)
+        self._sessions.answered(self._asked.call, turns)
 
     def _fold_answer(self, raw: bytes, via: Literal["json", "synthesised"]) -> Callable[[], Folded]:
         return partial(
@@ -364,7 +369,8 @@ class Exchange:
 
     def _fail(self, outcome: Outcome, reason: str, http_status: int | None = None) -> None:
         self.outcome = outcome
-        self._sessions.failed(self._asked.call)
+        if not self._released:
+            self._sessions.failed(self._asked.call)
         if not self._recorded:
             self._recorded = True
             status: Literal["cancelled", "failed"] = (

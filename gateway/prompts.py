@@ -67,9 +67,12 @@ class Prompt:
         data = _id_bytes(ids)
         return None if data is None else cls("ids", data)
 
-    def after_text(self, text: str) -> End:
-        """The end of ``text`` sampled for this prompt, a text."""
-        return self._after(_text_bytes(text))
+    def after_text(self, text: str, *, echoed: bool = False) -> End | None:
+        """The end of ``text`` sampled for this prompt, a text; ``echoed``: it begins with it."""
+        data = _text_bytes(text)
+        if not echoed:
+            return self._after(data)
+        return self._after(data[len(self) :]) if data.startswith(self._data) else None
 
     def after_ids(self, ids: Collection[int]) -> End | None:
         """The end of ``ids`` sampled for this prompt, token ids."""

@@ -6,6 +6,7 @@ gateway."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 import uuid
@@ -18,12 +19,14 @@ from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
 from driftgate.gateway import http, openai
 from driftgate.gateway.config import GatewayConfig
-from driftgate.gateway.conversation import read_conversation
+from driftgate.gateway.conversation import MAX_SEEN, Seen
 from driftgate.gateway.exchange import Asked, Exchange
+from driftgate.gateway.history import History, continues, read_history
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Api, Fields, Plan
+from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
-from driftgate.gateway.sessions import Call, Sessions
+from driftgate.gateway.sessions import Call, Place, Sessions
 from driftgate.gateway.upstream import Upstream
 from driftgate.storage import Reader
 from driftgate.trace import CallIntent
@@ -36,6 +39,10 @@ CONNECT_TIMEOUT_S = 10.0
 UPSTREAM_KEEP_ALIVE_S = 3.0
 """uvicorn, which serves vLLM, closes idle connections after 5 s; a request sent into that is
 lost."""
+
+RESTORE_WAIT_S = 10.0
+"""A call that may continue or repeat an earlier one, and does not name its trajectory, waits this
+long for the store to be read at the start."""
 
 READ_BUFFER_BYTES = 1 << 18
 """Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""
@@ -66,6 +73,9 @@ class Proxy:
         self._upstream = upstream
         self._metrics = metrics
         self._session: aiohttp.ClientSession
+        self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
+        self.restored = asyncio.Event()
+        """What the store knows of earlier trajectories is in ``sessions``."""
 
     async def start(self) -> None:
         """Open the client session."""
@@ -143,14 +153,13 @@ class Proxy:
         started_ns: int,
     ) -> tuple[Call, Asked]:
         """Find the call's trajectory and step."""
-        messages = fields.get("messages")
-        conversation = None if messages is None else read_conversation(bytes(messages))
-        place = self._sessions.place(
-            url=request.match_info.get("trajectory"),
-            headers=request.headers,
-            metadata=openai.read(fields, "metadata", dict[str, Any]),
-            conversation=conversation,
-        )
+        history = read_history(fields, plan, self._seen)
+        retry = _retry_count(request)
+        place = self._place(request, fields, history)
+        if not place.named and not self.restored.is_set() and (continues(history) or retry):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
+            place = self._place(request, fields, history)
         if not self._sessions.is_known(place):
             next_step = await asyncio.to_thread(self._next_step, place.trajectory)
             self._sessions.resume(place.trajectory, next_step)
@@ -158,7 +167,7 @@ class Proxy:
             place,
             call_id=f"c-{uuid.uuid4().hex}",
             body_sha256=hashlib.sha256(body).hexdigest()[:16],
-            sdk_retry=_retry_count(request),
+            sdk_retry=retry,
         )
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
@@ -171,10 +180,18 @@ class Proxy:
             call=call,
             plan=plan,
             body=body,
-            conversation=conversation,
+            history=history,
             started_ns=started_ns,
             expect_routes=self._upstream.gives_routes,
             max_answer_bytes=self._config.max_answer_bytes,
+        )
+
+    def _place(self, request: web.Request, fields: Fields, history: History) -> Place:
+        return self._sessions.place(
+            url=request.match_info.get("trajectory"),
+            headers=request.headers,
+            metadata=openai.read(fields, "metadata", dict[str, Any]),
+            history=history,
         )
 
     def _next_step(self, trajectory: str) -> int:

@@ -25,6 +25,10 @@ class Recent(Generic[K, V]):
             self._items.move_to_end(key)
         return value
 
+    def peek(self, key: K) -> V | None:
+        """The value, no more recently used than before."""
+        return self._items.get(key)
+
     def put(self, key: K, value: V) -> None:
         """Set the value, now the most recently used; the least recently used one goes."""
         self._items[key] = value

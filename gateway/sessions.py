@@ -2,7 +2,8 @@
 event loop.
 
 The first rule that applies names the trajectory: URL, header, minted key, agents' session headers,
-metadata, the longest prefix of the conversation that ends in an answer we gave, else a new one.
+metadata, the longest prefix of the conversation or prompt that ends in an answer we gave, else a
+new one.
 Nothing is guessed: a call without an answer of ours in it is a new trajectory even when its prompt
 equals another's, and one that several trajectories could have led to is a new one that lists them.
 
@@ -13,19 +14,26 @@ from __future__ import annotations
 
 import secrets
 import unicodedata
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
 
 from driftgate.errors import RequestError
-from driftgate.gateway.conversation import Conversation
+from driftgate.gateway.conversation import Conversation, Turn
+from driftgate.gateway.history import History
+from driftgate.gateway.prompts import End, Kind, Prompt
+from driftgate.gateway.recent import Recent
 from driftgate.trace import Attribution
 
-__all__ = ["KEY_PREFIX", "TRAJECTORY_HEADER", "Call", "Place", "Sessions", "check_trajectory"]
-
-K = TypeVar("K")
-V = TypeVar("V")
+__all__ = [
+    "KEY_PREFIX",
+    "TRAJECTORY_HEADER",
+    "Begun",
+    "Call",
+    "Place",
+    "Sessions",
+    "check_trajectory",
+]
 
 TRAJECTORY_HEADER = "x-driftgate-trajectory"
 SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-id")
@@ -51,6 +59,10 @@ MAX_CALLS = 20_000
 
 MAX_KEYS = 50_000
 """Minted keys."""
+
+
+Scope: TypeAlias = tuple[str | None, str]
+"""The trajectory where the agent named it, and the body's digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,36 +108,25 @@ class _Known:
         return list(same) or every
 
 
-class _Recent(Generic[K, V]):
-    """A dict of bounded size that forgets what was not used for longest."""
+class Begun(NamedTuple):
+    """How a trajectory began that could have been one of several others."""
 
-    def __init__(self, limit: int) -> None:
-        self._items: OrderedDict[K, V] = OrderedDict()
-        self._limit = limit
-
-    def get(self, key: K) -> V | None:
-        if key in self._items:
-            self._items.move_to_end(key)
-        return self._items.get(key)
-
-    def put(self, key: K, value: V) -> None:
-        self._items[key] = value
-        self._items.move_to_end(key)
-        if len(self._items) > self._limit:
-            self._items.popitem(last=False)
-
-    def __len__(self) -> int:
-        return len(self._items)
+    kind: Kind
+    size_bytes: int
+    """Of its first prompt."""
+    instead_of: tuple[str, ...]
 
 
 class Sessions:
     """What the gateway remembers of trajectories. Not thread-safe: use it on the event loop."""
 
     def __init__(self) -> None:
-        self._steps: _Recent[str, int] = _Recent(MAX_TRAJECTORIES)
-        self._turns: _Recent[bytes, _Known] = _Recent(MAX_TURNS)
-        self._calls: _Recent[tuple[str | None, str], list[Call]] = _Recent(MAX_CALLS)
-        self._keys: _Recent[str, str] = _Recent(MAX_KEYS)
+        self._steps: Recent[str, int] = Recent(MAX_TRAJECTORIES)
+        self._turns: Recent[bytes, _Known] = Recent(MAX_TURNS)
+        self._lengths: Recent[bytes, set[int]] = Recent(MAX_TURNS)
+        self._begun: Recent[str, Begun] = Recent(MAX_TRAJECTORIES)
+        self._calls: Recent[Scope, list[Call]] = Recent(MAX_CALLS)
+        self._keys: Recent[str, str] = Recent(MAX_KEYS)
 
     def mint(self, trajectory: str | None = None) -> tuple[str, str]:
         """``(trajectory, key)``: an API key that names the trajectory. RequestError for a bad name.
@@ -143,7 +144,7 @@ class Sessions:
         url: str | None,
         headers: Mapping[str, str],
         metadata: Mapping[str, Any] | None,
-        conversation: Conversation | None,
+        history: History,
     ) -> Place:
         """The first rule that applies. RequestError for an id or a minted key that is not valid.
 
@@ -166,18 +167,40 @@ class Sessions:
                 return Place(check_trajectory(headers[name]), "session_header")
         if metadata and isinstance(named := metadata.get("trajectory_id"), str):
             return Place(check_trajectory(named), "metadata")
-        return self._by_prefix(conversation)
-
-    def _by_prefix(self, conversation: Conversation | None) -> Place:
-        for turn in reversed(conversation.turns if conversation else ()):
-            known = self._turns.get(turn.digest)
-            if known is None:
-                continue
-            found = known.trajectories(turn.tool_ids)
-            if len(found) == 1:
-                return Place(found[0], "prefix")
-            return Place(new_trajectory(), "new", tuple(found))
+        if isinstance(history, Conversation):
+            return _one_of(self._givers_of_last_turn(history))
+        if isinstance(history, Prompt):
+            return self._by_ends(history)
         return Place(new_trajectory(), "new")
+
+    def _givers_of_last_turn(self, conversation: Conversation) -> list[str]:
+        for turn in reversed(conversation.turns):
+            if (known := self._turns.get(turn.key)) is not None:
+                return known.trajectories(turn.tool_ids)
+        return []
+
+    def _by_ends(self, prompt: Prompt) -> Place:
+        """Every trajectory with an answer that ends in this prompt can be meant.
+
+        Not only that of the last one: nothing tells what was sampled from what the agent wrote
+        itself. But one that began because others could not be told apart stands for those of them
+        that have no answer behind its beginning."""
+        last_ends: dict[str, int] = {}
+        for end, key in prompt.known_ends(self._lengths.get):
+            known = self._turns.get(key)
+            for trajectory in known.trajectories(frozenset()) if known else ():
+                last_ends.setdefault(trajectory, end)
+        stood_for = {
+            other
+            for trajectory in last_ends
+            if (begun := self._begun.get(trajectory)) and begun.kind == prompt.kind
+            for other in begun.instead_of
+            if last_ends.get(other, 0) <= begun.size_bytes
+        }
+        place = _one_of([name for name in last_ends if name not in stood_for])
+        if place.ambiguous:
+            self._begun.put(place.trajectory, Begun(prompt.kind, len(prompt), place.ambiguous))
+        return place
 
     def is_known(self, place: Place) -> bool:
         """False where the index has to be asked for the next step first; then ``resume``."""
@@ -189,55 +212,106 @@ class Sessions:
 
     def begin(self, place: Place, *, call_id: str, body_sha256: str, sdk_retry: int) -> Call:
         """Give the call its step: that of the call it repeats, or the next one."""
-        scope = (place.trajectory if place.named else None, body_sha256)
+        scope = _scope_of(place, body_sha256)
         earlier = self._calls.get(scope) or []
-        found = _repeated(earlier, sdk_retry)
-        if len(found) == 1:
-            first = found[0]
+        first = _repeated(earlier, place, sdk_retry)
+        if first is not None:
             first.repeated = True
             retry = max(sdk_retry, first.retry + 1)
-            call = Call(call_id, first.place, first.step, retry, body_sha256)
+            known = first.place.ambiguous or place.ambiguous  # a restored one may have lost its own
+            call = Call(
+                call_id, replace(first.place, ambiguous=known), first.step, retry, body_sha256
+            )
         else:
-            if found:
-                names = dict.fromkeys((*place.ambiguous, *(c.place.trajectory for c in found)))
-                place = Place(new_trajectory(), "new", tuple(names))
+            if place.attribution == "new" and sdk_retry > 0:
+                others = (call.place.trajectory for call in earlier if not call.repeated)
+                place = replace(place, ambiguous=tuple(dict.fromkeys((*place.ambiguous, *others))))
             step = self._steps.get(place.trajectory) or 0
             self._steps.put(place.trajectory, step + 1)
             call = Call(call_id, place, step, sdk_retry, body_sha256)
         self._calls.put(scope, [*(c for c in earlier if not c.repeated), call][-MAX_CANDIDATES:])
         return call
 
-    def answered(
-        self, call: Call, conversation: Conversation | None, messages: Iterable[Mapping[str, Any]]
-    ) -> None:
+    def answered(self, call: Call, turns: Iterable[Turn | End]) -> None:
         """Remember the answers, so that a call that continues one of them is recognised.
 
         Call it before the end of the answer is sent: the next call may come at once.
         """
-        if conversation is None:
-            return
-        for message in messages:
-            turn = conversation.answered(message)
-            known = self._turns.get(turn.digest) or _Known()
-            known.givers[(call.place.trajectory, turn.tool_ids)] = None
+        if call.failed:
+            return  # broken off with an error: no agent goes on from there
+        for turn in turns:
+            known = self._turns.get(turn.key) or _Known()
+            known.givers[call.place.trajectory, _tool_ids(turn)] = None
             if len(known.givers) > MAX_CANDIDATES:
                 del known.givers[next(iter(known.givers))]
-            self._turns.put(turn.digest, known)
+            self._turns.put(turn.key, known)
+            if isinstance(turn, End):
+                lengths = self._lengths.get(turn.block) or set()
+                lengths.add(len(turn.tail))
+                self._lengths.put(turn.block, lengths)
 
     def failed(self, call: Call) -> None:
         """The call got no whole answer: the same body again is a retry of it."""
         call.failed = True
 
+    @property
+    def full(self) -> bool:
+        """No older answer can be remembered."""
+        return self._turns.full
 
-def _repeated(earlier: list[Call], sdk_retry: int) -> list[Call]:
-    """Calls with this body that the new call may repeat; several where they cannot be told
-    apart."""
+    def restore(
+        self,
+        trajectory: str,
+        turns: Iterable[Turn | End],
+        calls: Iterable[Call],
+        begun: Begun | None,
+    ) -> None:
+        """Remember a trajectory from before the start, as older than all that is here."""
+        for turn in turns:
+            known = self._turns.peek(turn.key) or _Known()
+            if len(known.givers) < MAX_CANDIDATES:
+                known.givers.setdefault((trajectory, _tool_ids(turn)))
+            self._turns.put_oldest(turn.key, known)
+            if isinstance(turn, End):
+                lengths = self._lengths.peek(turn.block) or set()
+                lengths.add(len(turn.tail))
+                self._lengths.put_oldest(turn.block, lengths)
+        for call in calls:
+            scope = _scope_of(call.place, call.body_sha256)
+            self._calls.put_oldest(scope, [call, *(self._calls.peek(scope) or ())])
+        if begun is not None:
+            self._begun.put_oldest(trajectory, begun)
+
+
+def _scope_of(place: Place, body_sha256: str) -> Scope:
+    """What the calls of one retried call have in common."""
+    return place.trajectory if place.named else None, body_sha256
+
+
+def _one_of(found: Sequence[str]) -> Place:
+    if len(found) == 1:
+        return Place(found[0], "prefix")
+    return Place(new_trajectory(), "new", tuple(found))
+
+
+def _tool_ids(turn: Turn | End) -> frozenset[str]:
+    return turn.tool_ids if isinstance(turn, Turn) else frozenset()
+
+
+def _repeated(earlier: list[Call], place: Place, sdk_retry: int) -> Call | None:
+    """The call with this body that the new one repeats.
+
+    Where nothing but the body is known, only a failed call that began its trajectory is taken: it
+    does not matter by whom, because it gave nothing. Any other may be another agent's; a header
+    does not say whose retry it is when the first try never came here."""
     waiting = [call for call in earlier if not call.repeated]
-    if failed := [call for call in waiting if call.failed]:
-        return failed[:1]  # failed calls of one body differ in nothing: take them in turn
-    if sdk_retry > 0:
-        return [call for call in waiting if call.retry < sdk_retry]
-    return []
+    if place.attribution == "new":
+        return next((c for c in waiting if c.failed and c.place.attribution == "new"), None)
+    own = [call for call in waiting if call.place.trajectory == place.trajectory]
+    failed = [call for call in own if call.failed]
+    if sdk_retry > 0 and not failed:
+        return next((call for call in reversed(own) if call.retry < sdk_retry), None)
+    return failed[0] if failed else None
 
 
 def minted_key(headers: Mapping[str, str]) -> str | None:

@@ -188,7 +188,10 @@ def read_entry(path: Path, offset: int) -> Entry:
     with path.open("rb") as file:
         entry = _entry_at(file.fileno(), offset, os.fstat(file.fileno()).st_size)
     if entry is None:
-        raise FormatError(f"{path} at {offset}: no whole record, the segment is damaged")
+        raise FormatError(
+            f"{path} at {offset}: no whole record, the segment is damaged; "
+            "`driftgate index rebuild` says what is lost and keeps the rest"
+        )
     return entry
 
 

@@ -225,7 +225,11 @@ class Worker:
         one."""
         scores = []
         for first_id, second_id in self._floors.new_twins():
-            first, second = self._reader.trace(first_id), self._reader.trace(second_id)
+            try:
+                first, second = self._reader.trace(first_id), self._reader.trace(second_id)
+            except DriftgateError as error:
+                log.warning("no noise floor from %s and %s: %s", first_id, second_id, error)
+                continue
             same_weights = first.meta.weight_version == second.meta.weight_version
             if same_weights and self._config.served_model in (None, first.meta.model):
                 scores.append(engine_floor(first, second, now_ns=time.time_ns()))

@@ -10,7 +10,6 @@ import asyncio
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +27,7 @@ from driftgate.testing.engine import (
 )
 from driftgate.trace import Trainer
 from tests.e2e.rollouts import roll_out
-from tests.e2e.support import Dtype, reference, teach
+from tests.e2e.support import Dtype, Scored, reference, teach
 
 DTYPES: dict[str, Dtype] = {"dense": "float32", "moe": "bfloat16"}
 """What each checkpoint is stored in and each engine computes in."""
@@ -119,18 +118,6 @@ def captured(
 
     asyncio.run(both())
     return {kind: root / kind for kind in engines}
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A captured store after the reference has scored it."""
-
-    store: Path
-    checkpoint: Path
-    exact: Trainer
-    """In float32."""
-    native: Trainer
-    """In the engine's precision."""
 
 
 @pytest.fixture(scope="session")

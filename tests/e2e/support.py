@@ -1,8 +1,11 @@
-"""What the end-to-end tests share: a gateway in front of a real engine, calls, stores, a teacher."""
+"""What the end-to-end tests share: a gateway before a real engine, calls, stores, a teacher."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, closing
@@ -20,7 +23,7 @@ from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.reference import ReferenceBackend
 from driftgate.teacher.worker import Report, Worker
 from driftgate.testing.engine import EngineProcess
-from driftgate.trace import Score, Trace
+from driftgate.trace import Score, Trace, Trainer
 
 WEIGHT_VERSION = "step-7"
 """Of every engine and trainer here, unless a test says otherwise."""
@@ -46,6 +49,18 @@ class Proxied:
     async def call(self, trajectory: str, payload: dict[str, Any], *, api: str = CHAT) -> Any:
         """An agent's call in ``trajectory``; the answer as ``ask`` gives it."""
         return await ask(self.http, f"{self.url}/t/{trajectory}/v1", payload, api=api)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A captured store after the reference has scored it."""
+
+    store: Path
+    checkpoint: Path
+    exact: Trainer
+    """In float32."""
+    native: Trainer
+    """In the engine's precision."""
 
 
 @asynccontextmanager
@@ -123,3 +138,10 @@ def teach(store: Path, backend: Backend, checkpoint: Path) -> Report:
     config = TeacherConfig(store=str(store), model=str(checkpoint), weight_version=WEIGHT_VERSION)
     with closing(Worker(config, backend)) as worker:
         return worker.run(threading.Event())
+
+
+def driftgate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it."""
+    command = [sys.executable, "-m", "driftgate.cli", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

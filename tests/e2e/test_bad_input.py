@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -19,19 +17,19 @@ import msgspec
 import numpy as np
 import pytest
 
-from driftgate.errors import FormatError, NotFoundError
 from driftgate.gateway.app import serve
 from driftgate.gateway.config import GatewayConfig
-from driftgate.storage import CallRow, Reader, TrajectoryRow, Writer, read_segment
-from driftgate.storage.records import Kind
+from driftgate.storage import CallRow, Reader, TrajectoryRow
+from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.launch import launch
 from driftgate.testing.engine import EngineProcess, free_port
-from driftgate.testing.traces import assert_same_trace
-from tests.e2e.conftest import Scored
 from tests.e2e.rollouts import question
 from tests.e2e.support import (
     CHAT,
     COMPLETIONS,
+    WEIGHT_VERSION,
     codes,
+    driftgate,
     proxy,
     reference,
     stored_scores,
@@ -48,13 +46,6 @@ JSON = {"Content-Type": "application/json"}
 def calls_of(store: Path, trajectory: str) -> tuple[TrajectoryRow, list[CallRow]]:
     with closing(Reader(store)) as reader:
         return reader.trajectory(trajectory), reader.calls(trajectory)
-
-
-def driftgate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it."""
-    command = [sys.executable, "-m", "driftgate.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 # Requests that the engine refuses.
@@ -160,7 +151,7 @@ async def dying(answer: bytes) -> AsyncIterator[str]:
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with server:
-        yield "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 CUT_AFTER = 9
@@ -188,14 +179,18 @@ async def test_an_engine_that_dies_in_its_stream_leaves_a_marked_part(
         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
     chunks = [b"%x\r\n%b\r\n" % (len(event), event) for event in events[:CUT_AFTER]]
-    got = b""
+    got = bytearray()
     async with dying(head + b"".join(chunks)) as upstream:
-        config = GatewayConfig(upstream=upstream, port=0, store=tmp_path, weight_version="step-7")
-        async with serve(config) as url, aiohttp.ClientSession() as http:
-            async with http.post(f"{url}/t/cut/v1/{CHAT}", json=payload) as answer:
-                with pytest.raises(aiohttp.ClientPayloadError):
-                    async for chunk in answer.content.iter_any():
-                        got += chunk
+        config = GatewayConfig(
+            upstream=upstream, port=0, store=tmp_path, weight_version=WEIGHT_VERSION
+        )
+        async with (
+            serve(config) as url,
+            aiohttp.ClientSession() as http,
+            http.post(f"{url}/t/cut/v1/{CHAT}", json=payload) as answer,
+        ):
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await read_into(got, answer)
     assert got.count(b"\n\n") == CUT_AFTER
     assert b"[DONE]" not in got
     (trace,) = stored_traces(tmp_path, "cut")
@@ -215,6 +210,11 @@ async def test_an_engine_that_dies_in_its_stream_leaves_a_marked_part(
     assert "capture_partial" in codes(score)
     assert trace.logprobs is not None
     assert np.abs(score.logprobs - trace.logprobs).max() < 1e-4
+
+
+async def read_into(got: bytearray, answer: aiohttp.ClientResponse) -> None:
+    async for chunk in answer.content.iter_any():
+        got += chunk
 
 
 def tokens_of(events: list[bytes]) -> list[int]:
@@ -237,99 +237,6 @@ async def test_an_engine_that_dies_in_its_json_answer_is_a_502(tmp_path: Path) -
     assert "the engine broke off its answer" in row.gaps[0]
 
 
-# Segments that are half written.
-
-
-@pytest.fixture
-def store(scored: dict[str, Scored], tmp_path: Path) -> Path:
-    """A copy of the MoE's store, scored."""
-    return Path(shutil.copytree(scored["moe"].store, tmp_path / "store"))
-
-
-def segment_of_traces(store: Path) -> tuple[Path, int, int]:
-    """The segment that holds the traces, and where its last trace begins and ends."""
-    for path in (store / "segments").glob("*.dgs"):
-        traces = [entry for entry in read_segment(path) if entry.header.kind == Kind.TRACE]
-        if traces:
-            return path, traces[-1].offset, traces[-1].end
-    raise AssertionError("no segment holds a trace")
-
-
-def answers(store: Path) -> tuple[str, str]:
-    """What a user sees of the store."""
-    return driftgate("cells", "--store", store).stdout, driftgate(
-        "show", "chat", "--store", store
-    ).stdout
-
-
-GARBAGE = b"\xd9REC\x01" + bytes(range(39))
-"""The beginning of a record whose end was never written."""
-
-
-def test_a_torn_tail_is_read_past_named_and_cut(
-    store: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path, *_ = segment_of_traces(store)
-    before, size, seen = stored_traces(store), path.stat().st_size, answers(store)
-    with path.open("ab") as file:
-        file.write(GARBAGE)
-    for old, new in zip(before, stored_traces(store), strict=True):
-        assert_same_trace(old, new)
-    assert answers(store) == seen
-    rebuilt = driftgate("index", "rebuild", "--store", store)
-    assert rebuilt.returncode == 0
-    assert f"torn_bytes {len(GARBAGE)}" in rebuilt.stdout
-    assert answers(store) == seen
-    with caplog.at_level(logging.WARNING, logger="driftgate.storage"):
-        Writer(store).close()  # as the next gateway does
-    assert f"{path}: cut {len(GARBAGE)} bytes of an unfinished batch" in caplog.text
-    assert path.stat().st_size == size
-    assert answers(store) == seen
-
-
-def test_a_lost_tail_costs_its_own_records_and_is_named(store: Path) -> None:
-    path, start, end = segment_of_traces(store)
-    *kept, lost = stored_traces(store)
-    assert lost.meta.trajectory == "gap"
-    os.truncate(path, end - 7)
-    with closing(Reader(store)) as reader:
-        for trace in kept:
-            assert_same_trace(reader.trace(trace.meta.trace_id), trace)
-        with pytest.raises(FormatError, match=rf"{path.name} at {start}: .*damaged"):
-            reader.trace(lost.meta.trace_id)
-    shown = driftgate("show", "gap", "--step", "0", "--store", store)
-    assert shown.returncode == 1
-    assert shown.stderr.count("\n") == 1
-    assert f"{path.name} at {start}" in shown.stderr
-    rebuilt = driftgate("index", "rebuild", "--store", store)
-    assert f"torn_bytes {end - start - 7}" in rebuilt.stdout
-    for old, new in zip(kept, stored_traces(store), strict=True):
-        assert_same_trace(old, new)
-    shown = driftgate("show", "gap", "--store", store)
-    assert shown.returncode == 0
-    assert "INCOMPLETE_CAPTURE" in shown.stdout
-    assert f"call {lost.meta.call_id} has not ended" in shown.stdout
-    with closing(Reader(store)) as reader, pytest.raises(NotFoundError):
-        reader.trace(lost.meta.trace_id)
-
-
-def test_a_trace_that_cannot_be_read_does_not_stop_the_teacher(
-    captured: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(captured["dense"], tmp_path / "store"))
-    path, start, end = segment_of_traces(store)
-    os.truncate(path, end - 7)
-    backend = reference(checkpoints["dense"])
-    report = teach(store, backend, checkpoints["dense"])
-    assert (report.scored, report.refused) == (18, 1)
-    (refused,) = [score for score in stored_scores(store) if score.meta.bucket is None]
-    (reason,) = refused.meta.comparable.reasons
-    assert reason.code == "trace_unreadable"
-    assert f"{path.name} at {start}" in reason.detail
-    again = teach(store, backend, checkpoints["dense"])
-    assert (again.scored, again.refused) == (0, 0), "it is not tried again"
-
-
 # Checkpoints that do not fit.
 
 
@@ -339,11 +246,12 @@ def test_a_tokenizer_that_does_not_match_is_named_and_not_tried_again(
     store = Path(shutil.copytree(captured["dense"], tmp_path / "store"))
     other = Path(shutil.copytree(checkpoints["dense"], tmp_path / "other"))
     renumber(other / "tokenizer.json")
-    for _ in range(2):
-        done = driftgate("teach", "--model", other, "--store", store)
-        assert done.returncode == 0, done.stderr
-        scores = stored_scores(store)
-        assert len(scores) == 19
+    done = driftgate("teach", "--model", other, "--store", store)
+    assert done.returncode == 0, done.stderr
+    again = teach(store, reference(other), other)
+    assert (again.trajectories, again.refused) == (0, 0), "they are not tried again"
+    scores = stored_scores(store)
+    assert len(scores) == 19
     for score in scores:
         assert score.meta.bucket is None
         assert score.meta.comparable.verdict == "no"
@@ -395,11 +303,7 @@ MORE_LAYERS = {"num_hidden_layers": 6, "layer_types": ["full_attention"] * 6}
     ("broken", "status", "said"),
     [
         ("empty", 2, "is no checkpoint directory (no config.json)"),
-        ("no weights", 1, "model.safetensors"),
         ("cut weights", 1, "incomplete metadata, file not fully covered"),
-        ("no config", 1, "is not a valid JSON file"),
-        ("other shapes", 1, "39 weights have other shapes than its config.json says"),
-        ("fewer weights", 1, "22 weights of its config.json are not in its files"),
     ],
     indirect=["broken"],
 )
@@ -411,3 +315,26 @@ def test_a_folder_that_is_no_checkpoint_is_one_clear_line(
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if str(broken) in line]
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("no weights", "no file named model.safetensors"),
+        ("no config", "is not a valid JSON file"),
+        ("other shapes", "39 weights have other shapes than its config.json says"),
+        ("fewer weights", "22 weights of its config.json are not in its files"),
+    ],
+    indirect=["broken"],
+)
+def test_a_checkpoint_that_is_not_whole_scores_nothing(
+    broken: Path, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TeacherConfig(store=str(tmp_path / "store"), model=str(broken))
+    with caplog.at_level(logging.ERROR, logger="driftgate.teacher"):
+        assert launch(config) == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"the teacher stopped: cannot load the checkpoint {broken}"
+    )
+    assert said in record.getMessage()

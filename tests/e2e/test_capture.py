@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import operator
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,8 @@ def join(into: dict[str, Any], value: dict[str, Any]) -> None:
         elif key == "tool_calls":
             for call in new:
                 join(into.setdefault(key, {}).setdefault(call["index"], {}), call)
-        elif isinstance(new, str) and isinstance(old, str):
-            into[key] = old + new
-        elif isinstance(new, list) and isinstance(old, list):
-            into[key] = old + new
+        elif isinstance(new, (str, list)) and isinstance(old, type(new)):
+            into[key] = operator.add(old, new)
         elif new is not None or key not in into:
             into[key] = new
 

@@ -22,9 +22,9 @@ from driftgate.testing.checkpoints import make_checkpoint
 from driftgate.testing.engine import EngineProcess
 from driftgate.trace import Engine, Score, Trace
 from tests.e2e import oracle
-from tests.e2e.conftest import Scored
 from tests.e2e.rollouts import HOT, HOT_RUNS, TOKENS, heat
 from tests.e2e.support import (
+    Scored,
     codes,
     proxy,
     reference,

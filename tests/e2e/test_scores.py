@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,9 @@ from driftgate.testing.engine import EngineProcess
 from driftgate.trace import Engine, Score, Trace
 from driftgate.views import CellMismatch
 from tests.e2e import oracle
-from tests.e2e.conftest import Scored
 from tests.e2e.oracle import Answer, HuggingFace
-from tests.e2e.rollouts import HOT, HOT_RUNS, TOKENS
-from tests.e2e.support import WEIGHT_VERSION, codes, proxy, stored_scores, stored_traces
+from tests.e2e.rollouts import TOKENS
+from tests.e2e.support import WEIGHT_VERSION, Scored, codes, proxy, stored_scores, stored_traces
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -244,7 +243,7 @@ def sharded(
     captured: dict[str, Path],
     checkpoints: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Path]:
+) -> Path:
     """The MoE's traces, scored by two FSDP ranks as a user starts them."""
     store = Path(shutil.copytree(captured["moe"], tmp_path_factory.mktemp("fsdp") / "store"))
     command = [sys.executable, "-m", "driftgate.cli", "teach", "--backend", "fsdp", "--nproc", "2",
@@ -253,7 +252,7 @@ def sharded(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    yield store
+    return store
 
 
 def test_two_fsdp_ranks_equal_the_reference_exactly(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from driftgate.gateway import restore, sessions
+
 if TYPE_CHECKING:
     from tests.gateway.conftest import Agent, StandIn
 
@@ -26,6 +28,14 @@ async def ask(agent: Agent, messages: list[Any], **extra: Any) -> list[dict[str,
     status, body = await agent.send(CHAT | {"messages": messages} | extra, headers=headers)
     assert status == 200
     return [choice["message"] for choice in json.loads(body)["choices"]]
+
+
+async def streamed(agent: Agent, messages: list[Any]) -> dict[str, Any]:
+    """The message that a stream adds up to."""
+    _, raw = await agent.send(CHAT | {"messages": messages, "stream": True})
+    parts = [json.loads(e[6:]) for e in raw.split(b"\n\n") if e.startswith(b"data: {")]
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in parts)
+    return {"role": "assistant", "content": text}
 
 
 async def places(agent: Agent) -> list[Place]:
@@ -83,10 +93,7 @@ async def test_a_name_that_is_none_is_refused(agent: Agent, name: str) -> None:
 async def test_a_conversation_is_followed_by_its_answers(agent: Agent, stream: bool) -> None:
     (first,) = await ask(agent, [USER])
     if stream:
-        _, raw = await agent.send(CHAT | {"messages": [USER, first, NEXT], "stream": True})
-        parts = [json.loads(e[6:]) for e in raw.split(b"\n\n") if e.startswith(b"data: {")]
-        text = "".join(c["choices"][0]["delta"].get("content", "") for c in parts)
-        second: dict[str, Any] = {"role": "assistant", "content": text}
+        second = await streamed(agent, [USER, first, NEXT])
     else:
         (second,) = await ask(agent, [USER, first, NEXT])
     await ask(agent, [USER, first, NEXT, second, NEXT])
@@ -209,3 +216,182 @@ async def test_steps_go_on_after_a_restart(connect: Callable[..., Any], engine: 
         (0, "named"),
         (1, "named"),
     ]
+
+
+TEXT: dict[str, Any] = {"model": "tiny", "seed": 3}
+COMPLETIONS = "/v1/completions"
+
+
+async def complete(agent: Agent, prompt: Any, **extra: Any) -> list[dict[str, Any]]:
+    """The answer's choices; of a stream, the pieces of its one choice joined."""
+    status, raw = await agent.send(TEXT | {"prompt": prompt} | extra, path=COMPLETIONS)
+    assert status == 200
+    if not extra.get("stream"):
+        return list(json.loads(raw)["choices"])
+    parts = [
+        json.loads(e[6:])["choices"][0] for e in raw.split(b"\n\n") if e.startswith(b"data: {")
+    ]
+    ids = [i for part in parts for i in part.get("token_ids") or ()]
+    return [{"text": "".join(part["text"] for part in parts), "token_ids": ids}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_text_prompt_is_followed_by_what_was_sampled(agent: Agent, stream: bool) -> None:
+    prompt = "long " * 300
+    for _ in range(3):
+        (choice,) = await complete(agent, prompt, stream=stream)
+        prompt += choice["text"] + " and then? "
+    await complete(agent, "long " * 300 + "and then?")
+    (one, *others, fresh) = await places(agent)
+    assert one[1:] == (0, "new")
+    assert others == [(one[0], 1, "prefix"), (one[0], 2, "prefix")]
+    assert fresh[0] != one[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("first", [[5, 6, 7], "text"])
+async def test_an_id_prompt_is_followed_by_the_ids_that_were_sampled(
+    agent: Agent, stream: bool, first: Any
+) -> None:
+    extra = {"stream": stream, "return_token_ids": True}
+    (choice,) = await complete(agent, first, **extra)
+    sent = first if isinstance(first, list) else list(first.encode())
+    await complete(agent, [*sent, *choice["token_ids"], 9])
+    await complete(agent, [*sent, 9])
+    one, two, three = await places(agent)
+    assert two == (one[0], 1, "prefix")
+    assert three[1:] == (0, "new")
+
+
+async def test_ids_that_the_agent_was_not_given_are_not_continued(agent: Agent) -> None:
+    (choice,) = await complete(agent, "text")
+    assert choice["token_ids"] is None
+    (trace,) = await agent.traces()
+    assert trace.response_ids is not None
+    await complete(agent, [*b"text", *trace.response_ids.tolist()])
+    assert {rule for _, _, rule in await places(agent)} == {"new"}
+
+
+async def test_chat_ids_are_continued_as_a_prompt(agent: Agent) -> None:
+    _, body = await agent.send(CHAT | {"return_token_ids": True})
+    answer = json.loads(body)
+    await complete(agent, [*answer["prompt_token_ids"], *answer["choices"][0]["token_ids"], 9])
+    one, two = await places(agent)
+    assert two == (one[0], 1, "prefix")
+
+
+async def test_texts_that_cannot_be_told_apart_are_new(agent: Agent) -> None:
+    (choice,) = await complete(agent, "a")
+    await complete(agent, "a")
+    (later,) = await complete(agent, "a" + choice["text"])
+    await complete(agent, "a" + choice["text"] + later["text"])
+    first, second, third, fourth = [t.meta for t in await agent.traces()]
+    assert third.attribution == "new"
+    assert sorted(third.ambiguous) == sorted([first.trajectory, second.trajectory])
+    assert (fourth.trajectory, fourth.attribution) == (third.trajectory, "prefix")
+
+
+async def test_several_prompts_in_one_call_are_new(agent: Agent) -> None:
+    one, other = await complete(agent, ["a", "b"])
+    await complete(agent, ["a" + one["text"], "b" + other["text"]])
+    await complete(agent, "a" + one["text"])
+    assert len({trajectory for trajectory, _, _ in await places(agent)}) == 3
+
+
+async def test_an_answer_of_no_tokens_is_no_turn(agent: Agent, engine: StandIn) -> None:
+    engine.tokens = 0
+    for _ in range(2):
+        await complete(agent, "a")
+    assert [(step, rule) for _, step, rule in await places(agent)] == [(0, "new")] * 2
+
+
+async def restarted(connect: Callable[..., Any], agent: Agent) -> Agent:
+    """A second gateway over the store of the first, which has written all it has."""
+    await agent.flush()
+    other: Agent = await connect()
+    return other
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_unnamed_chat_goes_on_after_a_restart(
+    connect: Callable[..., Any], stream: bool
+) -> None:
+    agent = await connect()
+    messages: list[Any] = [USER]
+    for _ in range(2):
+        answer = await streamed(agent, messages) if stream else (await ask(agent, messages))[0]
+        messages += [answer, NEXT]
+    agent = await restarted(connect, agent)
+    await ask(agent, messages)
+    one, *others = await places(agent)
+    assert others == [(one[0], 1, "prefix"), (one[0], 2, "prefix")]
+    traces = await agent.traces()
+    assert traces[2].meta.parent == traces[1].meta.trace_id
+
+
+async def test_unnamed_prompts_go_on_after_a_restart(connect: Callable[..., Any]) -> None:
+    agent = await connect()
+    (said,) = await complete(agent, "text")
+    (given,) = await complete(agent, [1, 2], return_token_ids=True)
+    agent = await restarted(connect, agent)
+    await complete(agent, "text" + said["text"] + "more")
+    await complete(agent, [1, 2, *given["token_ids"], 3])
+    one, two, *others = await places(agent)
+    assert others == [(one[0], 1, "prefix"), (two[0], 1, "prefix")]
+
+
+async def test_what_could_not_be_told_apart_still_cannot_after_a_restart(
+    connect: Callable[..., Any],
+) -> None:
+    agent = await connect()
+    (choice,) = await complete(agent, "a")
+    await complete(agent, "a")
+    (later,) = await complete(agent, "a" + choice["text"])
+    agent = await restarted(connect, agent)
+    await complete(agent, "a" + choice["text"] + "x")
+    await complete(agent, "a" + choice["text"] + later["text"])
+    metas = sorted((t.meta for t in await agent.traces()), key=lambda m: m.started_ns)
+    first, second, third, fourth, fifth = metas
+    assert set(fourth.ambiguous) == {first.trajectory, second.trajectory}
+    assert fifth.trajectory == third.trajectory
+
+
+@pytest.mark.parametrize("headers", [{"x-stainless-retry-count": "1"}, None])
+async def test_a_call_that_was_open_is_retried_after_a_restart(
+    connect: Callable[..., Any], engine: StandIn, headers: dict[str, str] | None
+) -> None:
+    agent = await connect()
+    (answer,) = await ask(agent, [USER])
+    engine.hold = asyncio.Event()
+    engine.came.clear()
+    cut = asyncio.create_task(agent.send(CHAT | {"messages": [USER, answer, NEXT]}))
+    await engine.came.wait()
+    held, engine.hold = engine.hold, None
+    agent_after = await restarted(connect, agent)
+    await ask(agent_after, [USER, answer, NEXT], headers=headers)
+    await ask(agent_after, [USER, answer, NEXT, answer, NEXT])
+    held.set()
+    await cut
+    (trajectory,) = {name for name, _, _ in await places(agent_after)}
+    calls = agent_after.gateway.reader.calls(trajectory)  # type: ignore[union-attr]
+    assert [(c.step, c.retry) for c in calls] == [(0, 0), (1, 0), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "rules"),
+    [
+        (sessions, "MAX_TURNS", 1, ["new", "prefix"]),
+        (restore, "RESTORED_AGE_S", -60, ["new", "new"]),
+    ],
+)
+async def test_what_is_remembered_after_a_restart_has_limits(
+    connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
+    module: Any, name: str, value: int, rules: list[str],
+) -> None:  # fmt: skip
+    agent = await connect()
+    answers = [(await ask(agent, [USER], seed=seed))[0] for seed in range(2)]
+    monkeypatch.setattr(module, name, value)
+    agent = await restarted(connect, agent)
+    for answer in reversed(answers):  # the newest first: its answer displaces what is remembered
+        await ask(agent, [USER, answer, NEXT])
+    assert sorted(rule for _, _, rule in (await places(agent))[2:]) == rules

@@ -13,7 +13,7 @@ HELLO = read_conversation(b'[{"role":"user","content":"hi"}]')
 
 
 def begin(memory: Sessions, *, retry: int = 0, url: str | None = None) -> Call:
-    place = memory.place(url=url, headers={}, metadata=None, conversation=HELLO)
+    place = memory.place(url=url, headers={}, metadata=None, history=HELLO)
     return memory.begin(place, call_id="c", body_sha256=BODY, sdk_retry=retry)
 
 
@@ -47,9 +47,25 @@ def test_a_retry_that_could_be_of_several_calls_is_ambiguous() -> None:
 
 def test_a_retry_before_the_first_try_has_ended() -> None:
     memory = Sessions()
+    first = begin(memory, url="t")
+    again = begin(memory, url="t", retry=1)
+    assert (again.place.trajectory, again.step) == (first.place.trajectory, 0)
+
+
+def test_an_unnamed_retry_of_a_call_that_has_not_failed_may_be_another_agents() -> None:
+    memory = Sessions()
     first = begin(memory)
     again = begin(memory, retry=1)
-    assert (again.place.trajectory, again.step) == (first.place.trajectory, 0)
+    assert again.place.attribution == "new"
+    assert again.place.ambiguous == (first.place.trajectory,)
+
+
+def test_a_retry_of_one_of_two_equal_calls_stays_in_the_named_trajectory() -> None:
+    memory = Sessions()
+    begin(memory, url="t")
+    begin(memory, url="t")
+    again = begin(memory, url="t", retry=1)
+    assert (again.place.trajectory, again.step, again.place.ambiguous) == ("t", 1, ())
 
 
 def test_the_same_call_of_two_trajectories_is_no_retry() -> None:
@@ -63,11 +79,11 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Sessions()
     assert HELLO is not None
     for text in ("one", "two", "three"):
-        memory.answered(begin(memory), HELLO, [{"role": "assistant", "content": text}])
+        memory.answered(begin(memory), [HELLO.answered({"content": text})])
     for text, rule in (("one", "new"), ("three", "prefix")):
         said = f'[{{"role":"user","content":"hi"}},{{"role":"assistant","content":"{text}"}}]'
         conversation = read_conversation(said.encode())
-        place = memory.place(url=None, headers={}, metadata=None, conversation=conversation)
+        place = memory.place(url=None, headers={}, metadata=None, history=conversation)
         assert place.attribution == rule
 
 
@@ -77,7 +93,7 @@ def test_steps_go_on_from_the_index_and_from_what_was_given_meanwhile() -> None:
     memory.resume("t", 7)
     assert begin(memory, url="t").step == 7
     memory.resume("t", 3)
-    place = memory.place(url="t", headers={}, metadata=None, conversation=None)
+    place = memory.place(url="t", headers={}, metadata=None, history=None)
     assert memory.begin(place, call_id="c", body_sha256="other", sdk_retry=0).step == 8
 
 
