@@ -135,7 +135,7 @@ def serve(
         run(settings, started=lambda url: print(_welcome(url, settings), flush=True))
     except OSError as error:
         raise DriftgateError(
-            f"cannot serve at {settings.host}:{settings.port}: {error}; choose another --port"
+            f"cannot serve at {settings.host}:{settings.port}: {error}; choose another --host or --port"
         ) from error
 
 
@@ -233,7 +233,7 @@ def tail(
 
     Green, amber and red are METRICS' bands; grey is what is not comparable.
     """
-    if after != "now" and not after.isdigit():
+    if after != "now" and not (after.isascii() and after.isdigit()):
         raise typer.BadParameter(f"{after!r} is neither a cursor nor `now`", param_hint="--after")
     start: int | Literal["now"] = "now" if after == "now" else int(after)
 

@@ -14,6 +14,7 @@ import msgspec
 import typer
 
 from driftgate.client import Client
+from driftgate.errors import DriftgateError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -64,15 +65,19 @@ def existing(store: Path) -> Path:
 
 @contextlib.contextmanager
 def sink(output: Path | None) -> Iterator[BinaryIO]:
-    """stdout, or a file that has its name only once it is whole."""
+    """stdout, or a file that has its name only once it is whole. DriftgateError where it cannot be
+    written."""
     if output is None:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
     partial = output.with_name(output.name + ".partial")
-    with partial.open("wb") as file:
-        yield file
-    partial.replace(output)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(output)
+    except OSError as error:
+        raise DriftgateError(f"cannot write {output}: {error}; choose another --output") from error
 
 
 def show(view: msgspec.Struct, as_json: bool, draw: Callable[[Any], RenderableType]) -> None:

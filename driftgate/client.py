@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
@@ -68,8 +68,8 @@ ERRORS: dict[int, type[DriftgateError]] = {
 class Client:
     """One gateway's API. Use it as ``async with Client(url) as client:``.
 
-    ``key`` is sent as bearer token where the gateway asks for one; ``transport`` is httpx's, for
-    tests.
+    RequestError where ``url`` is none. ``key`` is sent as bearer token where the gateway asks for
+    one; ``transport`` is httpx's, for tests.
     """
 
     def __init__(
@@ -82,9 +82,12 @@ class Client:
     ) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.url = url.rstrip("/")
-        self._http = httpx.AsyncClient(
-            base_url=self.url, headers=headers, timeout=timeout_s, transport=transport
-        )
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=self.url, headers=headers, timeout=timeout_s, transport=transport
+            )
+        except httpx.InvalidURL as error:
+            raise RequestError(f"{url!r} is not an address like {DEFAULT_URL}: {error}") from error
 
     async def __aenter__(self) -> Self:
         return self
@@ -150,7 +153,8 @@ class Client:
         """Scores in order of their cursor, each exactly once, also across reconnects.
 
         Without ``follow`` it ends with the last score there is. With it, a first connection that
-        fails raises at once; a later one is tried again for ``give_up_s``. Leave it early with
+        fails raises at once; a later one is tried again for ``give_up_s``. DriftgateError where
+        something else answers at the address. Leave it early with
         ``contextlib.aclosing`` around it, so that the connection is closed there and then.
         """
         cursor: int | str = after
@@ -164,18 +168,21 @@ class Client:
                     "GET", "/api/drift", params=query, timeout=_stream_timeout()
                 ) as response:
                     await _raise_for_status(response)
-                    cursor = max(_as_int(cursor), int(response.headers[CURSOR_HEADER]))
+                    cursor = max(_as_int(cursor), self._cursor_of(response))
                     connected, lost_since, wait_s = True, None, FIRST_RETRY_S
-                    async for line in response.aiter_lines():
+                    async for line in _lines(response):
                         if line:  # an empty line is the heartbeat
-                            event = msgspec.json.decode(line, type=DriftEvent)
+                            event = self._decode(line, DriftEvent)
                             cursor = event.cursor
                             yield event
                 if not follow:
                     return
-            except httpx.TransportError as error:
+            except (httpx.TransportError, UpstreamError, StorageError) as error:
+                # 502 and 503 are what a gateway that restarts looks like through a proxy.
                 lost_since = lost_since or time.monotonic()
                 if not connected or time.monotonic() - lost_since > give_up_s:
+                    if isinstance(error, DriftgateError):
+                        raise
                     raise self._unreachable(error) from error
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LAST_RETRY_S)
@@ -195,13 +202,43 @@ class Client:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         await _raise_for_status(response)
-        return msgspec.json.decode(response.content, type=kind)
+        return self._decode(response.content, kind)
+
+    def _decode(self, raw: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(raw, type=kind)
+        except msgspec.DecodeError as error:
+            raise DriftgateError(
+                f"what answers at {self.url} is not this version of driftgate: {error}"
+            ) from error
+
+    def _cursor_of(self, response: httpx.Response) -> int:
+        value = response.headers.get(CURSOR_HEADER, "")
+        if not value.isascii() or not value.isdigit():
+            raise DriftgateError(
+                f"what answers at {self.url} is not driftgate: it sent no {CURSOR_HEADER}"
+            )
+        return int(value)
 
     def _unreachable(self, error: httpx.TransportError) -> DriftgateError:
         reason = str(error) or type(error).__name__
         return DriftgateError(
             f"no driftgate at {self.url}: {reason}; start `driftgate serve` or give its address"
         )
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines as JSON lines has them. httpx's own also end at U+2028 and its like, which JSON holds
+    unescaped."""
+    parts: list[bytes] = []
+    async for chunk in response.aiter_bytes():
+        *ended, rest = chunk.split(b"\n")
+        for end in ended:
+            yield b"".join([*parts, end])
+            parts.clear()
+        parts.append(rest)
+    if last := b"".join(parts):
+        yield last
 
 
 def _segment(value: str) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from driftgate.trace import Reason
 
-__all__ = ["CODES", "SEVERITY", "Severity", "reason"]
+__all__ = ["CODES", "SEVERITY", "SPOILS_ROUTES", "Severity", "reason"]
 
 Severity = Literal["no", "converted", "note"]
 
@@ -53,9 +53,17 @@ _TABLE: dict[str, tuple[Severity, str]] = {
         "Processed logprobs: both sides are compared at the requested temperature.",
     ),
     "greedy": ("converted", "Temperature 0 has no sampling density: KL names do not apply."),
+    "not_scored_at_temperature": (
+        "no",
+        "Processed logprobs at a temperature that the trainer was not scored at.",
+    ),
     "sampling_default_assumed": (
+        "converted",
+        "Settings were not sent and the engine's defaults are not known: neutral ones are assumed.",
+    ),
+    "sampling_default_unknown": (
         "note",
-        "No temperature was sent; 1 is assumed, the engine's own default may be another.",
+        "Raw logprobs, no temperature sent, the engine's default not known: drift holds at T = 1.",
     ),
     "grammar_masked": (
         "no",
@@ -80,6 +88,10 @@ _TABLE: dict[str, tuple[Severity, str]] = {
     "speculative_decoding": ("note", "The engine decodes speculatively; see its noise floor."),
     # whether both sides are the same policy
     "checkpoint_mismatch": ("no", "The two sides' weights have different digests."),
+    "checkpoint_digest_differs": (
+        "note",
+        "The two sides' weights have different digests, and the numbers agree all the same.",
+    ),
     "checkpoint_mismatch_suspected": (
         "no",
         "Huge drift without correlation: the trainer does not hold the engine's weights.",
@@ -124,6 +136,19 @@ CODES: dict[str, str] = {code: meaning for code, (_, meaning) in _TABLE.items()}
 
 SEVERITY: dict[str, Severity] = {code: severity for code, (severity, _) in _TABLE.items()}
 """What a reason does to the verdict."""
+
+SPOILS_ROUTES = frozenset(
+    {
+        "routes_misaligned",
+        "checkpoint_mismatch",
+        "checkpoint_mismatch_suspected",
+        "prefix_cache_stale",
+        "tokenizer_mismatch",
+        "rotary_inv_freq_cast",
+        "scored_at_wrong_precision",
+    }
+)
+"""Reasons after which router drift says nothing either; every other one concerns logprobs only."""
 
 
 def reason(code: str, detail: str, fix: str) -> Reason:

@@ -18,17 +18,27 @@ we can do, truncation without the mask and penalties we cannot.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from driftgate import evidence
 from driftgate.codes import CODES, SEVERITY, Severity, reason
-from driftgate.facts import constraints, declared
+from driftgate.evidence import mean_abs
+from driftgate.facts import as_sampled, constraints, declared, unsent
 from driftgate.mismatch import Bucket
-from driftgate.router import RouterBucket, ShiftFinding, random_zero_overlap
+from driftgate.router import RouterBucket, ShiftFinding
+from driftgate.temperature import effective_temperature
 from driftgate.trace import Comparable, Engine, Reason, Sampling, TraceMeta, Trainer
 
-__all__ = ["CODES", "SEVERITY", "Severity", "headline_temperature", "judge", "judge_numbers"]
+__all__ = [
+    "CODES",
+    "SEVERITY",
+    "Severity",
+    "headline_temperature",
+    "judge",
+    "judge_merged",
+    "judge_numbers",
+]
 
 Convention = Literal["raw", "processed", "either", "unknown"]
 
@@ -39,34 +49,6 @@ DUAL_T_FACTOR = 0.5
 signatures of METRICS 4 it is a tenth."""
 DUAL_T_FLOOR = 0.01
 """nats. Below this the other convention is fine too (T close to 1, or a nearly certain text)."""
-TEST_MIN_TOKENS = 200
-"""Tokens for the mean weight and slope tests: the standard error itself is then known to 5 %."""
-MEAN_WEIGHT_Z = 4.0
-"""z of the mean weight test: 6e-5 false alarms per test under normality, and it runs on every
-cell."""
-MEAN_WEIGHT_MIN_EFFECT = 0.005
-"""A mean weight this close to 1 passes however small its error: logprobs from a bf16 softmax sum to
-1 only to about 2^-8."""
-MEAN_WEIGHT_MIN_ESS = 0.5
-"""Below this token ESS the sample lacks the rare heavy tokens: the mean is low and its error too
-small, also for a valid pair, so the test would accuse everybody with a wrong checkpoint twice."""
-SLOPE_TOLERANCE = 0.1
-"""T = .7 gives .70-.82 (or 1.2-1.43) depending on how mixed the text is; precision alone stays
-within .02 in every simulated pairing."""
-SLOPE_Z = 5.0
-SLOPE_MIN_CORRELATION = 0.9
-"""Temperature scales log-odds and keeps them correlated (.97 and more); other weights do not."""
-CHECKPOINT_MIN_TOKENS = 32
-CHECKPOINT_MEAN_ABS = 0.5
-"""nats, at both temperatures. Five times the red band (.1); a temperature error of T = .7 gives
-.2-.6 but keeps its correlation, FP8 and policy lag stay below .1."""
-CHECKPOINT_CORRELATION = 0.5
-"""Pearson r of the log-odds. Same weights at another temperature or precision: > .9. Independent
-weights on the same text: about 0 for random models, .3 for unrelated language models. A sibling
-checkpoint (long lag) is above this: it is red drift, not a wrong checkpoint."""
-ROUTES_MIN_CELLS = 64
-ROUTES_ALARM = 0.5
-"""Zero-overlap alarm: this share of what unrelated rows would give. Right rows give nearly none."""
 
 
 def judge(
@@ -90,7 +72,9 @@ def judge(
     unknown = [finding.code for finding in findings if finding.code not in CODES]
     if unknown:
         raise ValueError(f"findings with codes {unknown}: add them to driftgate.codes first")
-    reasons = [*findings, *declared(meta, trainer, trainer_weight_version)]
+    facts = declared(meta, trainer, trainer_weight_version)
+    at = headline_temperature(meta.engine, meta.sampling, at_one=at_one, at_requested=at_requested)
+    reasons = [*findings, *_weighed(facts, at_one if at == 1.0 else at_requested)]
     reasons += judge_numbers(
         meta.engine,
         meta.sampling,
@@ -113,33 +97,61 @@ def judge_numbers(
 ) -> list[Reason]:
     """The reasons that the sampling settings and the sums give.
 
-    Works on one trace or, for more power, on the merged buckets of a cell whose traces share their
-    sampling settings.
+    Either bucket may be missing. Works on one trace or, for more power, on the merged buckets of
+    traces that share their sampling settings (`judge_merged`).
     """
-    if at_one is None or not at_one.n_tokens:
-        bad = at_one.n_bad_tokens if at_one else 0
-        return [
-            reason(
-                "nothing_to_compare",
-                f"0 comparable tokens, {bad} bad",
-                "look at the trace's `missing`, and at the engine's log for NaN",
-            )
-        ]
+    known = [b for b in (at_one, at_requested) if b is not None]
+    if not any(b.n_tokens for b in known):
+        return [_nothing(known)]
     if sampling.structured:
         fix = "compare answers that were sampled freely; the routes of this one are comparable"
         masked = reason("grammar_masked", sampling.structured, fix)
-        return [masked, *_bad(at_one), *_routes(router, shift)]
-    pair = _Pair(at_one, at_requested, sampling, engine)
+        return [masked, *evidence.bad(known[0]), *evidence.routes(router, shift)]
+    pair = _Pair.of(engine, sampling, at_one, at_requested)
     convention, reasons = _convention(pair)
     reasons += _density(pair, convention)
     settled = not any(SEVERITY[r.code] == "no" for r in reasons)
     headline = pair.headline(convention)
-    reasons += _bad(headline)
-    suspected = _checkpoint(pair)
+    if not headline.n_tokens:
+        return [*reasons, _nothing(known)]
+    reasons += evidence.bad(headline)
+    suspected = evidence.wrong_checkpoint(known)
     reasons += suspected
     if settled and not suspected:
-        reasons += _tests(headline, is_density=_claims_density(pair, convention))
-    return reasons + _routes(router, shift)
+        reasons += evidence.tests(headline, is_density=_claims_density(pair, convention))
+    return reasons + evidence.routes(router, shift)
+
+
+def _nothing(known: Sequence[Bucket]) -> Reason:
+    left_out = max((b.n_bad_tokens for b in known), default=0)
+    fix = "look at the trace's `missing`, and at the engine's log for NaN"
+    return reason("nothing_to_compare", f"0 comparable tokens, {left_out} bad", fix)
+
+
+def judge_merged(
+    engine: Engine,
+    sampling: Sampling | None,
+    *,
+    temperature: float,
+    headline: Bucket | None,
+    at_requested: Bucket | None,
+    router: RouterBucket | None,
+) -> list[Reason]:
+    """`judge_numbers` over the merged sums of scores that share their sampling settings.
+
+    ``headline``: of the scores whose own verdict is not ``no``, with the trainer's logits at
+    ``temperature``; None where there are none. ``sampling`` None: not known, so that only what
+    holds for any sampling is tested.
+    """
+    if headline is None:
+        return evidence.routes(router)
+    if sampling is None:
+        suspected = evidence.wrong_checkpoint([headline])
+        tested = [] if suspected else evidence.tests(headline, is_density=False)
+        return [*evidence.bad(headline), *suspected, *tested, *evidence.routes(router)]
+    at_one = headline if temperature == 1.0 else None
+    requested = at_requested if temperature == 1.0 else headline
+    return judge_numbers(engine, sampling, at_one=at_one, at_requested=requested, router=router)
 
 
 def headline_temperature(
@@ -152,7 +164,7 @@ def headline_temperature(
     """
     if at_one is None or at_requested is None:
         return 1.0
-    pair = _Pair(at_one, at_requested, sampling, engine)
+    pair = _Pair.of(engine, sampling, at_one, at_requested)
     convention, _ = _convention(pair)
     return pair.temperature if convention == "processed" else 1.0
 
@@ -160,22 +172,49 @@ def headline_temperature(
 class _Pair(NamedTuple):
     """One comparison at both temperatures, and what was asked of the engine."""
 
-    at_one: Bucket
+    at_one: Bucket | None
     at_requested: Bucket | None
+    """At least one of the two is there."""
     sampling: Sampling
+    """With the engine's defaults where nothing was sent and they are known."""
     engine: Engine
+    assumed: list[str]
+    """What was not sent and has no known default: taken to be neutral."""
+
+    @classmethod
+    def of(
+        cls, engine: Engine, sampling: Sampling, at_one: Bucket | None, requested: Bucket | None
+    ) -> _Pair:
+        assumed = unsent(engine, sampling)
+        return cls(at_one, requested, as_sampled(engine, sampling), engine, assumed)
 
     @property
     def temperature(self) -> float:
-        return 1.0 if self.sampling.temperature is None else self.sampling.temperature
+        return effective_temperature(self.sampling.temperature)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
     def headline(self, convention: Convention) -> Bucket:
-        requested = self.at_requested
-        return requested if convention == "processed" and requested is not None else self.at_one
+        wanted = self.at_requested if convention == "processed" else self.at_one
+        found = wanted or self.at_one or self.at_requested
+        assert found is not None
+        return found
+
+
+def _weighed(facts: Sequence[Reason], headline: Bucket | None) -> list[Reason]:
+    """``facts``; digests that differ are no reason to refuse numbers that agree."""
+    if headline is None or not evidence.same_weights(headline):
+        return list(facts)
+    seen = f"but mean|D| {mean_abs(headline):.2g} over {headline.n_tokens} tokens"
+    fix = "nothing, where both sides hold one model in files of different layout"
+    return [
+        reason("checkpoint_digest_differs", f"{fact.detail}; {seen}", fix)
+        if fact.code == "checkpoint_mismatch"
+        else fact
+        for fact in facts
+    ]
 
 
 def _verdict(reasons: Iterable[Reason]) -> Literal["yes", "converted", "no"]:
@@ -183,16 +222,12 @@ def _verdict(reasons: Iterable[Reason]) -> Literal["yes", "converted", "no"]:
     return "no" if "no" in weights else "converted" if "converted" in weights else "yes"
 
 
-def _mean_abs(bucket: Bucket) -> float:
-    return bucket.sum_abs / bucket.n_tokens
-
-
 def _better(fits: Bucket, other: Bucket) -> bool:
     """``fits`` clearly fits and ``other`` clearly does not."""
     enough = min(fits.n_tokens, other.n_tokens) >= DUAL_T_MIN_TOKENS
-    if not enough or _mean_abs(other) <= DUAL_T_FLOOR:
+    if not enough or mean_abs(other) <= DUAL_T_FLOOR:
         return False
-    return _mean_abs(fits) <= DUAL_T_FACTOR * _mean_abs(other)
+    return mean_abs(fits) <= DUAL_T_FACTOR * mean_abs(other)
 
 
 def _convention(pair: _Pair) -> tuple[Convention, list[Reason]]:
@@ -205,15 +240,15 @@ def _convention(pair: _Pair) -> tuple[Convention, list[Reason]]:
     if mode == "unknown":
         return _undeclared(pair)
     convention: Convention = "raw" if mode == "raw_logprobs" else "processed"
-    if dual is None or pair.greedy:
+    if pair.at_one is None or dual is None or pair.greedy:
         return convention, []
     as_said, other = (pair.at_one, dual) if convention == "raw" else (dual, pair.at_one)
     if not _better(other, as_said):
         return convention, []
     t_said, t_other = (1.0, pair.temperature) if convention == "raw" else (pair.temperature, 1.0)
     detail = (
-        f"declared {mode}, so T = {t_said:g}: mean|D| {_mean_abs(as_said):.4g}; "
-        f"but T = {t_other:g} fits: mean|D| {_mean_abs(other):.4g} over {other.n_tokens} tokens"
+        f"declared {mode}, so T = {t_said:g}: mean|D| {mean_abs(as_said):.4g}; "
+        f"but T = {t_other:g} fits: mean|D| {mean_abs(other):.4g} over {other.n_tokens} tokens"
     )
     fix = (
         "declare the engine's logprobs_mode as it is (vLLM --logprobs-mode; SGLang scales by T "
@@ -223,15 +258,19 @@ def _convention(pair: _Pair) -> tuple[Convention, list[Reason]]:
 
 
 def _undeclared(pair: _Pair) -> tuple[Convention, list[Reason]]:
-    constrained = constraints(pair.sampling)
-    if pair.temperature == 1.0 and not constrained:
-        return "either", []
     fix = "declare logprobs_mode in the gateway's engine settings"
+    if pair.at_one is None:
+        return "processed", []  # each of the scores that were merged was told apart by itself
+    if "temperature" in pair.assumed:
+        detail = "undeclared, no temperature sent, and the engine's default is not known"
+        return "unknown", [reason("logprobs_mode_unknown", detail, fix)]
+    if pair.temperature == 1.0 and not constraints(pair.sampling):
+        return "either", []
     dual = pair.at_requested
     if dual is not None and not pair.greedy:
         seen = (
-            f"mean|D| {_mean_abs(pair.at_one):.4g} at T = 1, "
-            f"{_mean_abs(dual):.4g} at T = {pair.temperature:g}, {dual.n_tokens} tokens"
+            f"mean|D| {mean_abs(pair.at_one):.4g} at T = 1, "
+            f"{mean_abs(dual):.4g} at T = {pair.temperature:g}, {dual.n_tokens} tokens"
         )
         if _better(pair.at_one, dual):
             return "raw", [reason("logprobs_mode_inferred", f"raw: {seen}", fix)]
@@ -269,111 +308,32 @@ def _density(pair: _Pair, convention: Convention) -> list[Reason]:
         if pair.at_requested is not None:
             detail = f"T = {pair.temperature:g} on both sides"
             out.append(reason("scored_at_temperature", detail, "nothing"))
-    if convention != "raw" and pair.sampling.temperature is None:
-        fix = "send a temperature: vLLM takes its default from generation_config.json"
-        out.append(reason("sampling_default_assumed", "temperature not sent", fix))
-    return out
+        elif pair.temperature not in (0.0, 1.0):
+            detail = f"T = {pair.temperature:g} in the engine, 1 in the trainer"
+            fix = "score again with a teacher of this version"
+            out.append(reason("not_scored_at_temperature", detail, fix))
+    return out + _assumed(pair, convention)
+
+
+def _assumed(pair: _Pair, convention: Convention) -> list[Reason]:
+    """What rests on settings that nobody sent."""
+    if not pair.assumed or convention == "unknown":
+        return []
+    detail = f"not sent, and no default known: {', '.join(pair.assumed)}"
+    fix = (
+        "send them, or declare default_temperature, default_top_p and so on in the gateway's "
+        "engine settings: engines take them from generation_config.json"
+    )
+    if convention != "raw":
+        return [reason("sampling_default_assumed", detail, fix)]
+    blind = "temperature" in pair.assumed
+    return [reason("sampling_default_unknown", detail, fix)] if blind else []
 
 
 def _claims_density(pair: _Pair, convention: Convention) -> bool:
     """The recorded logprobs should be the sampling density, so that E[e^D] = 1."""
     if pair.greedy or pair.sampling.beam_search or constraints(pair.sampling):
         return False
+    if convention == "raw":
+        return pair.temperature == 1.0 and "temperature" not in pair.assumed
     return pair.temperature == 1.0 or convention == "processed"
-
-
-def _bad(bucket: Bucket) -> list[Reason]:
-    if not bucket.n_bad_tokens:
-        return []
-    detail = f"{bucket.n_bad_tokens} of {bucket.n_bad_tokens + bucket.n_tokens} tokens left out"
-    fix = "look for NaN in the engine's or the trainer's logits; -9999 is a token of probability 0"
-    return [reason("bad_logprobs", detail, fix)]
-
-
-def _checkpoint(pair: _Pair) -> list[Reason]:
-    """Huge drift at either temperature, and log-odds that do not go together."""
-    both = [b for b in (pair.at_one, pair.at_requested) if b is not None]
-    if min(b.logits.n for b in both) < CHECKPOINT_MIN_TOKENS:
-        return []
-    drift = min(_mean_abs(b) for b in both)
-    known = [r for b in both if (r := b.logits.correlation()) is not None]
-    if drift < CHECKPOINT_MEAN_ABS or not known or max(known) >= CHECKPOINT_CORRELATION:
-        return []
-    detail = (
-        f"mean|D| {drift:.3g} nats and log-odds correlation {max(known):.2f} "
-        f"over {both[0].n_tokens} tokens"
-    )
-    fix = "compare the checkpoint the engine serves with the trainer's, also tokenizer and LoRA"
-    return [reason("checkpoint_mismatch_suspected", detail, fix)]
-
-
-def _tests(bucket: Bucket, *, is_density: bool) -> list[Reason]:
-    """The slope of the log-odds, and the mean weight where it must be 1."""
-    out, power = [], []
-    if bucket.logits.n < TEST_MIN_TOKENS:
-        power.append(f"slope: {bucket.logits.n} uncertain tokens of {TEST_MIN_TOKENS}")
-    else:
-        out += _slope(bucket)
-    if is_density:
-        ess = bucket.metrics()["ess_kish_token"]
-        if bucket.n_tokens < TEST_MIN_TOKENS:
-            power.append(f"mean weight: {bucket.n_tokens} tokens of {TEST_MIN_TOKENS}")
-        elif ess is None or ess < MEAN_WEIGHT_MIN_ESS:
-            power.append(f"mean weight: token ESS {ess or 0.0:.2g} below {MEAN_WEIGHT_MIN_ESS}")
-        else:
-            out += _mean_weight(bucket)
-    if power:
-        fix = "read the cell's merged numbers, or score more tokens"
-        out.append(reason("low_power", "; ".join(power), fix))
-    return out
-
-
-def _slope(bucket: Bucket) -> list[Reason]:
-    slope, error = bucket.logits.slope(), bucket.logits.slope_se()
-    correlation = bucket.logits.correlation()
-    if slope is None or error is None or correlation is None:
-        return []
-    off = abs(slope - 1.0)
-    if off <= max(SLOPE_TOLERANCE, SLOPE_Z * error) or correlation < SLOPE_MIN_CORRELATION:
-        return []
-    detail = f"slope {slope:.3f} +- {error:.3f}, correlation {correlation:.3f}"
-    fix = (
-        "the two sides are at different temperatures: check the engine's default sampling "
-        "parameters and its logprobs_mode"
-    )
-    return [reason("logodds_slope_off", detail, fix)]
-
-
-def _mean_weight(bucket: Bucket) -> list[Reason]:
-    values = bucket.metrics()
-    mean, error = values["mean_weight_token"], values["mean_weight_token_se"]
-    if mean is None or error is None:
-        return []
-    off = mean - 1.0
-    if abs(off) <= max(MEAN_WEIGHT_MIN_EFFECT, MEAN_WEIGHT_Z * error):
-        return []
-    z = off / error if error else math.copysign(math.inf, off)
-    detail = f"mean e^D - 1 = {off:+.4f} +- {error:.4f} (z = {z:.1f}) over {bucket.n_tokens} tokens"
-    fix = "the engine sampled from another density: look for top-p, penalties, another temperature"
-    return [reason("not_sampling_density", detail, fix)]
-
-
-def _routes(router: RouterBucket | None, shift: ShiftFinding | None) -> list[Reason]:
-    fix = "compare rows [P-1 : P+R-1] of both sides, and their layer numbers"
-    if shift is not None:
-        detail = (
-            f"rows are off by {shift.shift:+d}: {shift.miss_rate_unshifted:.1%} of experts "
-            f"missed as they stand, {shift.miss_rate_shifted:.1%} when shifted; zero overlap "
-            f"{shift.zero_overlap_rate:.1%} (unrelated rows: {shift.zero_overlap_random:.1%})"
-        )
-        return [reason("routes_misaligned", detail, fix)]
-    if router is None or router.n_cells < ROUTES_MIN_CELLS:
-        return []
-    rate = sum(counts[0] for counts in router.shared) / router.n_cells
-    unrelated = random_zero_overlap(router.max_expert + 1, router.k)
-    if not unrelated or rate < ROUTES_ALARM * unrelated:
-        return []
-    detail = (
-        f"zero overlap {rate:.1%} of {router.n_cells} cells; unrelated rows give {unrelated:.1%}"
-    )
-    return [reason("routes_misaligned", detail, fix)]

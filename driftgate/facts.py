@@ -1,16 +1,32 @@
 """What a trace and the two fingerprints declare, as reasons; no numbers are looked at.
 
 Settings keys that are read. Engine: ``dtype``, ``quantization``, ``tokenizer``, ``chat_template``
-(digests), ``speculative``. Trainer: ``quantization``, ``train_dtype`` (of the training job),
-``tokenizer``, ``chat_template``, ``weight_version``. A key that is missing gives no reason.
+(digests), ``speculative``, and ``default_temperature``, ``default_top_p``, … for each of
+`NEUTRAL_DEFAULTS`: what the engine samples with where a request does not say. Trainer:
+``quantization``, ``train_dtype`` (of the training job), ``tokenizer``, ``chat_template``,
+``weight_version``. A key that is missing gives no reason, but for the defaults.
 """
 
 from __future__ import annotations
 
-from driftgate.codes import reason
-from driftgate.trace import Reason, Sampling, TraceMeta, Trainer
+import math
 
-__all__ = ["constraints", "declared"]
+import msgspec
+
+from driftgate.codes import reason
+from driftgate.trace import Engine, Reason, Sampling, TraceMeta, Trainer
+
+__all__ = ["NEUTRAL_DEFAULTS", "as_sampled", "constraints", "declared", "unsent"]
+
+NEUTRAL_DEFAULTS = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""Fields that vLLM and SGLang fill from the model's ``generation_config.json`` where a request does
+not send them, and the value of each that changes nothing."""
 
 PRECISIONS = {
     "bfloat16": "bf16",
@@ -28,6 +44,30 @@ NOT_SAID = ("", "auto", "none")
 def declared(meta: TraceMeta, trainer: Trainer, trainer_version: str | None) -> list[Reason]:
     """Reasons from the facts of one trace and its trainer, before any number."""
     return [*_sides(meta, trainer, trainer_version), *_trace(meta)]
+
+
+def as_sampled(engine: Engine, sampling: Sampling) -> Sampling:
+    """``sampling`` as the engine runs it: unsent fields take its default, where that is known."""
+    filled = {
+        name: int(value) if name == "top_k" else value
+        for name in NEUTRAL_DEFAULTS
+        if getattr(sampling, name) is None and (value := _default(engine, name)) is not None
+    }
+    return msgspec.structs.replace(sampling, **filled)
+
+
+def unsent(engine: Engine, sampling: Sampling) -> list[str]:
+    """Names of the fields that were not sent and whose default in the engine is not known."""
+    filled = as_sampled(engine, sampling)
+    return [name for name in NEUTRAL_DEFAULTS if getattr(filled, name) is None]
+
+
+def _default(engine: Engine, name: str) -> float | None:
+    try:
+        value = float(engine.settings.get(f"default_{name}", ""))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def constraints(sampling: Sampling) -> dict[str, list[str]]:

@@ -8,10 +8,8 @@ Numbers without a value are drawn as ``–``, never as 0.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import msgspec
 from rich.console import Group, RenderableType
@@ -20,6 +18,7 @@ from rich.text import Text
 
 from driftgate.bands import MOE_FP8_SLACK, Colour, band
 from driftgate.codes import SEVERITY
+from driftgate.terminal import MISSING, number, percent, plain, safe, signed
 from driftgate.trace import Engine, Reason, Trainer
 from driftgate.views import (
     CellView,
@@ -50,6 +49,8 @@ STYLES: dict[Colour | None, str] = {
     None: "bright_black",
 }
 
+VERDICTS = {"yes": "green", "converted": "yellow", "no": "red"}
+
 ORDER: tuple[Colour, ...] = ("green", "amber", "red")
 
 GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2")
@@ -57,11 +58,6 @@ GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2")
 
 CELLS_PER_TABLE = 4
 """Columns of values that fit a terminal of 120 characters beside the names."""
-
-MISSING = "–"
-
-CONTROL = {code: "␦" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-"""Control characters and what is drawn in their place."""
 
 ROWS: tuple[tuple[str, str], ...] = (
     ("k3", "kl_k3_rollout_train"),
@@ -83,17 +79,6 @@ ROUTER_ROWS: tuple[tuple[str, str], ...] = (
     ("router expert-miss", "router_expert_miss_rate"),
     ("router zero-overlap", "router_zero_overlap_rate"),
 )
-
-
-def number(value: Any) -> str:
-    """A metric in at most 9 characters; ``–`` where it has no value."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return MISSING
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value == 0:
-        return "0"
-    return f"{value:.4f}" if 0.01 <= abs(value) < 1000 else f"{value:.2e}"
 
 
 def colour(item: ScoreView | CellView) -> Colour | None:
@@ -119,7 +104,7 @@ def drift_line(event: DriftEvent) -> Text:
     metrics = score.measures.metrics if score.measures else {}
     line = Text(no_wrap=True, overflow="ellipsis")
     line.append("● ", style)
-    line.append(_safe(score.trajectory), "bold").append(f" {score.step}.{score.choice}")
+    line.append(safe(score.trajectory), "bold").append(f" {score.step}.{score.choice}")
     if score.kind == "noise_floor":
         line.append("  noise floor", "cyan")
     line.append(f"  n={number(metrics.get('n_tokens'))}")
@@ -132,10 +117,10 @@ def drift_line(event: DriftEvent) -> Text:
     line.append("  comparable ").append(_verdict(score), _verdict_style(score))
     if score.router is not None:
         disagree = score.router.metrics.get("router_set_disagree_rate")
-        line.append("  router ").append(_percent(disagree))
+        line.append("  router ").append(percent(disagree))
     if score.worst is not None:
         line.append("  worst ").append(_quoted(score.worst), "reverse")
-        line.append(f" {_signed(score.worst.log_ratio)}")
+        line.append(f" {signed(score.worst.log_ratio)}")
     return line
 
 
@@ -147,22 +132,14 @@ def _verdict(score: ScoreView) -> str:
 
 
 def _verdict_style(score: ScoreView) -> str:
-    return {"yes": "green", "converted": "yellow", "no": "red"}[score.comparable.verdict]
-
-
-def _percent(value: Any) -> str:
-    return MISSING if value is None else f"{100 * value:.1f}%"
-
-
-def _signed(value: float | None) -> str:
-    return MISSING if value is None else f"{value:+.3f}"
+    return VERDICTS[score.comparable.verdict]
 
 
 def _quoted(worst: WorstView) -> str:
     """The token as a JSON string, so that blanks and line ends are seen; its id without a text."""
     if worst.text is None:
         return f"⟨{worst.token_id}⟩"
-    return _safe(json.dumps(worst.text, ensure_ascii=False))
+    return safe(json.dumps(worst.text, ensure_ascii=False))
 
 
 def matrix(cells: Sequence[CellView]) -> RenderableType:
@@ -182,7 +159,7 @@ def _matrix_table(cells: Sequence[CellView]) -> Table:
     table = Table(title="rollout engine × trainer", title_justify="left", pad_edge=False)
     table.add_column("")
     for cell in cells:
-        table.add_column(_plain(cell.model))
+        table.add_column(plain(cell.model))
     table.add_row("engine", *(_side(cell.engine, cell.engine_digest) for cell in cells))
     table.add_row("trainer", *(_side(cell.trainer, cell.trainer_digest) for cell in cells))
     table.add_row("tokens / responses", *(_counts(cell) for cell in cells))
@@ -206,19 +183,19 @@ def _floor_table(cells: Sequence[CellView]) -> Table:
         metrics = cell.measures.metrics if cell.measures else {}
         router = cell.router.metrics if cell.router else {}
         table.add_row(
-            _plain(cell.model),
+            plain(cell.model),
             _side(cell.engine, cell.engine_digest),
             _counts(cell),
             *(number(metrics.get(name)) for name in AGAINST_FLOOR if "p99" not in name),
-            _percent(router.get("router_set_disagree_rate")),
+            percent(router.get("router_set_disagree_rate")),
         )
     return table
 
 
 def _side(side: Engine | Trainer, digest: str) -> Text:
     if isinstance(side, Engine):
-        return _plain(f"{side.name} {side.version}\n{digest}")
-    return _plain(f"{side.backend} {side.dtype} ×{side.world_size}\n{digest}")
+        return plain(f"{side.name} {side.version}\n{digest}")
+    return plain(f"{side.backend} {side.dtype} ×{side.world_size}\n{digest}")
 
 
 def _counts(cell: CellView) -> str:
@@ -228,9 +205,11 @@ def _counts(cell: CellView) -> str:
 
 def _comparable(cell: CellView) -> Text:
     text = Text()
-    for verdict, style in (("yes", "green"), ("converted", "yellow"), ("no", "red")):
+    for verdict, style in VERDICTS.items():
         if count := cell.comparable.get(verdict, 0):
             text.append(f"{verdict} {count}  ", style)
+    if cell.verdict != "yes":
+        text.append(f"\nmerged: {cell.verdict}", VERDICTS[cell.verdict])
     return text
 
 
@@ -248,11 +227,11 @@ def _measure(cell: CellView, name: str) -> Text:
 def _router_measure(cell: CellView, name: str) -> Text:
     if cell.router is None:
         return Text(MISSING)
-    text = Text(_percent(cell.router.metrics.get(name)), STYLES[colour(cell)])
+    text = Text(percent(cell.router.metrics.get(name)), STYLES[colour(cell)])
     if interval := cell.intervals.get(name):
-        text.append(f" [{_percent(interval.low)}, {_percent(interval.high)}]", "dim")
+        text.append(f" [{percent(interval.low)}, {percent(interval.high)}]", "dim")
     routers = [(floor.side, floor.router) for floor in cell.floors if floor.router is not None]
-    floors = [(side, _percent(router.metrics.get(name))) for side, router in routers]
+    floors = [(side, percent(router.metrics.get(name))) for side, router in routers]
     text.append(_floors(floors), "dim")
     return text
 
@@ -266,7 +245,7 @@ def _floors(floors: Sequence[tuple[str, str]]) -> str:
 def _worst_cell(worst: WorstView | None) -> Text:
     if worst is None:
         return Text(MISSING)
-    return Text(f"{_quoted(worst)} {_signed(worst.log_ratio)}")
+    return Text(f"{_quoted(worst)} {signed(worst.log_ratio)}")
 
 
 def _cell_reasons(cells: Sequence[CellView]) -> Iterator[Text]:
@@ -276,7 +255,11 @@ def _cell_reasons(cells: Sequence[CellView]) -> Iterator[Text]:
             if SEVERITY.get(reason.code) != "note":
                 line = Text("! ", "yellow").append(reason.code, "bold")
                 scores = f"{reason.scores} of {cell.scored} scores of {cell.model}"
-                yield line.append(_safe(f": {reason.meaning} ({scores})"), "default")
+                yield line.append(safe(f": {reason.meaning} ({scores})"), "default")
+        for finding in cell.findings:
+            if SEVERITY.get(finding.code) != "note":
+                line = Text("! merged: ", "red").append(finding.code, "bold")
+                yield line.append(safe(f": {finding.detail}. {finding.fix}"), "default")
 
 
 def _cell_notes(cells: Sequence[CellView]) -> Iterator[Text]:
@@ -309,18 +292,18 @@ def worst_in_context(worst: WorstView) -> Text:
     text.append(f"step {worst.step}, choice {worst.choice}, token {worst.token_index}", "bold")
     text.append(
         f"  engine {number(worst.rollout_logprob)}  trainer {number(worst.train_logprob)}"
-        f"  D {_signed(worst.log_ratio)}\n"
+        f"  D {signed(worst.log_ratio)}\n"
     )
-    text.append(_safe(worst.before), "dim")
-    text.append(_safe(worst.text or f"⟨{worst.token_id}⟩"), "reverse bold")
-    return text.append(_safe(worst.after), "dim")
+    text.append(safe(worst.before), "dim")
+    text.append(safe(worst.text or f"⟨{worst.token_id}⟩"), "reverse bold")
+    return text.append(safe(worst.after), "dim")
 
 
 def trajectory(detail: TrajectoryDetail) -> RenderableType:
     """An agent run: one row per answer, then what is not there."""
     item = detail.trajectory
-    head = Text(_safe(item.trajectory), "bold")
-    head.append(f"  {_safe(', '.join(item.models))}  {item.steps} steps, {item.choices} choices, ")
+    head = Text(safe(item.trajectory), "bold")
+    head.append(f"  {safe(', '.join(item.models))}  {item.steps} steps, {item.choices} choices, ")
     head.append("complete" if item.complete else "INCOMPLETE_CAPTURE", _whole(item.complete))
     head.append(f", {item.scored} of {item.captured} scored")
     if detail.reward is not None:
@@ -336,11 +319,11 @@ def trajectory(detail: TrajectoryDetail) -> RenderableType:
                 f"{row.step}.{choice.meta.choice}",
                 number(choice.prompt_len),
                 number(choice.response_len),
-                _plain(choice.meta.finish_reason or MISSING),
+                plain(choice.meta.finish_reason or MISSING),
                 choice.meta.routes_via if choice.has_routes else MISSING,
                 *_score_columns(choice.scores),
             )
-    return Group(head, table, *(Text(_safe(f"! {gap}"), "yellow") for gap in item.gaps))
+    return Group(head, table, *(Text(safe(f"! {gap}"), "yellow") for gap in item.gaps))
 
 
 def _score_columns(scores: Sequence[ScoreView]) -> list[RenderableType]:
@@ -364,25 +347,15 @@ def step(detail: StepDetail) -> RenderableType:
     parts: list[RenderableType] = []
     for choice in detail.choices:
         meta = choice.meta
-        parts.append(Text(_safe(f"{detail.trajectory} {detail.step}.{meta.choice}"), "bold"))
-        parts.append(_plain(msgspec.json.format(bytes(choice.request), indent=2).decode()))
+        parts.append(Text(safe(f"{detail.trajectory} {detail.step}.{meta.choice}"), "bold"))
+        parts.append(plain(msgspec.json.format(bytes(choice.request), indent=2).decode()))
         parts.append(_tokens(choice.tokens))
-        parts.extend(Text(_safe(f"! {missing}"), "yellow") for missing in meta.missing)
+        parts.extend(Text(safe(f"! {missing}"), "yellow") for missing in meta.missing)
         if choice.score is not None:
             parts.extend(_reason(reason) for reason in choice.score.comparable.reasons)
             if choice.score.worst is not None:
                 parts.append(worst_in_context(choice.score.worst))
     return Group(*parts)
-
-
-def _safe(text: str) -> str:
-    """``text`` without control characters: what a model says must not steer the terminal."""
-    return text.translate(CONTROL)
-
-
-def _plain(text: str) -> Text:
-    """``text`` as it is: square brackets in it are no markup."""
-    return Text(_safe(text))
 
 
 def _tokens(tokens: Sequence[TokenView]) -> Text:
@@ -391,5 +364,5 @@ def _tokens(tokens: Sequence[TokenView]) -> Text:
     for token in tokens:
         distance = None if token.log_ratio is None else abs(token.log_ratio)
         style = "" if distance is None else STYLES[band("abs_log_ratio_mean", distance)]
-        text.append(_safe(f"⟨{token.token_id}⟩" if token.text is None else token.text), style)
+        text.append(safe(f"⟨{token.token_id}⟩" if token.text is None else token.text), style)
     return text

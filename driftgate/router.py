@@ -31,7 +31,6 @@ __all__ = [
     "random_zero_overlap",
     "route_shift",
     "shared_experts",
-    "token_disagreement",
 ]
 
 RouterValue = float | int | None | list[float | None] | list[int]
@@ -247,22 +246,6 @@ def _rates(value: Any, shared: I64) -> list[float | None]:
     k = shared.shape[1] - 1
     values = value(np.arange(k + 1), k) if k > 0 else np.zeros(k + 1)
     return [float(row @ values) / int(row.sum()) if row.any() else None for row in shared]
-
-
-def token_disagreement(
-    rollout: IntArray, train: IntArray, *, num_experts: int | None = None
-) -> npt.NDArray[np.int32]:
-    """[R] how many layers of each token differ as sets, over valid cells; arrays as in
-    `RouterBucket.of`."""
-    if rollout.shape != train.shape:
-        raise ValueError(
-            f"rollout routes {rollout.shape} and train routes {train.shape} must agree"
-        )
-    out = np.zeros(len(rollout), dtype=np.int32)
-    for start, a, b in _chunks(rollout, train):
-        differs = (shared_experts(a, b) < a.shape[-1]) & (_invalid(a, b, num_experts) == 0)
-        out[start : start + len(a)] = differs.sum(axis=1)
-    return out
 
 
 def _over(total: float, n: int) -> float | None:

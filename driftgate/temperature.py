@@ -12,4 +12,4 @@ def effective_temperature(asked: float | None) -> float:
     """The temperature that the logits are divided by; 0 is greedy, unsent (None) is 1."""
     if asked is None:
         return 1.0
-    return max(asked, MIN_TEMPERATURE) if asked > 0.0 else asked
+    return max(asked, MIN_TEMPERATURE) if asked > 0.0 else 0.0

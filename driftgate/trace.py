@@ -284,6 +284,8 @@ class ScoreMeta(msgspec.Struct, kw_only=True):
     """The rollout side; for a noise floor the side that ran twice."""
     trainer: Engine | Trainer
     """The trainer side; for a noise floor the same side again."""
+    sampling: Sampling | None = None
+    """What the trace was asked with; None in scores from before this was kept."""
     temperature: float = 1.0
     """Transform of the trainer's logits that the headline numbers were computed under."""
     bucket: Bucket | None

@@ -14,7 +14,25 @@ from typing import Any, Literal
 
 import msgspec
 
-from driftgate.trace import CallIntent, CallOutcome, Comparable, Engine, Reward, TraceMeta, Trainer
+from driftgate.listings import (
+    ApiError,
+    ErrorBody,
+    Minted,
+    MintRequest,
+    RewardRequest,
+    TrajectoryItem,
+    TrajectoryPage,
+)
+from driftgate.trace import (
+    CallIntent,
+    CallOutcome,
+    Comparable,
+    Engine,
+    Reason,
+    Reward,
+    TraceMeta,
+    Trainer,
+)
 
 __all__ = [
     "ApiError",
@@ -50,81 +68,6 @@ __all__ = [
 ]
 
 Kind = Literal["drift", "noise_floor"]
-
-
-class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong (``code`` is stable, e.g. ``not_found``) and what to do about it."""
-
-    code: str
-    message: str
-    fix: str
-
-
-class ApiError(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of every answer with a status of 400 or more."""
-
-    error: ErrorBody
-
-
-class TrajectoryItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One agent run, with its coverage."""
-
-    trajectory: str
-    steps: int
-    choices: int
-    """Traces that can exist: the captured ones and the missing ones."""
-    complete: bool
-    """Every call has all its traces and none of them misses anything."""
-    captured: int
-    """Traces in the store."""
-    scorable: int
-    """Of those, the ones with prompt ids, response ids and logprobs."""
-    scored: int
-    """Of those, the ones with a drift score by at least one trainer."""
-    missing: int
-    """Traces that a call should have and has not."""
-    open_calls: int
-    """Calls with neither a trace nor an outcome."""
-    failed_calls: int
-    models: list[str]
-    started_ns: int
-    """Wall clock, ns since the epoch."""
-    ended_ns: int
-    reward: float | None
-    gaps: list[str]
-    """In words, each reason why it is not complete."""
-
-
-class TrajectoryPage(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of trajectories, newest first."""
-
-    items: list[TrajectoryItem]
-    next: str | None = None
-    """Pass it as ``before`` to get the next page; null on the last one."""
-
-
-class MintRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Ask for a trajectory; an empty body is one too."""
-
-    trajectory: str | None = None
-    """Name it yourself, or leave it out and get a new id."""
-
-
-class Minted(msgspec.Struct, frozen=True, kw_only=True):
-    """A trajectory to run an agent in, by its base URL or by its API key: either is enough."""
-
-    trajectory: str
-    key: str
-    """Sent as the agent's API key, it names the trajectory at the gateway's plain ``/v1``."""
-    base_url: str
-    """``…/t/{trajectory}/v1``: as base URL it names the trajectory whatever the key is."""
-
-
-class RewardRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The reward of a trajectory; the last one given counts."""
-
-    value: float
-    source: str = ""  # who says so: a verifier's name, a person
 
 
 class Measures(msgspec.Struct, frozen=True, kw_only=True):
@@ -344,6 +287,11 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     trainer_digest: str
     model: str
     kind: Kind
+    verdict: Literal["yes", "converted", "no"]
+    """Of ``measures``: what its scores say, and what their merged sums say besides."""
+    findings: list[Reason] = []
+    """What the merged sums say that single scores are too short to say, for each set of sampling
+    settings. The scores that a reason of weight ``no`` refutes are not in ``measures``."""
     trajectories: int
     n_tokens: int
     """Tokens behind ``measures``, or behind ``all_measures`` where nothing is comparable."""
@@ -355,10 +303,10 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     captured: int
     """Traces of this engine and model."""
     comparable: dict[str, int]
-    """Scores by verdict: ``yes``, ``converted``, ``no``."""
+    """Scores by their own verdict: ``yes``, ``converted``, ``no``."""
     reasons: list[ReasonCount]
     measures: Measures | None
-    """Over the comparable scores; null where there is none."""
+    """Over the comparable scores that no finding refutes; null where there is none."""
     all_measures: Measures | None
     """Over every score with numbers, comparable or not: evidence of what is wrong, not drift."""
     router: RouterMeasures | None = None

@@ -19,9 +19,9 @@ from driftgate.comparable import CODES
 from driftgate.errors import FormatError, NotFoundError
 from driftgate.gateway import shape
 from driftgate.gateway.spread import Spread
-from driftgate.mismatch import Bucket
-from driftgate.router import RouterBucket
+from driftgate.mismatch import Worst
 from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
+from driftgate.storage.cells import CellFold
 from driftgate.trace import Score, ScoreMeta, Trace
 from driftgate.views import (
     CallView,
@@ -252,27 +252,11 @@ class Answers:
         self, metas: Sequence[ScoreMeta], captured: int, cells: Sequence[CellRow]
     ) -> CellView:
         """One trajectory's scores of one cell as the cell they would be by themselves."""
-        comparable = [meta for meta in metas if meta.comparable.verdict != "no"]
-        buckets = [meta.bucket for meta in metas if meta.bucket]
-        valid = [meta.bucket for meta in comparable if meta.bucket]
-        worst = [meta.worst for meta in comparable or metas if meta.worst]
-        cell = CellRow(
-            engine=metas[0].engine,
-            trainer=metas[0].trainer,
-            model=metas[0].model,
-            kind=metas[0].kind,
-            bucket=_merge(buckets),
-            comparable_bucket=_merge(valid),
-            router=_merge_routers([meta.router for meta in metas if meta.router]),
-            comparable=dict(Counter(meta.comparable.verdict for meta in metas)),
-            reasons=dict(Counter(r.code for meta in metas for r in meta.comparable.reasons)),
-            worst=max(worst, key=lambda w: abs(w.log_ratio), default=None),
-            n_seqs=len(buckets),
-            scored=len(metas),
-            captured=captured,
-            trajectories=1,
-            last_seq=0,
-        )
+        fold = CellFold(metas[0])
+        for meta in metas:
+            fold.fold(meta)
+        whole = next((row.findings for row in cells if _same_pair(row, metas[0])), None)
+        cell = fold.row(captured, wider=whole)
         return self._cell(cell, cells, intervals=False)
 
     def _cell(self, row: CellRow, rows: Sequence[CellRow], *, intervals: bool = True) -> CellView:
@@ -284,6 +268,12 @@ class Answers:
             trainer_digest=row.trainer.digest,
             model=row.model,
             kind=row.kind,
+            verdict=row.verdict,
+            findings=[
+                msgspec.structs.replace(reason, detail=f"{settings}: {reason.detail}")
+                for settings, reasons in row.findings.items()
+                for reason in reasons
+            ],
             trajectories=row.trajectories,
             n_tokens=headline.n_tokens if headline else 0,
             n_seqs=headline.n_seqs if headline else 0,
@@ -298,19 +288,25 @@ class Answers:
             measures=shape.measures(row.comparable_bucket),
             all_measures=shape.measures(row.bucket),
             router=shape.router(row.router),
-            worst=self._cell_worst(row),
+            worst=self._cell_worst(row.worst),
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),
         )
 
-    def _cell_worst(self, row: CellRow) -> WorstView | None:
-        """Among the comparable scores where there are any."""
-        valid = row.comparable_bucket.worst if row.comparable_bucket else None
-        worst = valid if valid and valid.trace_id else row.worst
+    def _cell_worst(self, worst: Worst | None) -> WorstView | None:
         found = self._context(worst.trace_id, worst.token_index) if worst else None
         if worst is None or found is None:
             return None
         return self._in_context(shape.placed(worst, worst.trace_id, found["step"], found["choice"]))
+
+
+def _same_pair(row: CellRow, meta: ScoreMeta) -> bool:
+    return (row.engine, row.trainer, row.model, row.kind) == (
+        meta.engine,
+        meta.trainer,
+        meta.model,
+        meta.kind,
+    )
 
 
 def _copy(row: msgspec.Struct, kind: type[T]) -> T:
@@ -359,11 +355,3 @@ def _floors(row: CellRow, rows: Sequence[CellRow]) -> Iterator[FloorView]:
             measures=Measures(metrics=floor.bucket.metrics(), undefined=floor.bucket.undefined()),
             router=shape.router(floor.router),
         )
-
-
-def _merge(buckets: Sequence[Bucket]) -> Bucket | None:
-    return functools.reduce(Bucket.merge, buckets) if buckets else None
-
-
-def _merge_routers(buckets: Sequence[RouterBucket]) -> RouterBucket | None:
-    return functools.reduce(RouterBucket.merge, buckets) if buckets else None

@@ -28,7 +28,14 @@ from driftgate.gateway import openapi
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
 from driftgate.gateway.openapi import Route
-from driftgate.gateway.wire import body_of, error_answer, json_answer, query_of, step_of
+from driftgate.gateway.wire import (
+    body_of,
+    error_answer,
+    json_answer,
+    origin_of,
+    query_of,
+    step_of,
+)
 from driftgate.storage import Reader, Record
 from driftgate.trace import Reward
 from driftgate.views import (
@@ -144,8 +151,9 @@ class Api:
         Point the agent's base URL at ``base_url``, or give it ``key`` as API key.
         """
         body = await body_of(request, MintRequest)
+        origin = origin_of(request)
         trajectory, key = self._context.mint(body.trajectory)
-        base_url = f"{request.url.origin()}/t/{quote(trajectory, safe='')}/v1"
+        base_url = f"{origin}/t/{quote(trajectory, safe='')}/v1"
         minted = Minted(trajectory=trajectory, key=key, base_url=base_url)
         return json_answer(msgspec.json.encode(minted))
 
@@ -329,8 +337,11 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
-def add_api_routes(app: web.Application, context: ApiContext) -> None:
-    """Mount the API on ``app``; its threads and poller live as long as the app runs."""
+def add_api_routes(app: web.Application, context: ApiContext) -> Feed:
+    """Mount the API on ``app``; its threads and poller live as long as the app runs.
+
+    Gives the live feed, whose counters are for ``/metrics``.
+    """
     api = Api(context)
     for route in ROUTES:
         handler = functools.partial(route.handler, api)
@@ -339,6 +350,7 @@ def add_api_routes(app: web.Application, context: ApiContext) -> None:
     app.cleanup_ctx.append(api.run)
     # Before the connections are waited for: followers end by themselves, at once.
     app.on_shutdown.append(lambda _: api.feed.close())
+    return api.feed
 
 
 def _edge(handler: Callable[[web.Request], Awaitable[Any]]) -> Handler:

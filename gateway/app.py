@@ -13,6 +13,7 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from functools import partial
 
 import msgspec
@@ -20,24 +21,33 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from driftgate.adapters.vllm import Vllm
-from driftgate.errors import DriftgateError
+from driftgate.errors import DriftgateError, StorageError
 from driftgate.gateway import http
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
+from driftgate.gateway.openai import Api
 from driftgate.gateway.proxy import Proxy
-from driftgate.gateway.recorder import Recorder, Sink
+from driftgate.gateway.recorder import STOPPED, Recorder, Sink
 from driftgate.gateway.restore import restore
 from driftgate.gateway.sessions import Sessions
-from driftgate.gateway.tasks import Tasks
+from driftgate.gateway.tasks import Calls, Tasks
 from driftgate.gateway.upstream import Upstream
 from driftgate.storage import Reader, Writer
 
 __all__ = ["GATEWAY", "Gateway", "create_app", "run", "serve"]
 
-SHUTDOWN_TIMEOUT_S = 30.0
-"""Calls under way get this long to end when the gateway is stopped; then they are cut and
-marked."""
+STOP_WAIT_S = 8.0
+"""Calls under way get this long to end when the gateway is stopped; then they are cut and marked.
+Docker kills after 10 s, and storage needs a moment behind the calls. A second signal cuts at
+once."""
+
+SHUTDOWN_TIMEOUT_S = 0.5
+"""For what is no call (questions to the API): aiohttp waits this long, twice."""
+
+QUEUE_BYTES = 256 << 20
+"""Answers that wait for storage: about 60 with 4.4 MB of routes. Above half, calls are held
+back."""
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the writer thread may keep the interpreter while the event loop waits for it: Python's
@@ -55,7 +65,7 @@ class Gateway:
         """Open the store (StorageError); ``sink`` takes the writer's place, for tests."""
         self.config = config
         self._adapter = adapter = Vllm()
-        self._writer = Writer(config.store, durability=config.durability) if sink is None else None
+        self._writer = _open_store(config) if sink is None else None
         self.sink: Sink = sink or self._writer or _unreachable()
         self.reader = Reader(config.store) if sink is None else None
         self.metrics = Metrics(lambda: self.sink.stats)
@@ -69,6 +79,7 @@ class Gateway:
             durability=config.durability,
             on_capture_failure=config.on_capture_failure,
             weight_version=config.weight_version,
+            queue_bytes=QUEUE_BYTES,
         )
         self.proxy = Proxy(
             config,
@@ -79,6 +90,7 @@ class Gateway:
             upstream=self.upstream,
             metrics=self.metrics,
         )
+        self.calls = Calls()
         self._tasks = Tasks()
 
     async def lifetime(self, _app: web.Application) -> AsyncIterator[None]:
@@ -89,7 +101,8 @@ class Gateway:
         yield
         await self._tasks.close()
         await self.proxy.close()
-        lost = self.recorder.finish()
+        flush = _nothing if self._writer is None else self._writer.flush
+        lost = await asyncio.to_thread(self.recorder.finish, flush)
         if self._writer is not None:
             await asyncio.to_thread(self._writer.close)
             stats = self._writer.stats
@@ -109,6 +122,20 @@ class Gateway:
                 await restore(self.sessions, self.reader, self._adapter.ask_ids)
         finally:
             self.proxy.restored.set()
+
+    async def call(self, request: web.Request, api: Api) -> web.StreamResponse:
+        """One model call; a stop knows of it."""
+        with self.calls.running():
+            return await self.proxy.call(request, api)
+
+    async def stop(self, _app: web.Application) -> None:
+        """Nothing new is accepted any more: wait for the calls under way, then end them."""
+        cut = await self.calls.stop(STOP_WAIT_S, self._blame_the_stop)
+        if cut:
+            log.warning("%d calls were still under way and have been cut", cut)
+
+    def _blame_the_stop(self) -> None:
+        self.recorder.cancel_reason = STOPPED
 
     async def healthz(self, _request: web.Request) -> web.Response:
         """The process runs."""
@@ -133,6 +160,10 @@ class Gateway:
 
 GATEWAY = web.AppKey("gateway", Gateway)
 
+BEGUN: ContextVar[web.StreamResponse | None] = ContextVar("begun", default=None)
+"""The response whose headers have been sent, or are about to be. aiohttp serves each request in a
+context of its own."""
+
 
 def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Application:
     """The gateway as an aiohttp application. Serve it with ``handler_cancellation=True``."""
@@ -140,12 +171,8 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
     gateway = app[GATEWAY] = Gateway(config, sink)
     app.cleanup_ctx.append(gateway.lifetime)
     for prefix in ("", "/t/{trajectory}"):
-        app.router.add_post(
-            f"{prefix}/v1/chat/completions", partial(gateway.proxy.call, api="chat")
-        )
-        app.router.add_post(
-            f"{prefix}/v1/completions", partial(gateway.proxy.call, api="completions")
-        )
+        app.router.add_post(f"{prefix}/v1/chat/completions", partial(gateway.call, api="chat"))
+        app.router.add_post(f"{prefix}/v1/completions", partial(gateway.call, api="completions"))
         app.router.add_get(f"{prefix}/v1/models", gateway.proxy.models)
         app.router.add_get(prefix + "/v1/models/{model:.+}", gateway.proxy.models)
     app.router.add_get("/healthz", gateway.healthz)
@@ -155,13 +182,36 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
         context = ApiContext(
             reader=gateway.reader, submit=gateway.sink.submit, mint=gateway.sessions.mint
         )
-        add_api_routes(app, context)
+        feed = add_api_routes(app, context)
+        gateway.metrics.count_poll_errors(lambda: feed.poll_errors)
+    app.on_response_prepare.append(_remember)
+    app.on_shutdown.append(gateway.stop)  # after the API's: its followers end at once
     return app
+
+
+async def _remember(_request: web.Request, response: web.StreamResponse) -> None:
+    BEGUN.set(response)
 
 
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost edge of a request: every error is answered as OpenAI's clients read it."""
+    """The outermost edge of a request: every error is answered as OpenAI's clients read it.
+
+    A response that has begun cannot be taken back: then its connection is cut, so that nobody takes
+    it for whole.
+    """
+    response = await _answer(request, handler)
+    begun = BEGUN.get()
+    if begun is None or begun is response:
+        return response
+    log.warning("%s %s: cut, because it failed after its start", request.method, request.path)
+    if request.transport is not None:
+        request.transport.abort()
+    return begun
+
+
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The handler's response, or an error's."""
     try:
         return await handler(request)
     except DriftgateError as error:
@@ -173,6 +223,12 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
             message = (
                 f"driftgate does not serve {request.method} {request.path}; it serves "
                 + ", ".join(http.SUPPORTED)
+            )
+        elif error.status == 413:
+            limit = request.app[GATEWAY].config.max_request_bytes
+            message = (
+                f"the request is longer than max_request_bytes ({limit}); send less, or raise it "
+                "in the gateway's configuration"
             )
         return _json_error(error.status, message)
     except Exception as error:
@@ -186,15 +242,34 @@ def _json_error(status: int, message: str) -> web.Response:
     )
 
 
+def _open_store(config: GatewayConfig) -> Writer:
+    try:
+        return Writer(config.store, durability=config.durability, queue_bytes=QUEUE_BYTES)
+    except OSError as error:
+        raise StorageError(
+            f"the store {config.store} cannot be opened: {error}; choose another --store"
+        ) from error
+
+
+def _nothing() -> None:
+    """A sink of the tests has nothing to flush."""
+
+
 def _unreachable() -> Sink:
     raise AssertionError("a gateway has a sink or a writer")
 
 
 @contextlib.asynccontextmanager
-async def serve(config: GatewayConfig, *, sink: Sink | None = None) -> AsyncIterator[str]:
-    """Serve for the length of the block; gives the base URL."""
+async def serve(
+    config: GatewayConfig, *, sink: Sink | None = None, hurry: asyncio.Event | None = None
+) -> AsyncIterator[str]:
+    """Serve for the length of the block; gives the base URL. ``hurry`` ends the wait for calls at
+    its end."""
+    app = create_app(config, sink=sink)
+    if hurry is not None:
+        app[GATEWAY].calls.hurry = hurry
     runner = web.AppRunner(
-        create_app(config, sink=sink),
+        app,
         handler_cancellation=True,  # a client that leaves frees the engine at once
         shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         access_log=None,
@@ -211,8 +286,10 @@ async def serve(config: GatewayConfig, *, sink: Sink | None = None) -> AsyncIter
 
 
 def run(config: GatewayConfig, *, started: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM, under uvloop. ``started`` gets the base URL once it
-    listens."""
+    """Serve until SIGINT or SIGTERM, under uvloop; a second one does not wait for calls.
+
+    ``started`` gets the base URL once it listens.
+    """
     import uvloop
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -220,11 +297,15 @@ def run(config: GatewayConfig, *, started: Callable[[str], None] | None = None) 
 
 
 async def _until_stopped(config: GatewayConfig, started: Callable[[str], None] | None) -> None:
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
     loop = asyncio.get_running_loop()
     for sign in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(sign, stop.set)
-    async with serve(config) as url:
+        loop.add_signal_handler(sign, signalled)
+    async with serve(config, hurry=hurry) as url:
         log.info("driftgate listens at %s, the engine is %s", url, config.upstream)
         if started is not None:
             started(url)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -17,17 +17,17 @@ from msgspec import Raw
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UpstreamError
 from driftgate.gateway import sse
+from driftgate.gateway.digits import read_ids
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import assemble
 from driftgate.gateway.openai import Plan
+from driftgate.gateway.pieces import Pieces
 from driftgate.gateway.texts import text_matches
 from driftgate.trace import F32, I32, Proof, Routes, RoutesVia
 
 __all__ = ["Folded", "Sample", "fold_answer", "fold_stream"]
 
 MAX_TOKEN_ID = 2**31 - 1
-
-_DIGITS = b"0123456789, \n\r\t"
 
 ERROR_BYTES = 500
 """Of an engine's error, in a trace."""
@@ -68,7 +68,7 @@ class Folded:
 
 
 def fold_answer(
-    body: bytes,
+    answer: bytes | Pieces,
     plan: Plan,
     adapter: EngineAdapter,
     *,
@@ -76,11 +76,14 @@ def fold_answer(
     via: Literal["json", "synthesised"] = "json",
 ) -> Folded:
     """The samples of a JSON answer. UpstreamError where it is none."""
+    body = answer if isinstance(answer, bytes) else answer.rest()
     try:
         head = HEAD.decode(body)
     except msgspec.DecodeError as error:
         raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
     drafts = [_draft(raw, position) for position, raw in enumerate(head.choices)]
+    if isinstance(answer, Pieces):
+        drafts[0].add_pieces(answer)
     folder = _Folder(plan, adapter, expect_routes=expect_routes, via=via, end=None)
     return folder.fold(drafts, given(head.prompt_token_ids), head.usage, head.system_fingerprint)
 
@@ -240,7 +243,7 @@ class _Folder:
             return None
         try:
             return _int32(given)
-        except (ValueError, msgspec.DecodeError) as error:
+        except (ValueError, OverflowError, msgspec.DecodeError) as error:
             missing.append(f"{name}: {error}")
             return None
 
@@ -273,9 +276,9 @@ class _Folder:
                 "token_text: the engine named tokens token_id:N (return_tokens_as_token_ids)"
             )
             return b"", None
-        texts = [text for text in draft.texts if text is not None]
+        texts = cast("list[bytes]", draft.texts)
         offsets = np.zeros(len(texts) + 1, np.int32)
-        np.cumsum([len(text) for text in texts], out=offsets[1:])
+        np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)), out=offsets[1:])
         return b"".join(texts), offsets
 
     def _routes(
@@ -309,7 +312,7 @@ class _Folder:
             text = message["content"]
         if text is None:
             return None
-        texts = [t for t in draft.texts if t is not None]
+        texts = cast("list[bytes]", draft.texts)  # there are offsets, so there are no gaps
         return text_matches(texts, text.encode(), stopped=draft.finish_reason == "stop")
 
     def _response(self, draft: Draft) -> bytes:
@@ -324,16 +327,13 @@ class _Folder:
 
 
 def _int32(ids: Raw | list[int]) -> I32:
-    """Token ids as an array. ValueError, DecodeError where they are none."""
+    """Token ids as an array. ValueError, OverflowError, DecodeError where they are none."""
     if isinstance(ids, Raw):
-        digits = bytes(ids).strip()[1:-1]
-        if digits and not digits.translate(None, _DIGITS):
-            # Valid JSON of digits and commas only: numpy reads it in half the time of a list.
-            array = np.fromstring(digits, dtype=np.int64, sep=",")
-        else:
-            array = np.array(msgspec.json.decode(ids, type=list[int]), dtype=np.int64)
-    else:
-        array = np.array(ids, dtype=np.int64)
+        array = read_ids(bytes(ids))
+        if array is not None:
+            return array
+        ids = msgspec.json.decode(ids, type=list[int])
+    array = np.array(ids, dtype=np.int64)
     if len(array) and (array.min() < 0 or array.max() > MAX_TOKEN_ID):
         raise ValueError(f"{array.min()} .. {array.max()} are no token ids")
     return array.astype(np.int32)

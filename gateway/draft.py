@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Raw
 
 from driftgate.gateway.messages import Delta
+from driftgate.gateway.pieces import Pieces
 from driftgate.gateway.texts import token_texts
 
 __all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage", "given"]
@@ -98,6 +99,15 @@ class Draft:
         if choice.stop_reason is not None:
             self.stop_reason = choice.stop_reason
         self.add_routes(choice.routed_experts)
+
+    def add_pieces(self, pieces: Pieces) -> None:
+        """What was taken out of the only choice of an answer."""
+        self.prompt_ids, self.ids = pieces.prompt_token_ids, pieces.token_ids
+        self.rows = len(pieces.rows)
+        self.logprobs = [row.logprob for row in pieces.rows]
+        self.texts = [row.token.encode() for row in pieces.rows]
+        if pieces.routed_experts is not None:
+            self.add_routes(pieces.routed_experts)
 
     def add_routes(self, raw: Raw) -> None:
         if given(raw) is not None:

@@ -26,6 +26,7 @@ from driftgate.gateway.capture import Folded, fold_answer, fold_stream
 from driftgate.gateway.conversation import Turn
 from driftgate.gateway.history import History, turns_of_answer, turns_of_stream
 from driftgate.gateway.openai import Plan, strip_answer, strip_event
+from driftgate.gateway.pieces import Pieces
 from driftgate.gateway.prompts import End
 from driftgate.gateway.recorder import Answer, Recorder
 from driftgate.gateway.sessions import Call, Sessions
@@ -141,10 +142,10 @@ class Exchange:
         raw = await self._read(answer)
         self.streamed = False
         # On the loop at any size: the parser holds the GIL, a thread would only add its switch.
-        body, messages = strip_answer(raw, self._asked.plan)
+        body, messages, pieces = strip_answer(raw, self._asked.plan)
         self._make_known(turns_of_answer(self._asked.history, self._asked.plan, raw, messages))
         response = web.Response(body=body, headers=http.answer_headers(answer.headers))
-        fold = self._fold_answer(raw, "json")
+        fold = self._fold_answer(pieces or raw, "json")
         if self._recorder.strict:
             await self._recorder.closed(self._record(fold, len(raw)))
         delivered = True
@@ -291,10 +292,10 @@ class Exchange:
         return response
 
     async def _write_stream(self, response: web.StreamResponse, raw: bytes) -> web.StreamResponse:
-        fold = self._fold_answer(raw, "synthesised")
+        body, messages, pieces = strip_answer(raw, self._asked.plan)
+        fold = self._fold_answer(pieces or raw, "synthesised")
         delivered = True
         try:
-            body, messages = strip_answer(raw, self._asked.plan)
             await self._write(response, b"".join(synthesis.stream_of(body, self._asked.plan)))
             self._make_known(turns_of_answer(self._asked.history, self._asked.plan, raw, messages))
             if self._recorder.strict:
@@ -337,10 +338,12 @@ class Exchange:
         self._known = True
         self._sessions.answered(self._asked.call, turns)
 
-    def _fold_answer(self, raw: bytes, via: Literal["json", "synthesised"]) -> Callable[[], Folded]:
+    def _fold_answer(
+        self, answer: bytes | Pieces, via: Literal["json", "synthesised"]
+    ) -> Callable[[], Folded]:
         return partial(
             fold_answer,
-            raw,
+            answer,
             self._asked.plan,
             self._adapter,
             expect_routes=self._asked.expect_routes,

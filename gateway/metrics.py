@@ -23,6 +23,13 @@ class Metrics:
         registry = CollectorRegistry()
         registry.register(_Store(stats))
         self._registry = registry
+        self.held_back = Counter(
+            "driftgate_calls_held_back",
+            "Calls that waited because storage was behind, by how the wait ended: released or "
+            "gave_up",
+            ["end"],
+            registry=registry,
+        )
         self.calls = Counter(
             "driftgate_calls",
             "Calls that ended, by outcome: answered, refused by the engine, cancelled, …",
@@ -55,6 +62,10 @@ class Metrics:
             "driftgate_upstream_up", "1 while the last probe found the engine", registry=registry
         )
 
+    def count_poll_errors(self, errors: Callable[[], int]) -> None:
+        """Show ``errors()`` as the failed looks for new scores."""
+        self._registry.register(_PollErrors(errors))
+
     def render(self) -> bytes:
         """The exposition text."""
         return generate_latest(self._registry)
@@ -79,6 +90,19 @@ class _Store(Collector):
             ("written_bytes", "Bytes on disk", stats.written_bytes),
             ("refused_records", "Submissions refused: the queue was full", stats.refused_records),
             ("failed_records", "Submissions that could not be written", stats.failed_records),
+            ("duplicate_records", "Records that were there already", stats.duplicate_records),
+            ("write_errors", "Batches that could not be written", stats.write_errors),
             ("fsyncs", "Syncs", stats.fsyncs),
         ):
             yield CounterMetricFamily(f"driftgate_store_{name}", text, value=count)
+
+
+class _PollErrors(Collector):
+    """The live feed's own counter, read when asked for."""
+
+    def __init__(self, errors: Callable[[], int]) -> None:
+        self._errors = errors
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Looks for new scores that failed; the next one comes at once"
+        yield CounterMetricFamily("driftgate_drift_poll_errors", text, value=self._errors())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -18,6 +18,7 @@ from msgspec import Raw
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import RequestError
 from driftgate.gateway import sse
+from driftgate.gateway.pieces import Pieces, take_apart
 from driftgate.trace import Sampling
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Fields",
     "Plan",
     "StreamMode",
+    "Stripped",
     "read",
     "read_request",
     "rewrite",
@@ -47,6 +49,9 @@ _ZERO = Raw(b"0")
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _CHOICES = msgspec.json.Decoder(list[dict[str, Raw]])
 _ENCODER = msgspec.json.Encoder()
+
+_TAKEN_TOP, _TAKEN_CHOICE = {"prompt_token_ids"}, {"logprobs", "token_ids"}
+"""Fields that ``take_apart`` takes out, which must then be hidden."""
 
 _EMPTY_DELTA = re.compile(rb"\{\s*\}")
 _LIST_OF_PROMPTS = re.compile(rb"\[\s*[\"\[]")
@@ -83,6 +88,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def choices(self) -> int:
         """Traces that the call should give."""
         return self.n * self.prompts
+
+
+class Stripped(NamedTuple):
+    """A JSON answer without what the agent did not ask for."""
+
+    body: bytes
+    messages: list[Raw]
+    """JSON, in order of choices."""
+    pieces: Pieces | None = None
+    """The answer taken apart, for the fold; None where it must read the whole."""
 
 
 def read_request(body: bytes) -> Fields:
@@ -257,20 +272,36 @@ def _structured(fields: Fields) -> str | None:
     return ", ".join(forced) or None
 
 
-def strip_answer(body: bytes, plan: Plan) -> tuple[bytes, list[Raw]]:
-    """A JSON answer as the agent would have got it, and its messages (JSON) in order of choices.
+def strip_answer(body: bytes, plan: Plan) -> Stripped:
+    """A JSON answer as the agent would have got it.
 
     What is not an answer is left as it is and has no messages.
     """
+    if plan.hide_top >= _TAKEN_TOP and plan.hide_choice >= _TAKEN_CHOICE:
+        pieces = take_apart(body)
+        if pieces is not None:
+            return _without_pieces(pieces, plan)
     try:
         answer = _FIELDS.decode(body)
         choices = _CHOICES.decode(answer.get("choices", b"[]"))
     except msgspec.DecodeError:
-        return body, []
+        return Stripped(body, [])
     messages = [choice["message"] for choice in choices if "message" in choice]
     if plan.uncaptured is not None:
-        return body, messages
-    return (_hidden(answer, choices, plan) or body), messages
+        return Stripped(body, messages)
+    return Stripped(_hidden(answer, choices, plan) or body, messages)
+
+
+def _without_pieces(pieces: Pieces, plan: Plan) -> Stripped:
+    """The same from the pieces of an answer."""
+    choice = pieces.choice.copy()
+    if pieces.routed_experts is not None:
+        choice["routed_experts"] = pieces.routed_experts
+    _hide(choice, plan.hide_choice)
+    answer = pieces.fields | {"choices": Raw(_ENCODER.encode([choice]))}
+    _hide(answer, plan.hide_top)
+    messages = [choice["message"]] if "message" in choice else []
+    return Stripped(_ENCODER.encode(answer), messages, pieces)
 
 
 def strip_event(event: bytes, plan: Plan) -> bytes | None:

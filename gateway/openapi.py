@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from driftgate.client import CURSOR_HEADER
 from driftgate.views import ApiError
 
 __all__ = ["Route", "document"]
@@ -20,6 +21,19 @@ __all__ = ["Route", "document"]
 REF = "#/components/schemas/{name}"
 
 STREAM_TYPES = ("application/x-ndjson", "text/event-stream")
+
+RESUME = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "pattern": "^([0-9]{1,18}|now)$"},
+    "description": "Wins over `after`; browsers' EventSource sends it when it reconnects.",
+}
+CURSOR = {
+    "required": True,
+    "schema": {"type": "integer", "minimum": 0},
+    "description": "The cursor that the stream starts behind.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +97,11 @@ def _operation(route: Route, of: dict[Any, Any]) -> dict[str, Any]:
         operation["description"] = " ".join(description.split())
     if route.body is not None:
         content = {"application/json": {"schema": of[route.body]}}
-        operation["requestBody"] = {"required": True, "content": content}
+        required = any(field.required for field in msgspec.structs.fields(route.body))
+        operation["requestBody"] = {"required": required, "content": content}
+    if route.stream:
+        operation["parameters"].append(RESUME)
+        operation["responses"]["200"]["headers"] = {CURSOR_HEADER: CURSOR}
     return operation
 
 

@@ -5,8 +5,10 @@ on."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -15,10 +17,11 @@ import msgspec
 from driftgate.adapters.base import EngineAdapter
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import UpstreamError
+from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.gateway import sse
 from driftgate.trace import LogprobsMode
 
-__all__ = ["ModelInfo", "ProbeReport", "logprobs_mode", "probe"]
+__all__ = ["ModelInfo", "ProbeReport", "logprobs_mode", "probe", "sampling_defaults"]
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 60.0
@@ -35,6 +38,10 @@ MIN_GAP = 0.05
 """Nats between the two best tokens below which the ratio of their gaps says nothing."""
 
 RATIO_TOLERANCE = 0.25
+
+GENERATION_CONFIG = "generation_config.json"
+MAX_GENERATION_CONFIG_BYTES = 1 << 20
+"""Real ones have a few hundred bytes."""
 
 _PROMPT = [{"role": "user", "content": "Say something."}]
 
@@ -71,8 +78,21 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     logprobs_mode: LogprobsMode = "unknown"
     checkpoint: str | None = None
     """Digest of the weights, where ``root`` is a directory that is readable here."""
+    sampling_defaults: dict[str, float] | None = None
+    """What the engine takes for each of `NEUTRAL_DEFAULTS` where a request does not say, by the
+    model's ``generation_config.json``; None where ``root`` is not readable here."""
+    answered: bool = True
+    """The question for all of this was answered: what did not come is not there."""
+    refusal: str | None = None
+    """Why answers cannot be captured: the engine refuses a request only for what we add to it."""
     notes: list[str] = []
     """A sentence for each missing thing, with how to switch it on."""
+
+    @property
+    def default_settings(self) -> dict[str, str]:
+        """``sampling_defaults`` as settings of an engine's fingerprint."""
+        known = self.sampling_defaults or {}
+        return {f"default_{name}": f"{value:g}" for name, value in known.items()}
 
     @property
     def captures(self) -> bool:
@@ -96,6 +116,10 @@ async def probe(
         return await _Probe(session, url.rstrip("/"), adapter or Vllm()).run(model)
 
 
+class _Refused(UpstreamError):
+    """The engine answered 4xx."""
+
+
 class _Probe:
     """The requests of one probe."""
 
@@ -104,6 +128,8 @@ class _Probe:
         self._url = url
         self._adapter = adapter
         self._notes: list[str] = []
+        self._refused: _Refused | None = None
+        """The engine's answer to the question for ids and logprobs."""
 
     async def run(self, model: str | None) -> ProbeReport:
         models = await self._models()
@@ -116,9 +142,10 @@ class _Probe:
         if _choice(warm).get("logprobs"):
             mode = logprobs_mode(_top(warm), _top(await self._ask(asked, COLD)))
         streamed = await self._stream(asked) if warm else []
+        engine = _engine_name(models, warm)
         report = ProbeReport(
             url=self._url,
-            engine=_engine_name(models, warm),
+            engine=engine,
             version=await self._version(),
             models=models,
             model=asked,
@@ -131,6 +158,9 @@ class _Probe:
             ),
             streaming_routes=any(self._adapter.routes_chunk_mark in chunk for chunk in streamed),
             logprobs_mode=mode,
+            sampling_defaults=await asyncio.to_thread(_defaults, engine, models),
+            answered=bool(warm),
+            refusal=await self._refusal(asked),
         )
         return msgspec.structs.replace(report, notes=self._notes + self._missing(report))
 
@@ -156,16 +186,26 @@ class _Probe:
         try:
             return await self._json("POST", "/v1/chat/completions", self._body(model, temperature))
         except UpstreamError as error:
+            self._refused = error if isinstance(error, _Refused) else None
             self._notes.append(f"A chat completion was refused: {error}.")
             return {}
 
+    async def _refusal(self, model: str) -> str | None:
+        """What the engine said, if it was to our fields: the same request without them passes."""
+        if self._refused is None:
+            return None
+        try:
+            await self._json("POST", "/v1/chat/completions", self._plain(model))
+        except UpstreamError:
+            return None  # no chat template, a key that is missing, …
+        return f"the engine refuses requests for token ids and logprobs: {self._refused}"
+
+    def _plain(self, model: str) -> dict[str, Any]:
+        return {"model": model, "messages": _PROMPT, "max_tokens": 1, "seed": 0}
+
     def _body(self, model: str, temperature: float) -> dict[str, Any]:
-        return {
-            "model": model,
-            "messages": _PROMPT,
-            "max_tokens": 1,
+        return self._plain(model) | {
             "temperature": temperature,
-            "seed": 0,
             "logprobs": True,
             "top_logprobs": 2,
             self._adapter.ask_ids: True,
@@ -207,7 +247,8 @@ class _Probe:
             ) from error
         if status >= 400:
             said = raw[:300].decode(errors="replace")
-            raise UpstreamError(f"{method} {self._url}{path} answered {status}: {said}")
+            kind = _Refused if status < 500 else UpstreamError
+            raise kind(f"{method} {self._url}{path} answered {status}: {said}")
         return raw
 
     def _missing(self, report: ProbeReport) -> list[str]:
@@ -228,6 +269,33 @@ class _Probe:
                 "The logprobs mode could not be told from the answers: declare logprobs_mode."
             )
         return notes
+
+
+def _defaults(engine: str, models: list[ModelInfo]) -> dict[str, float] | None:
+    """As vLLM and SGLang read them; other engines are not known to."""
+    root = models[0].root  # the base model comes first, adapters after it
+    if engine not in ("vllm", "sglang") or root is None or not Path(root).is_dir():
+        return None
+    return sampling_defaults(Path(root))
+
+
+def sampling_defaults(root: Path) -> dict[str, float] | None:
+    """Each of `NEUTRAL_DEFAULTS` as the model at ``root`` sets it; None if that cannot be read.
+
+    An engine that was told to take no defaults from the model (vLLM ``--generation-config vllm``)
+    does not say so: declare ``default_temperature`` and the like there.
+    """
+    try:
+        with (root / GENERATION_CONFIG).open("rb") as file:
+            said = msgspec.json.decode(file.read(MAX_GENERATION_CONFIG_BYTES), type=dict[str, Any])
+    except FileNotFoundError:
+        said = {}
+    except (OSError, msgspec.DecodeError):
+        return None
+    return {
+        name: float(value) if isinstance(value := said.get(name), (int, float)) else neutral
+        for name, neutral in NEUTRAL_DEFAULTS.items()
+    }
 
 
 def _engine_name(models: list[ModelInfo], answer: Mapping[str, Any]) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import time
 import uuid
 from typing import Any
 
 import aiohttp
 from aiohttp import web
+from yarl import URL
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
@@ -43,6 +45,9 @@ lost."""
 RESTORE_WAIT_S = 10.0
 """A call that may continue or repeat an earlier one, and does not name its trajectory, waits this
 long for the store to be read at the start."""
+
+LARGE_BODY_BYTES = 1 << 20
+"""Parsing and hashing 40 MB of images took 230 ms: longer requests are read on a thread."""
 
 READ_BUFFER_BYTES = 1 << 18
 """Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""
@@ -99,8 +104,9 @@ class Proxy:
             raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
         headers = http.request_headers(request.headers, self._config.upstream_key)
+        url = self._engine_url(path, request)
         try:
-            async with self._session.get(self._base + path, headers=headers) as answer:
+            async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
                 body = await answer.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._upstream.lost()
@@ -115,7 +121,10 @@ class Proxy:
         started_ns = time.time_ns()
         body = await request.read()
         await self._upstream.ready()
-        sent, fields, plan = self._prepare(api, body)
+        if len(body) > LARGE_BODY_BYTES:
+            sent, fields, plan = await asyncio.to_thread(self._prepare, api, body)
+        else:
+            sent, fields, plan = self._prepare(api, body)
         call, asked = await self._begin(request, body, sent, fields, plan, started_ns)
         exchange = Exchange(
             request,
@@ -153,7 +162,12 @@ class Proxy:
         started_ns: int,
     ) -> tuple[Call, Asked]:
         """Find the call's trajectory and step."""
-        history = read_history(fields, plan, self._seen)
+        if len(body) > LARGE_BODY_BYTES:
+            digest = await asyncio.to_thread(_digest, body)
+            seen: Recent[bytes, Seen] = Recent(MAX_SEEN)  # ours belongs to the loop
+            history = await asyncio.to_thread(read_history, fields, plan, seen)
+        else:
+            digest, history = _digest(body), read_history(fields, plan, self._seen)
         retry = _retry_count(request)
         place = self._place(request, fields, history)
         if not place.named and not self.restored.is_set() and (continues(history) or retry):
@@ -166,17 +180,17 @@ class Proxy:
         call = self._sessions.begin(
             place,
             call_id=f"c-{uuid.uuid4().hex}",
-            body_sha256=hashlib.sha256(body).hexdigest()[:16],
+            body_sha256=digest,
             sdk_retry=retry,
         )
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
-        url = self._base + PATHS[plan.api]
-        if request.query_string:
-            url += f"?{request.query_string}"
+        url = self._engine_url(PATHS[plan.api], request)
         headers = http.request_headers(request.headers, self._config.upstream_key)
         return call, Asked(
-            send=lambda: self._session.post(url, data=sent, headers=headers),
+            send=lambda: self._session.post(
+                url, data=_payload(sent), headers=headers, allow_redirects=False
+            ),
             call=call,
             plan=plan,
             body=body,
@@ -185,6 +199,11 @@ class Proxy:
             expect_routes=self._upstream.gives_routes,
             max_answer_bytes=self._config.max_answer_bytes,
         )
+
+    def _engine_url(self, path: str, request: web.Request) -> URL:
+        """``path`` at the engine with the agent's query string as it was spelled."""
+        query = request.rel_url.raw_query_string
+        return URL(f"{self._base}{path}?{query}" if query else self._base + path, encoded=True)
 
     def _place(self, request: web.Request, fields: Fields, history: History) -> Place:
         return self._sessions.place(
@@ -227,6 +246,15 @@ class Proxy:
         if exchange.first_byte_ns is not None:
             waited_s = (exchange.first_byte_ns - started_ns) / 1e9
             self._metrics.first_byte.labels(streamed).observe(waited_s)
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """What aiohttp sends at once, or, where that would hold the loop, piece by piece."""
+    return io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:16]
 
 
 def _retry_count(request: web.Request) -> int:

@@ -1,8 +1,9 @@
 """Brings calls into storage: an intent before the engine is asked, traces or an outcome after.
 
 Capture failing never fails a call unless the user said so (``on_capture_failure``), and it is never
-silent: each record that storage refuses or cannot write is counted, logged with its call's id, and
-its call's outcome is tried again when storage takes records again."""
+silent: each record that storage refuses or cannot write is counted and logged with its call's id.
+Intents and outcomes are tried again when storage takes records again; a lost trace leaves an
+outcome that says so. While storage is behind, calls are held back for a moment (``pressure``)."""
 
 from __future__ import annotations
 
@@ -13,25 +14,32 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from driftgate.errors import DriftgateError, StorageError
+from driftgate.errors import StorageError
 from driftgate.gateway.capture import Folded, Sample
 from driftgate.gateway.lineage import ROOT, Lineage
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Plan
+from driftgate.gateway.pressure import PRESSURE_WAIT_S, Pressure
 from driftgate.gateway.sessions import Call
 from driftgate.storage import Reader, Record, WriterStats
 from driftgate.trace import I32, CallIntent, CallOutcome, Engine, Trace, TraceMeta
 
-__all__ = ["Answer", "Recorder", "Sink"]
+__all__ = ["CLIENT_LEFT", "STOPPED", "Answer", "Recorder", "Sink"]
+
+CLIENT_LEFT = "the client left before the end of the answer"
+STOPPED = "the gateway was stopped"
 
 MAX_OWED = 10_000
 """Records of failed captures that wait for storage to work again: about 10 MB."""
 
 LOADED_TRACES = 4
 """Latest traces read back for a trajectory whose ids were forgotten."""
+
+MAX_TRIES = 3
+"""Of one record: what fails more often while others are written is itself the problem."""
 
 REASON_CHARS = 500
 """Of an error's text; an engine's error can hold a whole prompt."""
@@ -71,6 +79,16 @@ class Answer:
     """The client left before the answer's end."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Owed:
+    """A record that waits for storage to work again."""
+
+    record: CallIntent | CallOutcome
+    kind: str
+    tries: int = 0
+    """How often it was submitted in vain."""
+
+
 class Recorder:
     """One per gateway. ``open``, ``close`` and ``failed`` are called on the event loop."""
 
@@ -84,42 +102,65 @@ class Recorder:
         durability: Literal["group", "strict"],
         on_capture_failure: Literal["serve", "refuse"],
         weight_version: str,
+        queue_bytes: int,
     ) -> None:
-        """``engine(model, system_fingerprint)`` gives the fingerprint to write; thread-safe."""
+        """``engine(model, system_fingerprint)`` gives the fingerprint to write; thread-safe.
+        ``queue_bytes`` is the sink's limit."""
+        self.strict = durability == "strict"
+        self.refuses = on_capture_failure == "refuse"
+        self.cancel_reason = CLIENT_LEFT
+        """Why a call is cancelled now; the gateway changes it before it ends calls itself."""
         self._sink = sink
         self._reader = reader
         self._metrics = metrics
         self._engine = engine
-        self.strict = durability == "strict"
-        self.refuses = on_capture_failure == "refuse"
         self._weight_version = weight_version
         self._lineage = Lineage(self._load)
-        self._owed: deque[Record] = deque()
+        self._pressure = Pressure(lambda: sink.stats.queued_bytes, queue_bytes, metrics)
+        self._owed: deque[_Owed] = deque()
         self._owed_lock = threading.Lock()
+        self._given_up = 0
         self._failing = False
         """The last record that was written or refused failed."""
+        self._writes_fail = False
+        """The last submission that was not refused could not be written."""
 
     async def open(self, intent: CallIntent) -> None:
-        """Record that a call begins. StorageError where it must be refused."""
-        self._pay_owed()
+        """Record that a call begins, once storage keeps up. StorageError where it must be refused.
+
+        A call that is cancelled in here leaves either no record or an outcome.
+        """
+        if not await self._pressure.wait() and self.refuses:
+            raise StorageError(
+                f"storage is behind: its queue did not fall below half within {PRESSURE_WAIT_S} s"
+            )
+        if not self._writes_fail:
+            self._pay_owed()
+        waits = self.strict or (self.refuses and self._failing)
+        # A call that is refused never was: nothing is owed for it.
+        again = None if self.refuses and waits else _Owed(intent, "intent", 1)
         try:
             future = self._sink.submit(intent)
         except StorageError as error:
-            self._lost(intent.call_id, "intent", error, owed=intent)
+            self._lost(intent.call_id, "intent", error, owed=None if self.refuses else again)
             if self.refuses:
                 raise
             return
-        future.add_done_callback(lambda done: self._settled(intent.call_id, "intent", done))
-        if self.strict or (self.refuses and self._failing):
+        self._watch(future, intent.call_id, "intent", again)
+        if not waits:
+            return
+        try:
             await self._durable(future)
+        except asyncio.CancelledError:
+            self._submit(_outcome(intent.call_id, "cancelled", self.cancel_reason))
+            raise
 
     async def _durable(self, future: Future[None]) -> None:
         """Wait for storage; StorageError only where failures refuse the call."""
-        try:
-            await asyncio.wrap_future(future)
-        except DriftgateError as error:
-            if self.refuses:
-                raise StorageError(str(error)) from error
+        # Any error: the fold runs in there as well, and what it raises is an answer not recorded.
+        (error,) = await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
+        if error is not None and self.refuses:
+            raise StorageError(f"not recorded: {_words(error)}") from error
 
     def close(self, call: Call, plan: Plan, answer: Answer) -> Future[None] | None:
         """Record an answer. The future resolves when it is durable; None: it was refused."""
@@ -128,9 +169,9 @@ class Recorder:
                 lambda: self._make(call, plan, answer), size_hint=answer.size_bytes
             )
         except StorageError as error:
-            self._lost(call.call_id, "trace", error, owed=_outcome(call, "capture_failed", error))
+            self._trace_lost(call.call_id, error)
             return None
-        future.add_done_callback(lambda done: self._settled(call.call_id, "trace", done))
+        self._watch(future, call.call_id, "trace", None)
         return future
 
     async def closed(self, future: Future[None] | None) -> None:
@@ -154,33 +195,38 @@ class Recorder:
         http_status: int | None = None,
     ) -> None:
         """Record that a call ended without an answer."""
-        self._submit(_outcome(call, status, reason, http_status))
+        self._submit(_outcome(call.call_id, status, reason, http_status))
 
     def _submit(self, outcome: CallOutcome) -> None:
+        again = _Owed(outcome, "outcome", 1)
         try:
             future = self._sink.submit(outcome)
         except StorageError as error:
-            self._lost(outcome.call_id, "outcome", error, owed=outcome)
+            self._lost(outcome.call_id, "outcome", error, owed=again)
             return
-        future.add_done_callback(lambda done: self._settled(outcome.call_id, "outcome", done))
+        self._watch(future, outcome.call_id, "outcome", again)
 
-    def _settled(self, call_id: str, kind: str, done: Future[None]) -> None:
+    def _watch(self, future: Future[None], call_id: str, kind: str, owed: _Owed | None) -> None:
+        future.add_done_callback(lambda done: self._settled(done, call_id, kind, owed))
+
+    def _settled(self, done: Future[None], call_id: str, kind: str, owed: _Owed | None) -> None:
         """Runs on the writer thread when a submission is durable or has failed."""
         error = done.exception()
         self._failing = error is not None
+        self._writes_fail = isinstance(error, StorageError)  # others are the fold's
+        self._pressure.settled()
         if error is None:
             return
-        owed = None
         if kind == "trace":
-            reason = f"{type(error).__name__}: {error}"[:REASON_CHARS]
-            owed = CallOutcome(
-                call_id=call_id, status="capture_failed", reason=reason, ended_ns=time.time_ns()
-            )
-        self._lost(call_id, kind, error, owed=owed)
+            self._trace_lost(call_id, error)
+        else:
+            self._lost(call_id, kind, error, owed=owed)
 
-    def _lost(
-        self, call_id: str, kind: str, error: BaseException, *, owed: Record | None = None
-    ) -> None:
+    def _trace_lost(self, call_id: str, error: BaseException) -> None:
+        outcome = _outcome(call_id, "capture_failed", _words(error))
+        self._lost(call_id, "trace", error, owed=_Owed(outcome, "outcome"))
+
+    def _lost(self, call_id: str, kind: str, error: BaseException, *, owed: _Owed | None) -> None:
         """Count and log a record that did not reach storage; keep ``owed`` for later."""
         self._failing = True
         self._metrics.lost.labels(kind).inc()
@@ -188,28 +234,46 @@ class Recorder:
         if owed is None:
             return
         with self._owed_lock:
+            if owed.tries >= MAX_TRIES:
+                self._give_up(owed, f"it was tried {MAX_TRIES} times")
+                return
             if len(self._owed) >= MAX_OWED:
-                dropped = self._owed.popleft()
-                self._metrics.lost.labels("owed").inc()
-                log.error("%s records wait for storage; given up: %s", MAX_OWED, dropped)
+                self._give_up(self._owed.popleft(), f"{MAX_OWED} newer records wait for storage")
             self._owed.append(owed)
 
-    def _pay_owed(self) -> None:
-        """Try the records again that storage refused; stop at the first refusal."""
-        with self._owed_lock:
-            while self._owed:
-                try:
-                    self._sink.submit(self._owed[0])
-                except StorageError:
-                    return
-                self._owed.popleft()
+    def _give_up(self, owed: _Owed, why: str) -> None:
+        self._given_up += 1
+        self._metrics.lost.labels("owed").inc()
+        log.error("given up, because %s: %s", why, owed.record)
 
-    def finish(self) -> int:
-        """Last try for what storage refused; how many records remain unrecorded. Logs them."""
-        self._pay_owed()
-        for record in self._owed:
-            log.error("not recorded: %s", record)
-        return len(self._owed)
+    def _pay_owed(self) -> None:
+        """Try the records again that storage did not take; stop at the first refusal."""
+        for _ in range(len(self._owed)):  # one that fails again goes to the end
+            try:
+                owed = self._owed.popleft()
+            except IndexError:
+                return
+            try:
+                future = self._sink.submit(owed.record)
+            except StorageError:
+                self._owed.appendleft(owed)
+                return
+            again = replace(owed, tries=owed.tries + 1)
+            self._watch(future, owed.record.call_id, owed.kind, again)
+
+    def finish(self, flush: Callable[[], None]) -> int:
+        """Last tries for what storage did not take; how many records remain unrecorded. Logs them.
+
+        ``flush`` returns when all that was submitted is settled; it may block.
+        """
+        flush()
+        for _ in range(MAX_TRIES):
+            if self._owed:
+                self._pay_owed()
+                flush()
+        for owed in self._owed:
+            log.error("not recorded: %s", owed.record)
+        return len(self._owed) + self._given_up
 
     # From here on: the writer thread.
 
@@ -226,7 +290,7 @@ class Recorder:
             status: Literal["cancelled", "failed"] = "cancelled" if answer.cancelled else "failed"
             detail = folded.error or "the engine answered with fewer choices"
             reason = f"{len(records)} of {plan.choices} choices came: {detail}"
-            records.append(_outcome(call, status, reason))
+            records.append(_outcome(call.call_id, status, reason))
         return records
 
     def _trace(
@@ -293,15 +357,20 @@ class Recorder:
 
 
 def _outcome(
-    call: Call,
+    call_id: str,
     status: Literal["failed", "cancelled", "capture_failed"],
-    reason: object,
+    reason: str,
     http_status: int | None = None,
 ) -> CallOutcome:
     return CallOutcome(
-        call_id=call.call_id,
+        call_id=call_id,
         status=status,
         http_status=http_status,
-        reason=str(reason)[:REASON_CHARS],
+        reason=reason[:REASON_CHARS],
         ended_ns=time.time_ns(),
     )
+
+
+def _words(error: BaseException) -> str:
+    """An error of storage speaks for itself; any other needs its name."""
+    return str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"

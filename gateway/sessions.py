@@ -16,7 +16,7 @@ import secrets
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from driftgate.errors import RequestError
 from driftgate.gateway.conversation import Conversation, Turn
@@ -163,10 +163,10 @@ class Sessions:
                 )
             return Place(trajectory, "key")
         for name in SESSION_HEADERS:
-            if headers.get(name):
-                return Place(check_trajectory(headers[name]), "session_header")
-        if metadata and isinstance(named := metadata.get("trajectory_id"), str):
-            return Place(check_trajectory(named), "metadata")
+            if is_trajectory(headers.get(name)):
+                return Place(headers[name], "session_header")
+        if metadata and is_trajectory(named := metadata.get("trajectory_id")):
+            return Place(named, "metadata")
         if isinstance(history, Conversation):
             return _one_of(self._givers_of_last_turn(history))
         if isinstance(history, Prompt):
@@ -329,8 +329,19 @@ def check_trajectory(name: str) -> str:
     """``name`` if it can be a trajectory's id, else RequestError. Ids are names, never paths."""
     if not 0 < len(name) <= MAX_ID_CHARS:
         raise RequestError(f"a trajectory id has 1 to {MAX_ID_CHARS} characters, not {len(name)}")
-    if name != name.strip() or any(unicodedata.category(c)[0] == "C" for c in name):
+    if not is_trajectory(name):
         raise RequestError(
             f"trajectory id {name[:40]!r} starts or ends with a space or holds control characters"
         )
     return name
+
+
+def is_trajectory(name: object) -> TypeGuard[str]:
+    """``name`` can be a trajectory's id. What an agent sends for its own purposes may not be one:
+    then it names nothing, and the call is served all the same."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= MAX_ID_CHARS
+        and name == name.strip()
+        and not any(unicodedata.category(c)[0] == "C" for c in name)
+    )

@@ -8,16 +8,22 @@ again.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import reduce
+from typing import TypeAlias, TypeVar
 
 from driftgate import bootstrap
+from driftgate.codes import SPOILS_ROUTES
 from driftgate.mismatch import Bucket
+from driftgate.pool import Findings, pool_of, refutes
 from driftgate.router import RouterBucket
 from driftgate.storage import CellRow, Reader, ScoreRow
 from driftgate.views import Interval
 
 __all__ = ["Spread"]
+
+B = TypeVar("B", Bucket, RouterBucket)
 
 Key: TypeAlias = tuple[str, str, str, str]
 
@@ -29,12 +35,24 @@ PAGE = 1000
 
 
 @dataclass(slots=True)
-class _Cell:
-    """One cell by trajectory; the oldest trajectory comes first."""
+class _Run:
+    """One trajectory of a cell, by pool."""
 
     buckets: dict[str, Bucket] = field(default_factory=dict)
     """Over the comparable scores only, as the cell's headline."""
     routers: dict[str, RouterBucket] = field(default_factory=dict)
+    """Over the scores with no reason against their routes."""
+
+
+@dataclass(slots=True)
+class _Cell:
+    """One cell by trajectory; the one that was scored longest ago comes first."""
+
+    runs: dict[str, _Run] = field(default_factory=dict)
+    pools: set[str] = field(default_factory=set)
+    """Known so far; scores come in the order in which the index folds them."""
+    refuted: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+    """Pools whose logprobs and whose routes ``intervals`` leave out."""
     intervals: dict[str, Interval] | None = None
     """Forgotten when a score arrives."""
 
@@ -55,12 +73,9 @@ class Spread:
             cell = self._cells.get((row.engine.digest, row.trainer.digest, row.model, row.kind))
             if cell is None:
                 return {}
-            if cell.intervals is None:
-                found = bootstrap.intervals(cell.buckets).values
-                found |= bootstrap.router_intervals(cell.routers).values
-                cell.intervals = {
-                    name: Interval(low=low, high=high) for name, (low, high) in found.items()
-                }
+            refuted = _refuted(row.findings)
+            if cell.intervals is None or cell.refuted != refuted:
+                cell.intervals, cell.refuted = _intervals(cell, *refuted), refuted
             return cell.intervals
 
     def _catch_up(self) -> None:
@@ -74,12 +89,41 @@ class Spread:
         key = (meta.engine.digest, meta.trainer.digest, meta.model, meta.kind)
         cell = self._cells.setdefault(key, _Cell())
         cell.intervals = None
+        pool = pool_of(meta, cell.pools)
+        cell.pools.add(pool)
+        run = cell.runs[meta.trajectory] = cell.runs.pop(meta.trajectory, _Run())
         if meta.bucket is not None and meta.comparable.verdict != "no":
-            before = cell.buckets.pop(meta.trajectory, None)
-            cell.buckets[meta.trajectory] = before.merge(meta.bucket) if before else meta.bucket
-        if meta.router is not None:
-            earlier = cell.routers.pop(meta.trajectory, None)
-            cell.routers[meta.trajectory] = earlier.merge(meta.router) if earlier else meta.router
-        for known in (cell.buckets, cell.routers):
-            if len(known) > MAX_TRAJECTORIES:
-                known.pop(next(iter(known)))
+            _add(run.buckets, pool, meta.bucket)
+        if meta.router is not None and not refutes(meta.comparable.reasons, SPOILS_ROUTES):
+            _add(run.routers, pool, meta.router)
+        if len(cell.runs) > MAX_TRAJECTORIES:
+            cell.runs.pop(next(iter(cell.runs)))
+
+
+def _add(sums: dict[str, B], pool: str, bucket: B) -> None:
+    sums[pool] = sums[pool].merge(bucket) if pool in sums else bucket
+
+
+def _refuted(findings: Findings) -> tuple[frozenset[str], frozenset[str]]:
+    logprobs = frozenset(pool for pool, found in findings.items() if refutes(found))
+    routes = frozenset(pool for pool in logprobs if refutes(findings[pool], SPOILS_ROUTES))
+    return logprobs, routes
+
+
+def _intervals(
+    cell: _Cell, logprobs: frozenset[str], routes: frozenset[str]
+) -> dict[str, Interval]:
+    """Of what the two sets of refuted pools leave."""
+    buckets = _by_run({run: sums.buckets for run, sums in cell.runs.items()}, logprobs)
+    routers = _by_run({run: sums.routers for run, sums in cell.runs.items()}, routes)
+    found = bootstrap.intervals(buckets).values | bootstrap.router_intervals(routers).values
+    return {name: Interval(low=low, high=high) for name, (low, high) in found.items()}
+
+
+def _by_run(runs: Mapping[str, Mapping[str, B]], refuted: frozenset[str]) -> dict[str, B]:
+    """The sum of each trajectory over the pools that stand; one without any is left out."""
+    kept = {
+        run: [bucket for pool, bucket in sums.items() if pool not in refuted]
+        for run, sums in runs.items()
+    }
+    return {run: reduce(lambda a, b: a.merge(b), parts) for run, parts in kept.items() if parts}

@@ -1,15 +1,22 @@
 """What is known of the engine behind the gateway, kept up to date in the background.
 
 The gateway starts whether or not the engine is up. The first calls wait for one probe, so that
-their traces name the engine; another probe follows when the engine's ``system_fingerprint``
-changes."""
+their traces name the engine; another probe follows when an answer carries a ``system_fingerprint``
+that was not seen before.
+
+Digesting the weights can take longer than calls may wait. The digest is part of an engine's
+fingerprint, so answers from before and after it belong to different cells. Calls therefore wait for
+it as well, but for no longer than ``FIRST_PROBE_WAIT_S`` behind the probe: a checkpoint that takes
+longer costs a few traces in a cell without a digest, and no call more than those seconds."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import threading
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -19,7 +26,8 @@ from driftgate.errors import TeacherError, UpstreamError
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import StreamMode
-from driftgate.gateway.probe import ProbeReport, probe
+from driftgate.gateway.probe import ModelInfo, ProbeReport, probe
+from driftgate.gateway.tasks import beside, in_thread
 from driftgate.trace import Engine
 
 __all__ = ["Upstream"]
@@ -29,6 +37,15 @@ FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 
 FIRST_PROBE_WAIT_S = 10.0
 """A call waits this long for the first probe; then its trace says ``unknown``."""
+
+REPROBE_INTERVAL_S = 30.0
+"""From one further probe to the next: each costs three generations, whatever the reason."""
+
+MAX_FINGERPRINTS = 1000
+"""An engine with more puts something else into that field."""
+
+Weights: TypeAlias = tuple[tuple[str, int, int], ...]
+"""Path, time of change [ns] and size [bytes] of each file of a checkpoint."""
 
 log = logging.getLogger("driftgate.upstream")
 
@@ -44,7 +61,15 @@ class Upstream:
         self._config = config
         self._adapter = adapter
         self._metrics = metrics
-        self._checkpoints: dict[str, str | None] = {}
+        self._seen: set[str] = set()
+        """Fingerprints that a probe was made for."""
+        self._checkpoints: dict[str, str] = {}
+        """Digest of the weights of each served model, as far as it is known."""
+        self._digests: dict[Weights, str | None] = {}
+        """None: it could not be read."""
+        self._digesting = threading.Lock()
+        self._digested = asyncio.Event()
+        self._digest_deadline = 0.0
         self._wanted = asyncio.Event()
         self._tried = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -52,27 +77,36 @@ class Upstream:
     async def watch(self) -> None:
         """Probe until it succeeds, then whenever the engine seems to be another one."""
         self._loop = asyncio.get_running_loop()
-        wait_s = FIRST_RETRY_S
+        wait_s, next_probe = FIRST_RETRY_S, 0.0
         while True:
             self._wanted.clear()
-            if await self._probe():
-                wait_s = FIRST_RETRY_S
-                await self._wanted.wait()
+            report = await self._probe()
+            if report is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._wanted.wait()
+                wait_s = min(2 * wait_s, LAST_RETRY_S)
                 continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._wanted.wait()
-            wait_s = min(2 * wait_s, LAST_RETRY_S)
+            wait_s = FIRST_RETRY_S
+            async with beside("digest", self._digest(report)):
+                await self._wanted.wait()
+                await asyncio.sleep(next_probe - self._loop.time())
+            next_probe = self._loop.time() + REPROBE_INTERVAL_S
 
     async def ready(self) -> None:
-        """Wait for a probe, where the engine is not known to be up; at most one try, at most some
-        seconds."""
-        if self.error is None:
+        """Wait for a probe, where the engine is not known to be up, and for the digest of its
+        weights; at most one try, at most some seconds."""
+        if self.error is None and self._digested.is_set():
             return
-        self._wanted.set()
+        deadline = asyncio.get_running_loop().time() + FIRST_PROBE_WAIT_S
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_PROBE_WAIT_S):
-                await self._tried.wait()
+            if self.error is not None:
+                self._wanted.set()
+                async with asyncio.timeout_at(deadline):
+                    await self._tried.wait()
+            if self.error is None:
+                async with asyncio.timeout_at(min(deadline, self._digest_deadline)):
+                    await self._digested.wait()
 
     def stream_mode(self) -> StreamMode:
         """How streamed calls are asked for."""
@@ -86,15 +120,28 @@ class Upstream:
         return "plugin" if self.report.streaming_routes else "synthesise"
 
     @property
+    def has_routes(self) -> bool | None:
+        """Answers carry routed experts, so that one without them misses something; None: not
+        known."""
+        if self.report is None or not self.report.answered:
+            return None
+        return self.report.routes
+
+    @property
     def gives_routes(self) -> bool:
-        """Answers carry routed experts, so that one without them misses something."""
-        return self.report is not None and self.report.routes
+        """Answers are known to carry routed experts."""
+        return self.has_routes is True
+
+    @property
+    def refusal(self) -> str | None:
+        """Why requests must go on as they are: the engine refuses what capture adds to them."""
+        return None if self.report is None else self.report.refusal
 
     def engine(self, model: str, fingerprint: str | None) -> Engine:
         """The fingerprint of the engine that gave an answer. Any thread."""
         report = self.report
-        if fingerprint is not None and report and fingerprint != report.system_fingerprint:
-            self._changed(fingerprint)
+        if fingerprint is not None and report is not None:
+            self._notice(fingerprint)
         mode = self._config.logprobs_mode
         if report is None:
             return Engine(
@@ -120,43 +167,97 @@ class Upstream:
         if self.error is None:
             self._wanted.set()
 
-    def _changed(self, fingerprint: str) -> None:
-        log.warning("the engine's system_fingerprint is now %s: probing it again", fingerprint)
+    def _notice(self, fingerprint: str) -> None:
+        """Want a probe for a fingerprint that is new. Several may answer behind one address."""
+        if fingerprint in self._seen or len(self._seen) >= MAX_FINGERPRINTS:
+            return
+        self._seen.add(fingerprint)
+        log.warning("the engine's system_fingerprint %s is new: probing it again", fingerprint)
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wanted.set)
 
-    async def _probe(self) -> bool:
+    async def _probe(self) -> ProbeReport | None:
+        """Probe and publish what is found; None where no engine answers."""
         try:
             report = await probe(
                 self._config.upstream, key=self._config.upstream_key, adapter=self._adapter
             )
-            await asyncio.to_thread(self._read_checkpoints, report)
+            known = await asyncio.to_thread(self._known_digests, report.models)
         except UpstreamError as error:
             self.error = str(error)
             self._metrics.upstream_up.set(0)
             log.warning("%s", error)
-            return False
+            return None
+        else:
+            self._publish(report, known)
+            return report
         finally:
             self._tried.set()
             self._tried = asyncio.Event()
+
+    def _publish(self, report: ProbeReport, known: dict[str, str] | None) -> None:
+        """Name the engine from here on, with the digests that need no reading of weights."""
+        if known is None:
+            self._digested.clear()
+            self._digest_deadline = asyncio.get_running_loop().time() + FIRST_PROBE_WAIT_S
+        else:
+            self._digested.set()
+        self._checkpoints = known or {}
         self.error = None
-        self.report = msgspec.structs.replace(
-            report, checkpoint=self._checkpoints.get(report.model)
-        )
+        self.report = self._with_digest(report)
+        if report.system_fingerprint is not None:
+            self._seen.add(report.system_fingerprint)
         self._metrics.upstream_up.set(1)
         log.info("engine %s %s serves %s", report.engine, report.version, report.model)
         for note in report.notes:
             log.info("engine: %s", note)
-        return True
 
-    def _read_checkpoints(self, report: ProbeReport) -> None:
-        """Digest the weights of models whose directory is readable here (seconds for a large
-        one)."""
-        for info in report.models:
-            self._checkpoints.setdefault(info.id, None)
-            if info.root is None or not Path(info.root).is_dir():
-                continue
-            try:
-                self._checkpoints[info.id] = checkpoint_digest(info.root)
-            except (TeacherError, OSError) as error:
-                log.info("the weights of %s have no digest: %s", info.id, error)
+    def _with_digest(self, report: ProbeReport) -> ProbeReport:
+        return msgspec.structs.replace(report, checkpoint=self._checkpoints.get(report.model))
+
+    async def _digest(self, report: ProbeReport) -> None:
+        """Digest the weights, a minute for a large checkpoint, and name the engine with them."""
+        try:
+            if not self._digested.is_set():
+                self._checkpoints = await in_thread(
+                    "digest", lambda: self._read_digests(report.models)
+                )
+                self.report = self._with_digest(report)
+        finally:
+            self._digested.set()
+
+    def _known_digests(self, models: list[ModelInfo]) -> dict[str, str] | None:
+        """The digests of weights that have not changed since they were read; None if one has."""
+        found: dict[str, str] = {}
+        for info in models:
+            weights = _weights(info.root)
+            if weights and weights not in self._digests:
+                return None
+            if (digest := self._digests.get(weights)) is not None:
+                found[info.id] = digest
+        return found
+
+    def _read_digests(self, models: list[ModelInfo]) -> dict[str, str]:
+        with self._digesting:  # a probe may come before the last one's weights are read
+            for info in models:
+                weights = _weights(info.root)
+                if info.root is None or not weights or weights in self._digests:
+                    continue
+                try:
+                    self._digests[weights] = checkpoint_digest(info.root)
+                except (TeacherError, OSError) as error:
+                    self._digests[weights] = None
+                    log.info("the weights of %s have no digest: %s", info.id, error)
+        return self._known_digests(models) or {}
+
+
+def _weights(root: str | None) -> Weights:
+    """The files that the digest is over; empty where they are not readable here."""
+    if root is None:
+        return ()
+    try:
+        files = [*sorted(Path(root).glob("*.safetensors")), Path(root, "config.json")]
+        said = [(str(path), path.stat()) for path in files]
+    except OSError:
+        return ()
+    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in said)

@@ -10,7 +10,7 @@ from aiohttp import web
 from driftgate.errors import RequestError
 from driftgate.views import ApiError, ErrorBody
 
-__all__ = ["body_of", "error_answer", "json_answer", "query_of", "step_of"]
+__all__ = ["body_of", "error_answer", "json_answer", "origin_of", "query_of", "step_of"]
 
 T = TypeVar("T")
 
@@ -57,6 +57,14 @@ async def body_of(request: web.Request, kind: type[T]) -> T:
         return msgspec.json.decode(await request.read() or b"{}", type=kind)
     except msgspec.DecodeError as error:
         raise RequestError(f"body of {request.method} {request.path}: {error}") from error
+
+
+def origin_of(request: web.Request) -> str:
+    """Scheme and authority that the caller used. RequestError where its Host header is none."""
+    try:
+        return str(request.url.origin())
+    except ValueError as error:
+        raise RequestError(f"the Host header {request.host!r} is no address: {error}") from error
 
 
 def step_of(request: web.Request) -> int:

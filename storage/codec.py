@@ -6,8 +6,10 @@ of traces and scores (``driftgate.storage.records``) or of files (``driftgate.st
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ __all__ = [
     "Array",
     "Header",
     "Payload",
+    "dtype_name",
     "pack_payload",
     "pack_record",
     "parse_header",
@@ -72,6 +75,16 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "uint8": np.dtype("u1"),
     "uint16": np.dtype("<u2"),
 }
+
+
+class _Compressor(threading.local):
+    """One for each thread: it must not be shared, and making one costs more than a small record."""
+
+    def __init__(self) -> None:
+        self.compress = zstandard.ZstdCompressor(level=LEVEL).compress
+
+
+_compressor = _Compressor()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +180,7 @@ def unpack_payload(payload: bytes) -> Payload:
 
 def pack_record(kind: int, payload: bytes, *, time_ns: int) -> bytes:
     """One whole record: header, CRC and frame."""
-    frame = zstandard.ZstdCompressor(level=LEVEL).compress(payload)
+    frame = _compressor.compress(payload)
     if len(frame) > MAX_FRAME_BYTES:
         raise StorageError(f"frame of {len(frame)} bytes is over {MAX_FRAME_BYTES}")
     fields = _HEADER.pack(MARKER, kind, 0, 0, len(frame), len(payload), time_ns)
@@ -211,19 +224,25 @@ def _aligned(offset: int) -> int:
     return offset + -offset % ALIGN
 
 
+@functools.lru_cache(maxsize=64)
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """``dtype.name``, which numpy makes anew each time, at the cost of copying a column."""
+    return dtype.name
+
+
 def _column(name: str, value: Array | bytes, offset: int) -> tuple[_Column, Any]:
     """Directory entry and contiguous little-endian data of one column."""
     if isinstance(value, bytes):
         return _Column(name, "uint8", [len(value)], offset, len(value)), value
-    dtype = _DTYPES.get(value.dtype.name)
+    dtype = _DTYPES.get(dtype_name(value.dtype))
     if dtype is None or not 1 <= value.ndim <= MAX_DIMS:
         raise ValueError(
             f"column {name!r} is {value.dtype.name}{list(value.shape)}; "
             f"the format has {sorted(_DTYPES)} of 1 to {MAX_DIMS} dimensions"
         )
     data = np.ascontiguousarray(value, dtype=dtype)
-    column = _Column(name, value.dtype.name, list(value.shape), offset, data.nbytes)
-    return column, data.reshape(-1).view(np.uint8).data
+    column = _Column(name, dtype_name(dtype), list(value.shape), offset, data.nbytes)
+    return column, data
 
 
 def _read_columns(payload: bytes, directory: Sequence[_Column], start: int) -> dict[str, Array]:

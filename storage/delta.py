@@ -141,7 +141,7 @@ def _against(
     shared = _common(ids, _ids(base))
     prefix = _common(_u8(trace.request), _u8(base.request))
     room = min(len(trace.request), len(base.request)) - prefix
-    suffix = min(room, _common(_u8(trace.request)[::-1], _u8(base.request)[::-1]))
+    suffix = _common_end(_u8(trace.request), _u8(base.request), room)
     rows, gaps, cells = _shared_rows(trace.routes, base.routes, shared)
     routes = None if trace.routes is None else trace.routes[rows:]
     patch_bytes = 0 if gaps is None or cells is None else gaps.nbytes + cells.nbytes
@@ -226,6 +226,12 @@ def _common(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> int:
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     return int(differs.argmax()) if differs.any() else n
+
+
+def _common_end(a: npt.NDArray[Any], b: npt.NDArray[Any], room: int) -> int:
+    """Length of the longest common suffix of two vectors, at most ``room``."""
+    differs = a[len(a) - room :] != b[len(b) - room :]
+    return int(differs[::-1].argmax()) if differs.any() else room
 
 
 def _broken(stored: StoredTrace, what: str) -> FormatError:

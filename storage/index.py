@@ -21,7 +21,7 @@ __all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
 
 INDEX_NAME = "index.sqlite"
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """``PRAGMA user_version``. An index of another version is rebuilt, not migrated: it is derived."""
 
 BUSY_TIMEOUT_S = 30.0
@@ -122,6 +122,7 @@ CREATE TABLE leases (
     worker TEXT NOT NULL,
     token TEXT NOT NULL,
     expires REAL NOT NULL,                      -- seconds since the epoch
+    attempts INTEGER NOT NULL,                  -- leases since one was given back, this one too
     PRIMARY KEY (trajectory, trainer)
 ) STRICT;
 """

@@ -58,20 +58,21 @@ def set_indexed(connection: sqlite3.Connection, segment: str, end: int) -> None:
 
 def add_intent(connection: sqlite3.Connection, intent: CallIntent) -> None:
     """A call is about to be made."""
-    _touch_call(
-        connection,
-        call_id=intent.call_id,
-        trajectory=intent.trajectory,
-        step=intent.step,
-        model=intent.model,
-        retry=intent.retry,
-        started_ns=intent.started_ns,
-    )
+    # What a trace said of the call before stays. No gap changes: a call starts as one.
     connection.execute(
-        "UPDATE calls SET intent = ? WHERE call_id = ?", (_json(intent), intent.call_id)
+        "INSERT INTO calls (call_id, trajectory, step, model, retry, started_ns, intent) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (call_id) DO UPDATE SET intent = excluded.intent",
+        (
+            intent.call_id,
+            intent.trajectory,
+            intent.step,
+            intent.model,
+            intent.retry,
+            intent.started_ns,
+            _json(intent),
+        ),
     )
     _touch_trajectory(connection, intent.trajectory, intent.started_ns, intent.started_ns)
-    _settle(connection, intent.call_id)
 
 
 def add_outcome(connection: sqlite3.Connection, outcome: CallOutcome) -> None:
@@ -127,20 +128,21 @@ def add_trace(
             _json(meta),
         ),
     )
-    _touch_call(
-        connection,
-        call_id=meta.call_id,
-        trajectory=meta.trajectory,
-        step=meta.step,
-        model=meta.model,
-        retry=meta.retry,
-        started_ns=meta.started_ns,
-    )
     connection.execute(
-        "UPDATE calls SET choices = MAX(choices, ?2), "
-        "(captured, flawed) = (SELECT COUNT(*), SUM(flawed) FROM traces WHERE call_id = ?1) "
-        "WHERE call_id = ?1",
-        (meta.call_id, meta.sampling.n),
+        "INSERT INTO calls "
+        "(call_id, trajectory, step, model, retry, started_ns, choices, captured, flawed) "
+        "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, COUNT(*), SUM(flawed) FROM traces WHERE call_id = ?1 "
+        "ON CONFLICT (call_id) DO UPDATE SET choices = MAX(choices, excluded.choices), "
+        "captured = excluded.captured, flawed = excluded.flawed",
+        (
+            meta.call_id,
+            meta.trajectory,
+            meta.step,
+            meta.model,
+            meta.retry,
+            meta.started_ns,
+            meta.sampling.n,
+        ),
     )
     _touch_trajectory(connection, meta.trajectory, meta.started_ns, meta.ended_ns)
     _settle(connection, meta.call_id)
@@ -211,24 +213,6 @@ def _seq_of_key(connection: sqlite3.Connection, head: ScoreHead) -> int | None:
         (meta.trace_id, meta.engine.digest, meta.trainer.digest, meta.kind),
     ).fetchone()
     return int(row[0]) if row else None
-
-
-def _touch_call(
-    connection: sqlite3.Connection,
-    *,
-    call_id: str,
-    trajectory: str,
-    step: int,
-    model: str,
-    retry: int,
-    started_ns: int,
-) -> None:
-    """The call's row exists from here on; what the first record said of it stays."""
-    connection.execute(
-        "INSERT OR IGNORE INTO calls (call_id, trajectory, step, model, retry, started_ns) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
-        (call_id, trajectory, step, model, retry, started_ns),
-    )
 
 
 def _touch_trajectory(

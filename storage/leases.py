@@ -3,6 +3,9 @@
 A view over the index: work is every scorable trace without a drift score by that trainer. A worker
 that dies loses its lease at ``expires``, and the next one takes the trajectory. A score that was
 written twice is stored once (``Writer``), so a lease taken too early costs time, not truth.
+
+A lease that is not given back stays as a row, and the next one over the same work counts it: so a
+trajectory whose scoring ends the process is known as such, however the process ended.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ _DONE = (
 _FIRST_FREE = (
     f"SELECT trajectory FROM traces t WHERE rowid > :done AND {_UNSCORED} AND NOT EXISTS "
     "(SELECT 1 FROM leases l WHERE l.trajectory = t.trajectory AND l.trainer = :trainer "
-    "AND l.expires > :now) ORDER BY rowid LIMIT 1"
+    "AND (l.expires > :now OR :untried)) ORDER BY rowid LIMIT 1"
 )
 _WORK = (
     f"SELECT trace_id FROM traces t WHERE trajectory = :trajectory AND {_UNSCORED} "
@@ -60,15 +63,21 @@ class Leases:
         worker: str,
         ttl_s: float,
         model: str | None = None,
+        untried: bool = False,
         now: float | None = None,
     ) -> Lease | None:
         """All open work of the trajectory that has waited longest; None where there is none.
 
-        ``trainer`` is a digest; ``now`` is seconds since the epoch. Polling an empty queue takes no
-        lock.
+        ``trainer`` is a digest; ``now`` is seconds since the epoch; ``untried`` leaves out what an
+        earlier lease did not give back. Polling an empty queue takes no lock.
         """
         now = time.time() if now is None else now
-        asked: dict[str, object] = {"trainer": trainer, "model": model, "now": now}
+        asked: dict[str, object] = {
+            "trainer": trainer,
+            "model": model,
+            "now": now,
+            "untried": untried,
+        }
         with self._lock:
             asked["done"] = self._advance(asked, (trainer, model))
             if self._connection.execute(_FIRST_FREE, asked).fetchone() is None:
@@ -110,6 +119,11 @@ class Leases:
         row = self._connection.execute(_FIRST_FREE, asked).fetchone()
         if row is None:
             return None
+        key = (row[0], asked["trainer"])
+        left = self._connection.execute(
+            "SELECT attempts FROM leases WHERE trajectory = ? AND trainer = ?", key
+        ).fetchone()
+        crashes: int = left[0] if left else 0
         work = self._connection.execute(_WORK, {**asked, "trajectory": row[0]}).fetchall()
         lease = Lease(
             trajectory=row[0],
@@ -119,10 +133,11 @@ class Leases:
             trace_ids=[trace_id for (trace_id,) in work],
             ttl_s=ttl_s,
             expires=expires,
+            crashes=crashes,
         )
         self._connection.execute(
-            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)",
-            (lease.trajectory, lease.trainer, worker, lease.token, expires),
+            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)",
+            (lease.trajectory, lease.trainer, worker, lease.token, expires, crashes + 1),
         )
         return lease
 

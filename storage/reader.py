@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from driftgate.errors import NotFoundError
-from driftgate.mismatch import Bucket
 from driftgate.storage.cells import Cells
 from driftgate.storage.index import Connections
 from driftgate.storage.load import TraceCache, load_payload, load_trace
@@ -192,12 +191,6 @@ class Reader:
         """One row per (engine, trainer, model, kind); folds only scores that are new."""
         return self._cells.rows(self._connections.get())
 
-    def cell_buckets(
-        self, engine: str, trainer: str, model: str, kind: str = "drift"
-    ) -> dict[str, Bucket]:
-        """Folded bucket per trajectory of the cell of these digests, for intervals."""
-        return self._cells.buckets(self._connections.get(), (engine, trainer, model, kind))
-
     def twins(self, *, unscored: bool = False, limit: int = 1000) -> list[tuple[str, str]]:
         """Pairs of scorable traces, earlier first, that a deterministic engine had to answer alike.
 
@@ -210,20 +203,6 @@ class Reader:
             min(limit, MAX_PAGE),
         )
         return [(first, second) for first, second in rows]
-
-    def unscored(
-        self, trainer: str, *, model: str | None = None, limit: int = MAX_PAGE
-    ) -> list[str]:
-        """Scorable traces without a drift score by the trainer of that digest, oldest first."""
-        rows = self._all(
-            "SELECT trace_id FROM traces t WHERE scorable AND (?2 IS NULL OR model = ?2) "
-            "AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.trace_id = t.trace_id "
-            "AND s.trainer = ?1 AND s.kind = 'drift') ORDER BY rowid LIMIT ?3",
-            trainer,
-            model,
-            min(limit, MAX_PAGE),
-        )
-        return [row[0] for row in rows]
 
     def reward(self, trajectory: str) -> Reward | None:
         """The reward given last."""

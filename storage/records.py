@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from driftgate.errors import FormatError
-from driftgate.storage.codec import Array, Payload, pack_payload
+from driftgate.storage.codec import Array, Payload, dtype_name, pack_payload
 from driftgate.storage.delta import StoredTrace, TraceHead
 from driftgate.trace import (
     F32,
@@ -193,7 +193,7 @@ def _json(value: msgspec.Struct) -> bytes:
 
 
 def _expect(name: str, array: Array | None, dtype: str, ndim: int) -> None:
-    if array is not None and (array.dtype.name != dtype or array.ndim != ndim):
+    if array is not None and (dtype_name(array.dtype) != dtype or array.ndim != ndim):
         raise ValueError(
             f"{name} is {array.dtype.name}{list(array.shape)}; it must be {dtype} with {ndim} axis"
         )

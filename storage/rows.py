@@ -9,7 +9,7 @@ import msgspec
 
 from driftgate.mismatch import Bucket, Worst
 from driftgate.router import RouterBucket
-from driftgate.trace import CallIntent, CallOutcome, Engine, ScoreMeta, TraceMeta, Trainer
+from driftgate.trace import CallIntent, CallOutcome, Engine, Reason, ScoreMeta, TraceMeta, Trainer
 
 __all__ = [
     "CallRow",
@@ -110,14 +110,21 @@ class CellRow(msgspec.Struct, frozen=True, kw_only=True):
     bucket: Bucket | None
     """Over every score that has numbers, comparable or not: read ``comparable`` first."""
     comparable_bucket: Bucket | None
-    """Over the scores whose verdict is ``yes`` or ``converted``."""
+    """Over the scores whose verdict is ``yes`` or ``converted``, but for those that ``findings``
+    refute together."""
     router: RouterBucket | None
+    """Over the scores with no reason against their routes."""
+    verdict: Literal["yes", "converted", "no"]
+    """Of ``comparable_bucket``; ``no`` where there is none."""
+    findings: dict[str, list[Reason]]
+    """What the merged sums say that single scores are too short to say, by sampling settings: a
+    reason of weight ``no`` takes the scores asked so out of ``comparable_bucket``."""
     comparable: dict[str, int]
     """Scores by verdict: ``yes``, ``converted``, ``no``."""
     reasons: dict[str, int]
     """Scores by reason code."""
     worst: Worst | None
-    """The token with the largest |log ratio|."""
+    """The token with the largest |log ratio| behind ``comparable_bucket``, or of all without it."""
     n_seqs: int
     """Scores with numbers."""
     scored: int
@@ -155,6 +162,9 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     ttl_s: float
     expires: float
     """Seconds since the epoch."""
+    crashes: int = 0
+    """Earlier leases of the same work that nobody gave back: their workers died over it, or were
+    killed."""
 
 
 class RebuildReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,9 +4,10 @@ Shape letters: ``T`` tokens of a sequence, ``R`` response tokens of a trace, ``L
 experts per token.
 
 One sequence is one forward: no padding and no packing. Kernels choose their tiling by shape, so a
-batch changes a bfloat16 result in its last bits, and the trainer would then add noise of its own to
-what it measures. The exception is exact by construction: traces whose tokens are a prefix of
-another's share its forward (``driftgate.teacher.sequences``).
+batch changes a result in its last bits, and the trainer would then add noise of its own to what it
+measures. One exception is taken for its speed: traces whose tokens are a prefix of another's share
+its forward (``driftgate.teacher.sequences``, which says what that changes), and the trainer's noise
+floor says how much it is on the traces at hand.
 """
 
 from __future__ import annotations
@@ -72,5 +73,6 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Release other processes and devices."""
+        """Release other processes and devices. Not to be called after ``score`` has lost the
+        backend."""
         ...

@@ -1,19 +1,45 @@
-"""Which noise floors are still to be measured: each side against itself, exactly once per pair."""
+"""Which noise floors are still to be measured: each side against itself, exactly once per pair.
+
+The trainer's floor is to be the variation that its drift scores have. A trace that was scored
+inside a longer sequence is therefore scored again alone, which differs in the last bits
+(``driftgate.teacher.sequences``); one with a forward of its own is scored by the same forward
+again, which is 0 to the bit unless the trainer's kernels do not repeat themselves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Seq
 
 from driftgate.storage import Reader
+from driftgate.teacher.sequences import Sequence, alone
 from driftgate.trace import Engine, ScoreMeta
 
-__all__ = ["Floors"]
+__all__ = ["Floors", "repeats"]
 
 PAGE = 1000
 """Scores read at once when looking at what a store already has."""
 
 TWINS = 10_000
 """Pairs looked at, oldest first: the most that the store gives at once, and enough for a floor."""
+
+ALONE = 8
+"""Forwards of single traces at most that one floor adds to a sequence: all steps of a long
+trajectory alone would cost as many times the trajectory as it has steps, over two."""
+
+
+def repeats(sequences: Seq[Sequence], traces: Collection[str]) -> list[Sequence]:
+    """The second runs over ``traces`` (ids): alone where the first was inside a longer sequence,
+    evenly spread over it, else the same forward again, whose other results are of no use."""
+    again = []
+    for sequence in sequences:
+        wanted = [part for part in sequence.slices if part.trace_id in traces]
+        if any(not part.one_pass for part in wanted):
+            again.append(sequence)
+        inside = [part for part in wanted if part.one_pass]
+        step = max(1, -(-len(inside) // ALONE))
+        again += [alone(sequence, part) for part in inside[::step]]
+    return again
 
 
 class Floors:

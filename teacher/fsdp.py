@@ -98,7 +98,8 @@ class FsdpBackend:
         """Rank 0: score ``sequences`` on all ranks, the results in their order.
 
         A rank that fails inside a forward leaves the others waiting for its weights, so no error
-        here can be survived: it ends the process, and torchrun ends the rest.
+        here can be survived, nor followed by a ``close``: it ends the process, whose connections
+        close with it, and torchrun ends the rest.
         """
         assert self.rank == 0
         # Longest first, so that the sequences of one round are of similar length.
@@ -128,7 +129,8 @@ class FsdpBackend:
         dist.broadcast_object_list([None], src=0, group=self._control)
 
     def close(self) -> None:
-        """Dismiss the others, then leave the process group; every rank does."""
+        """Dismiss the others, then leave the process group; every rank does, and none that
+        failed: the others may be inside a forward, where they would never hear of it."""
         if self.rank == 0:
             self.dismiss()
         dist.destroy_process_group()

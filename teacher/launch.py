@@ -2,7 +2,7 @@
 
 Rank 0 is the one that is asked to stop: it finishes what it has in hand, stores it, gives its
 leases back and sends the other ranks home. torchrun itself is only signalled when that takes too
-long.
+long, or when there is no rank 0 yet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CONFIG_ENV = "DRIFTGATE_TEACHER_CONFIG"
 """JSON of the ``TeacherConfig``, for the ranks."""
 REPORT_ENV = "DRIFTGATE_TEACHER_REPORT"
-"""Directory where rank 0 puts its pid, and how it ended."""
+"""Directory where rank 0 puts its pid, and the ranks how they ended."""
 
 GRACE_S = 60.0
 """A trajectory of 32k tokens takes about this long on a slow machine; after it torchrun is told."""
@@ -37,7 +37,10 @@ POLL_S = 0.1
 
 
 def launch(config: TeacherConfig) -> int:
-    """Run a teacher until it is done or told to stop; the exit status, 0 also after SIGTERM.
+    """Run a teacher until it is done or told to stop; the exit status.
+
+    0 also after SIGTERM or SIGINT, at any time, unless what was in hand took more than ``GRACE_S``.
+    Else 1, or torchrun's own status, and one line in the log that says why.
 
     Installs handlers for SIGTERM and SIGINT while it runs: call it from the main thread.
     """
@@ -56,27 +59,44 @@ def _torchrun(config: TeacherConfig, scratch: Path) -> int:
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
         *("-m", "driftgate.teacher.rank"),
     ]
-    # A session of its own: Ctrl-C reaches this process only, which then asks rank 0.
-    process = subprocess.Popen(command, env=_environment(config, scratch), start_new_session=True)
     stopped_at: list[float] = []
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         stopped_at.append(time.monotonic())
-        _signal_rank_0(scratch, process)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        while process.poll() is None:
-            if stopped_at and time.monotonic() - stopped_at[0] > GRACE_S:
-                break
-            time.sleep(POLL_S)
+        # A session of its own: Ctrl-C reaches this process only, which then asks rank 0.
+        process = subprocess.Popen(
+            command, env=_environment(config, scratch), start_new_session=True
+        )
+        stop_in_vain = _wait(process, scratch, stopped_at)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if stop_in_vain:
+        log.error("the teacher did not end within %.0f s and was killed", GRACE_S)
+        return 1
+    return _ended(process.returncode, scratch, stopped=bool(stopped_at))
+
+
+def _wait(process: subprocess.Popen[bytes], scratch: Path, stopped_at: list[float]) -> bool:
+    """Wait for torchrun, and pass a stop on; True if rank 0 did not obey it in time. torchrun is
+    gone afterwards, whatever happens."""
+    told = False
+    try:
+        while process.poll() is None:
+            if stopped_at and not told:
+                told = True
+                _signal_rank_0(scratch, process)
+            if stopped_at and time.monotonic() - stopped_at[0] > GRACE_S:
+                return True
+            time.sleep(POLL_S)
+        return False
+    finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
-    return _ended(process.returncode, scratch)
 
 
 def _environment(config: TeacherConfig, scratch: Path) -> dict[str, str]:
@@ -101,13 +121,15 @@ def _signal_rank_0(scratch: Path, process: subprocess.Popen[bytes]) -> None:
         process.terminate()
 
 
-def _ended(returncode: int, scratch: Path) -> int:
-    """Exit status from what rank 0 left behind; logs one clear line where it failed."""
+def _ended(returncode: int, scratch: Path, *, stopped: bool) -> int:
+    """Exit status from what the ranks left behind; logs one clear line where one failed."""
     report = scratch / "report"
     if report.is_file():
         message = report.read_text()
         if message:
             log.error("the teacher stopped: %s", message)
         return 1 if message else 0
+    if stopped and not (scratch / "pid").is_file():
+        return 0  # before rank 0 had begun: nothing was in hand
     log.error("a trainer process died (torchrun exit status %d); its output is above", returncode)
     return returncode or 1

@@ -1,6 +1,8 @@
 """A teacher's process: the reference in the caller's, or one rank of those that torchrun starts.
 
 Only rank 0 touches storage and obeys SIGTERM; the others do what it sends until it sends them home.
+A rank that fails says why and is gone at once, without a word to the others: they may be waiting
+for its part of a forward, and only its closed connections end that wait.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -42,6 +46,9 @@ def run_reference(config: TeacherConfig) -> int:
     except DriftgateError as error:
         log.error("the teacher stopped: %s", error)
         return 1
+    except Exception as error:
+        log.exception("the teacher stopped: %s", _line(error))
+        return 1
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -54,60 +61,89 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     config = msgspec.json.decode(os.environ[CONFIG_ENV], type=TeacherConfig)
     reports = Path(os.environ[REPORT_ENV]) if REPORT_ENV in os.environ else None
-    if int(os.environ["RANK"]) > 0:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        return _status(_serve(config), reports)
+    try:
+        if int(os.environ["RANK"]) > 0:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            message = _serve(config)
+        else:
+            message = _lead(config, reports)
+    except Exception as error:
+        log.exception("this rank failed")
+        _report(reports, _line(error))
+        _die()
+    _report(reports, message)
+    # With a report the status is 0: torchrun would bury its line under its own.
+    return 1 if message and reports is None else 0
+
+
+def _lead(config: TeacherConfig, reports: Path | None) -> str:
+    """Rank 0: work until there is nothing left; why the model could not be loaded, or ''."""
+    from driftgate.teacher.fsdp import FsdpBackend
+
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if reports is not None:
         (reports / "pid").write_text(str(os.getpid()))
-    message = ""
     try:
-        from driftgate.teacher.fsdp import FsdpBackend
-
-        _work(config, FsdpBackend.load(config), stop)
-    except DriftgateError as error:
-        message = str(error)
-        log.info("stopped: %s", message)
-    if reports is not None:
-        (reports / "report").write_text(message)
-    return _status(message, reports)
-
-
-def _status(message: str, reports: Path | None) -> int:
-    """A rank's exit status. With a report it is 0: torchrun would bury its line under its own."""
-    return 1 if message and reports is None else 0
+        backend = FsdpBackend.load(config)
+    except TeacherError as error:
+        return str(error)
+    _work(config, backend, stop)
+    return ""
 
 
 def _serve(config: TeacherConfig) -> str:
-    """Do what rank 0 sends; why that was not possible, which rank 0 has met as well."""
+    """Other ranks: do what rank 0 sends; why the model could not be loaded, or ''."""
     from driftgate.teacher.fsdp import FsdpBackend
 
     try:
         backend = FsdpBackend.load(config)
     except TeacherError as error:
-        log.info("stopped: %s", error)
         return str(error)
     backend.serve()
     backend.close()
     return ""
 
 
+def _report(reports: Path | None, message: str) -> None:
+    """Leave ``message`` for the launcher. Of several failures the first one counts: the others
+    follow from it. That all went well ('') is for rank 0 to say."""
+    if message:
+        log.info("stopped: %s", message)
+    if reports is None or (not message and int(os.environ["RANK"]) > 0):
+        return
+    with suppress(FileExistsError), (reports / "report").open("x") as file:
+        file.write(message)
+
+
+def _die() -> NoReturn:
+    """End this process without its exit handlers, which would wait for the other ranks."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _line(error: Exception) -> str:
+    """The first line of what ``error`` says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
 def _work(config: TeacherConfig, backend: Backend, stop: threading.Event) -> None:
-    """Run a worker to its end. Raises what it raises, after the others were sent home."""
+    """Run a worker to its end and close the backend. Raises what the worker raises; then what it
+    stored is durable, and the backend is left as it is."""
+    for finding in backend.findings:
+        log.warning("%s: %s; %s", finding.code, finding.detail, finding.fix)
+    log.info("trainer %s: %s", backend.trainer.digest, backend.trainer)
+    worker = Worker(config, backend)
     try:
-        for finding in backend.findings:
-            log.warning("%s: %s; %s", finding.code, finding.detail, finding.fix)
-        log.info("trainer %s: %s", backend.trainer.digest, backend.trainer)
-        worker = Worker(config, backend)
-        try:
-            log.info("%s", worker.run(stop))
-        finally:
-            worker.close()
+        log.info("%s", worker.run(stop))
     finally:
-        backend.close()
+        worker.close()
+    backend.close()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from driftgate.comparable import headline_temperature, judge
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket, ShiftFinding, route_shift
 from driftgate.teacher.base import SliceResult
+from driftgate.teacher.held import Held
 from driftgate.trace import (
     F32,
     Comparable,
@@ -36,7 +37,7 @@ NOTHING = np.zeros(0, np.float32)
 
 
 def drift(
-    trace: Trace,
+    held: Held,
     result: SliceResult,
     *,
     trainer: Trainer,
@@ -48,11 +49,12 @@ def drift(
 
     ``findings``: what is known to be wrong with the trainer. ``weight_version``: of its weights.
     """
+    trace = held.trace
     assert trace.logprobs is not None
     assert trace.response_ids is not None
     at_one = _bucket(trace, result.logprobs)
     at_asked = None if result.at_temperature is None else _bucket(trace, result.at_temperature)
-    router, shift, reason = _router(trace, result, trainer)
+    router, shift, reason = _router(held, result, trainer)
     judged = judge(
         trace.meta,
         trainer,
@@ -122,7 +124,12 @@ class _Run(NamedTuple):
 def trainer_floor(
     trace: Trace, first: SliceResult, second: SliceResult, *, trainer: Trainer, now_ns: int
 ) -> Score:
-    """The trainer's second run over a trace against its first."""
+    """The trainer's second run over a trace against its first.
+
+    Where the first was inside a longer sequence, the second is to be of the trace alone: the
+    variation that drift scores have, which is that of kernels whose tiling follows the length.
+    Else it is to be the same forward again. The score's ``one_pass`` says which it was.
+    """
     assert trace.response_ids is not None
     return _floor(
         trace,
@@ -134,15 +141,17 @@ def trainer_floor(
         entropy=second.entropy,
         margins=second.margins,
         layer_ids=second.layer_ids,
+        one_pass=first.one_pass,
     )
 
 
-def engine_floor(first: Trace, second: Trace, *, now_ns: int) -> Score:
+def engine_floor(held_first: Held, held_second: Held, *, now_ns: int) -> Score:
     """An engine's second answer to one request against its first, for the tokens that they share.
 
     Two runs that sample different tokens are only comparable before the first different one; the
     score's reasons then say where that is.
     """
+    first, second = held_first.trace, held_second.trace
     assert first.response_ids is not None
     assert second.response_ids is not None
     assert first.logprobs is not None
@@ -151,8 +160,8 @@ def engine_floor(first: Trace, second: Trace, *, now_ns: int) -> Score:
     score = _floor(
         second,
         shared,
-        _Run(first.logprobs[:shared], _response_routes(first, shared)),
-        _Run(second.logprobs[:shared], _response_routes(second, shared)),
+        _Run(first.logprobs[:shared], _rows(held_first, shared)),
+        _Run(second.logprobs[:shared], _rows(held_second, shared)),
         side=second.meta.engine,
         now_ns=now_ns,
     )
@@ -183,6 +192,7 @@ def _floor(
     entropy: F32 = NOTHING,
     margins: F32 | None = None,
     layer_ids: tuple[int, ...] = (),
+    one_pass: bool = False,
 ) -> Score:
     """``tokens``: of the response, how many both runs share."""
     assert trace.response_ids is not None
@@ -210,6 +220,7 @@ def _floor(
             router_reason=None if router is not None else "no routes on both runs",
             comparable=Comparable(verdict="yes" if tokens else "no", reasons=[]),
             worst=mismatch.worst(second.logprobs, first.logprobs, ids, trace_id=named),
+            one_pass=one_pass,
             scored_ns=now_ns,
         ),
         logprobs=second.logprobs,
@@ -226,41 +237,32 @@ def _bucket(trace: Trace, train: F32) -> Bucket:
 
 
 def _router(
-    trace: Trace, result: SliceResult, trainer: Trainer
+    held: Held, result: SliceResult, trainer: Trainer
 ) -> tuple[RouterBucket | None, ShiftFinding | None, str | None]:
     """Router drift over the rows that predict the response, rows that stand elsewhere, or why there
     is neither."""
     if result.routes is None:
         return None, None, "the trainer's model has no routers"
-    if trace.routes is None:
-        said = [text for text in trace.meta.missing if "rout" in text]
-        return None, None, said[0] if said else "the trace has no routes"
-    rollout = _response_routes(trace, len(result.routes))
-    if rollout is None:
-        return None, None, f"the engine gave {len(trace.routes)} rows of routes, not P + R - 1"
+    if held.routes is None:
+        return None, None, held.no_routes
     try:
         bucket = RouterBucket.of(
-            rollout,
+            held.routes,
             result.routes,
-            rollout_ordered=trace.meta.engine.routes_ordered,
+            rollout_ordered=held.trace.meta.engine.routes_ordered,
             train_ordered=trainer.routes_ordered,
             margins=result.margins,
             layer_ids=result.layer_ids,
         )
     except ValueError as error:
         return None, None, str(error)
-    same_layers = rollout.shape == result.routes.shape
-    return bucket, route_shift(rollout, result.routes) if same_layers else None, None
+    same_layers = held.routes.shape == result.routes.shape
+    return bucket, route_shift(held.routes, result.routes) if same_layers else None, None
 
 
-def _response_routes(trace: Trace, tokens: int) -> Routes | None:
+def _rows(held: Held, tokens: int) -> Routes | None:
     """[tokens, L, K] rows that predict the first ``tokens`` of the response."""
-    if trace.routes is None or trace.prompt_ids is None or trace.response_ids is None:
-        return None
-    prompt_len = len(trace.prompt_ids)
-    if len(trace.routes) != prompt_len + len(trace.response_ids) - 1:
-        return None
-    return trace.routes[prompt_len - 1 : prompt_len - 1 + tokens]
+    return None if held.routes is None else held.routes[:tokens]
 
 
 def _common_prefix(first: Trace, second: Trace) -> int:
@@ -280,4 +282,5 @@ def _names(meta: TraceMeta) -> dict[str, Any]:
         "step": meta.step,
         "choice": meta.choice,
         "model": meta.model,
+        "sampling": meta.sampling,
     }

@@ -3,8 +3,13 @@
 A trace with prompt ``p`` and response ``r`` needs the logits at positions ``P - 1 .. P + R - 2``,
 so the tokens that must be fed are ``(p + r)[:-1]``: its *input*. Two traces share a forward exactly
 where one's input is a prefix of the other's. A turn of an agent whose next prompt keeps its tokens
-is such a case, and so are two runs with the same tokens and a sample that another one continues. A
-causal model computes the same numbers for a prefix whatever follows it.
+is such a case, and so are two runs with the same tokens and a sample that another one continues.
+
+A causal model defines the same numbers for a prefix whatever follows it, but its kernels choose
+their tiling by shape, so the last bits change. Measured, a trace alone against the same trace
+inside a longer sequence, largest difference of a log-probability in nats: 2.7e-5 in float32;
+in bfloat16 .13 on random ids and .03 to .05 on texts that a model sampled. That is the price of
+not computing each history anew at every step; the trainer's noise floor measures it.
 
 Pure: arrays in, values out. Branches and ``n > 1`` choices need no case of their own.
 """
@@ -12,14 +17,15 @@ Pure: arrays in, values out. Branches and ``n > 1`` choices need no case of thei
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from driftgate.temperature import effective_temperature
 from driftgate.trace import Trace
 
-__all__ = ["Sequence", "Slice", "assemble", "is_scorable"]
+__all__ = ["Sequence", "Slice", "alone", "assemble", "is_scorable"]
 
 I32 = npt.NDArray[np.int32]
 
@@ -38,8 +44,8 @@ class Slice:
     response_ids: I32
     """[R] the tokens whose log-probabilities are asked for, R at least 1."""
     temperature: float | None = None
-    """Score at this temperature as well as at 1; None where the agent asked for none, 1 or
-    greedy."""
+    """Score at this temperature, which is the one that the engine divided by, as well as at 1;
+    None where that is 1, or greedy, which has no density to compare with."""
     one_pass: bool = False
     """Scored inside a forward over a longer sequence."""
 
@@ -73,6 +79,11 @@ def is_scorable(trace: Trace) -> bool:
         and len(trace.response_ids) > 0
         and len(trace.logprobs) == len(trace.response_ids)
     )
+
+
+def alone(sequence: Sequence, part: Slice) -> Sequence:
+    """A forward of the tokens that ``part`` of ``sequence`` needs, and of nothing after them."""
+    return Sequence(ids=sequence.ids[: part.last], slices=(replace(part, one_pass=False),))
 
 
 def assemble(traces: Seq[Trace]) -> list[Sequence]:
@@ -125,9 +136,6 @@ def _slice(trace: Trace, *, one_pass: bool) -> Slice:
     )
 
 
-GREEDY_BELOW = 1e-5
-"""vLLM samples greedily below this temperature: there is no density to compare with."""
-
-
 def _temperature(asked: float | None) -> float | None:
-    return None if asked is None or asked == 1.0 or asked < GREEDY_BELOW else asked
+    used = effective_temperature(asked)
+    return used if used > 0.0 and used != 1.0 else None

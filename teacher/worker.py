@@ -3,7 +3,8 @@
 Invariants: a trace gets a score or a stored reason why not, so nothing is tried forever; a lease is
 renewed while its trajectory is worked on and given back only after the scores are durable, so a
 killed worker's trajectory is taken up again and a score is never counted twice (the store's key is
-trace, engine, trainer, kind).
+trace, engine, trainer, kind). A trajectory that ended its worker is tried once more, with no other,
+and then refused.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import msgspec
 
 from driftgate.errors import DriftgateError, StorageError, TeacherError
 from driftgate.storage import Lease, Leases, Reader, Writer
-from driftgate.teacher.base import Backend
+from driftgate.teacher.base import Backend, SliceResult
 from driftgate.teacher.config import TeacherConfig
-from driftgate.teacher.floors import Floors
+from driftgate.teacher.floors import Floors, repeats
+from driftgate.teacher.held import Held, hold
 from driftgate.teacher.scores import drift, engine_floor, refusal, trainer_floor
-from driftgate.teacher.sequences import assemble, is_scorable
+from driftgate.teacher.sequences import Sequence, assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
 from driftgate.trace import Reason, Score, Trace, TraceMeta
 
@@ -41,6 +43,13 @@ POLL_S = 0.2
 LOOK_ANYWAY_S = 5.0
 """Look for work this often even in an unchanged store: a dead worker's lease runs out in
 silence."""
+
+MAX_CRASHES = 2
+"""Workers that one trajectory may end before it is refused: one may have been killed for another
+reason, or have had it in hand beside the culprit."""
+
+TWINS_AT_ONCE = 32
+"""Engine noise floors that are stored together: their routes wait in memory for one fsync."""
 
 RENEWALS_PER_LEASE = 4
 """A lease survives three renewals that fail or come late."""
@@ -99,7 +108,8 @@ class Worker:
         self._writer.close()
 
     def _acquire(self) -> list[Lease]:
-        """As many trajectories as the backend works on at once, or fewer."""
+        """As many trajectories as the backend works on at once, or fewer; one that ended its worker
+        alone, so that it cannot bring others into the same suspicion."""
         leases: list[Lease] = []
         while len(leases) < self._backend.parallel:
             lease = self._leases.acquire(
@@ -107,46 +117,61 @@ class Worker:
                 worker=self._name,
                 ttl_s=self._config.lease_s,
                 model=self._config.served_model,
+                untried=bool(leases),
             )
             if lease is None:
                 break
             leases.append(lease)
+            if lease.crashes:
+                break
         return leases
 
     def _work(self, leases: list[Lease]) -> None:
         with self._renewing(leases) as lost:
-            refused: list[Score] = []
-            traces = [trace for lease in leases for trace in self._read(lease, refused)]
-            scores = [*refused, *self._score(traces)]
-            kept = [score for score in scores if score.meta.trajectory not in lost]
-            self._store(kept)
+            try:
+                refused: list[Score] = []
+                held = [one for lease in leases for one in self._read(lease, refused)]
+                scores = [*refused, *self._score(held)]
+                kept = [score for score in scores if score.meta.trajectory not in lost]
+                self._store(kept)
+            except StorageError:  # the disk, not the scoring: nobody's crash
+                self._release(leases, lost)
+                raise
         self.report.lost_leases += len(lost)
-        for lease in leases:
-            if lease.trajectory not in lost:
-                self._leases.release(lease)
-                self.report.trajectories += 1
+        self.report.trajectories += self._release(leases, lost)
 
-    def _read(self, lease: Lease, refused: list[Score]) -> list[Trace]:
+    def _release(self, leases: list[Lease], lost: set[str]) -> int:
+        """Give back what was not lost; how many leases that are."""
+        mine = [lease for lease in leases if lease.trajectory not in lost]
+        for lease in mine:
+            self._leases.release(lease)
+        return len(mine)
+
+    def _read(self, lease: Lease, refused: list[Score]) -> list[Held]:
         """The traces of a lease that can be scored; a score with the reason for each that
         cannot."""
-        fit: list[Trace] = []
+        fit: list[Held] = []
         metas = {row.meta.trace_id: row.meta for row in self._reader.traces(lease.trajectory)}
         for trace_id in lease.trace_ids:
-            try:
-                trace = self._reader.trace(trace_id)
-                reason = self._unfit(trace)
-            except DriftgateError as error:
-                reason = Reason(
-                    code="trace_unreadable",
-                    detail=f"{type(error).__name__}: {error}",
-                    fix="run `driftgate index rebuild`, which reports damaged segments",
-                )
-            if reason is None:
-                fit.append(trace)
+            found = _crashed(lease) or self._fit(trace_id)
+            if isinstance(found, Held):
+                fit.append(found)
             else:
-                log.warning("trace %s is not scored: %s", trace_id, reason.detail)
-                refused.append(self._refusal(metas[trace_id], reason))
+                log.warning("trace %s is not scored: %s", trace_id, found.detail)
+                refused.append(self._refusal(metas[trace_id], found))
         return fit
+
+    def _fit(self, trace_id: str) -> Held | Reason:
+        """What is to be scored of a trace, or why it cannot be."""
+        try:
+            trace = self._reader.trace(trace_id)
+            return self._unfit(trace) or hold(trace)
+        except DriftgateError as error:
+            return Reason(
+                code="trace_unreadable",
+                detail=f"{type(error).__name__}: {error}",
+                fix="run `driftgate index rebuild`, which reports damaged segments",
+            )
 
     def _unfit(self, trace: Trace) -> Reason | None:
         """Why this trainer cannot score ``trace``, or None."""
@@ -164,77 +189,102 @@ class Worker:
             )
         return self._check.mismatch(trace)
 
-    def _score(self, traces: list[Trace]) -> list[Score]:
+    def _score(self, held: list[Held]) -> list[Score]:
         """Scores of all traces; where a batch fails, of each trajectory alone, or why it failed."""
-        if not traces:
+        if not held:
             return []
         try:
-            return self._forward(traces)
+            return self._forward(held)
         except TeacherError as error:
-            groups = _by_trajectory(traces)
+            groups = _by_trajectory(held)
             if len(groups) > 1:
                 return [score for group in groups.values() for score in self._score(group)]
-            log.exception("scoring trajectory %s failed", traces[0].meta.trajectory)
+            log.exception("scoring trajectory %s failed", held[0].trace.meta.trajectory)
             reason = Reason(
                 code="scoring_failed",
                 detail=str(error)[:500],
                 fix="see the teacher's log; lower max_tokens if it ran out of memory",
             )
-            return [self._refusal(trace.meta, reason) for trace in traces]
+            return [self._refusal(one.trace.meta, reason) for one in held]
 
-    def _forward(self, traces: list[Trace]) -> list[Score]:
+    def _forward(self, held: list[Held]) -> list[Score]:
         """One pass over all traces, and a second one over those that the noise floor is taken
         from."""
-        backend, now_ns = self._backend, time.time_ns
-        sequences = assemble(traces)
+        backend = self._backend
+        sequences = assemble([one.trace for one in held])
         results = {result.trace_id: result for result in backend.score(sequences)}
         forward_s = sum(result.forward_s for result in results.values())
         self.report.forward_s += forward_s
-        log.info("%d traces in %d forwards, %.2f s", len(traces), len(sequences), forward_s)
+        log.info("%d traces in %d forwards, %.2f s", len(held), len(sequences), forward_s)
         scores = [
             drift(
-                trace,
-                results[trace.meta.trace_id],
+                one,
+                results[one.trace.meta.trace_id],
                 trainer=backend.trainer,
                 findings=backend.findings,
                 weight_version=self._config.weight_version,
-                now_ns=now_ns(),
+                now_ns=time.time_ns(),
             )
-            for trace in traces
+            for one in held
         ]
-        floor = {
-            trace.meta.trace_id: trace
-            for trace in traces
-            if self._floors.takes(trace.meta.trajectory)
-        }
-        again = [
-            sequence
-            for sequence in sequences
-            if any(part.trace_id in floor for part in sequence.slices)
-        ]
-        for second in backend.score(again) if again else []:
-            if (trace := floor.get(second.trace_id)) is not None:
-                first = results[second.trace_id]
-                scores.append(
-                    trainer_floor(trace, first, second, trainer=backend.trainer, now_ns=now_ns())
+        return [*scores, *self._trainer_floors(held, sequences, results)]
+
+    def _trainer_floors(
+        self, held: list[Held], sequences: list[Sequence], results: dict[str, SliceResult]
+    ) -> list[Score]:
+        """Second runs over the trajectories that the noise floor is taken from, against
+        ``results``."""
+        traces = [one.trace for one in held if self._floors.takes(one.trace.meta.trajectory)]
+        by_id = {trace.meta.trace_id: trace for trace in traces}
+        again = repeats(sequences, by_id)
+        floors = []
+        for second in self._backend.score(again) if again else []:
+            first = results[second.trace_id]
+            # Inside a longer sequence again: that trace's second run is the one alone.
+            if second.trace_id in by_id and not second.one_pass:
+                floors.append(
+                    trainer_floor(
+                        by_id[second.trace_id],
+                        first,
+                        second,
+                        trainer=self._backend.trainer,
+                        now_ns=time.time_ns(),
+                    )
                 )
-        return scores
+        return floors
 
     def _engine_floors(self) -> bool:
         """Compare the engine with itself where it answered one request twice; True if there was
         one."""
-        scores = []
+        scores: list[Score] = []
+        found = False
         for first_id, second_id in self._floors.new_twins():
-            try:
-                first, second = self._reader.trace(first_id), self._reader.trace(second_id)
-            except DriftgateError as error:
-                log.warning("no noise floor from %s and %s: %s", first_id, second_id, error)
-                continue
-            same_weights = first.meta.weight_version == second.meta.weight_version
-            if same_weights and self._config.served_model in (None, first.meta.model):
-                scores.append(engine_floor(first, second, now_ns=time.time_ns()))
+            score = self._engine_floor(first_id, second_id)
+            if score is not None:
+                scores.append(score)
+                found = True
+            if len(scores) == TWINS_AT_ONCE:
+                self._store(scores)
+                scores.clear()
         self._store(scores)
-        return bool(scores)
+        return found
+
+    def _engine_floor(self, first_id: str, second_id: str) -> Score | None:
+        """The noise floor of one pair, or None where it is none or cannot be read."""
+        try:
+            first, second = self._reader.trace(first_id), self._reader.trace(second_id)
+        except DriftgateError as error:
+            log.warning("no noise floor from %s and %s: %s", first_id, second_id, error)
+            return None
+        comparable = (
+            is_scorable(first)
+            and is_scorable(second)
+            and first.meta.weight_version == second.meta.weight_version
+            and self._config.served_model in (None, first.meta.model)
+        )
+        if not comparable:
+            return None
+        return engine_floor(hold(first), hold(second), now_ns=time.time_ns())
 
     def _store(self, scores: list[Score]) -> None:
         """Wait until ``scores`` are on disk. Raises ``StorageError`` if they cannot be."""
@@ -284,10 +334,21 @@ class Worker:
             thread.join()
 
 
-def _by_trajectory(traces: Seq[Trace]) -> dict[str, list[Trace]]:
-    groups: dict[str, list[Trace]] = {}
-    for trace in traces:
-        groups.setdefault(trace.meta.trajectory, []).append(trace)
+def _crashed(lease: Lease) -> Reason | None:
+    """Why no trace of ``lease`` is to be scored, if too many workers ended over it."""
+    if lease.crashes < MAX_CRASHES:
+        return None
+    return Reason(
+        code="scoring_failed",
+        detail=f"{lease.crashes} workers ended while they scored trajectory {lease.trajectory}",
+        fix="see the logs of those workers; lower max_tokens if they ran out of memory",
+    )
+
+
+def _by_trajectory(held: Seq[Held]) -> dict[str, list[Held]]:
+    groups: dict[str, list[Held]] = {}
+    for one in held:
+        groups.setdefault(one.trace.meta.trajectory, []).append(one)
     return groups
 
 

@@ -178,6 +178,7 @@ def test_index_rebuild_keeps_the_answers(tmp_path: Path) -> None:
         (["cells", "--store", "/nowhere"], "no store at /nowhere"),
         (["export", "--store", "/nowhere"], "no store at /nowhere"),
         (["tail", "--after", "soon"], "'soon'"),
+        (["tail", "--after", "²"], "'²'"),
         (["serve"], "--upstream"),
         (["serve", "--upstream", "host:1"], "host:1"),
         (["serve", "--upstream", "http://h:1", "--config", "/nowhere.toml"], "/nowhere.toml"),
@@ -198,6 +199,11 @@ def test_wrong_usage_is_status_2_and_says_what(arguments: list[str], said: str) 
         (["export", "--trajectory", "none", "--store", "STORE"], "no trajectory 'none'"),
         (["cells", "--url", "http://127.0.0.1:9"], "no driftgate at http://127.0.0.1:9"),
         (["probe", "http://127.0.0.1:9"], "no engine answers at http://127.0.0.1:9"),
+        (["export", "--store", "STORE", "-o", "/nowhere/x"], "cannot write /nowhere/x"),
+        (
+            ["serve", "--upstream", "http://127.0.0.1:9", "--store", "/dev/null/store"],
+            "the store /dev/null/store cannot be opened",
+        ),
     ],
 )
 def test_errors_are_one_line(
@@ -209,6 +215,19 @@ def test_errors_are_one_line(
         cli.main()
     assert said in str(ended.value.code)
     assert "\n" not in str(ended.value.code)
+
+
+@pytest.mark.parametrize("command", ["cells", "tail"])
+async def test_another_server_is_one_line(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    async def hello(_request: web.Request) -> web.Response:
+        return web.Response(text="<html>hi</html>", content_type="text/html")
+
+    app = web.Application()
+    app.router.add_get("/{rest:.*}", hello)
+    async with TestServer(app) as server:
+        monkeypatch.setattr(sys, "argv", ["driftgate", command, "--url", str(server.make_url("/"))])
+        with pytest.raises(SystemExit, match=r"what answers at .* is not"):
+            await asyncio.to_thread(cli.main)
 
 
 def test_serve_listens_until_it_is_told_to_stop(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def cell(**fields: Any) -> CellView:
         "scored": 2,
         "captured": 3,
         "comparable": {"yes": 2},
+        "verdict": "yes",
         "reasons": [],
         "measures": measures(0.001),
         "all_measures": measures(0.001),
@@ -206,6 +207,15 @@ def test_every_cell_has_a_column_and_every_reason_a_line() -> None:
     text = plain(render.matrix(cells))
     assert all(f"m{n}" in text for n in range(6))
     assert text.count("wrong_checkpoint: other weights (2 of 2 scores of m") == 6
+
+
+def test_the_matrix_says_what_only_the_merged_numbers_tell() -> None:
+    finding = Reason(code="logodds_slope_off", detail="temperature=1.0: slope 0.79", fix="look")
+    refuted = cell(verdict="no", findings=[finding], measures=None)
+    text = plain(render.matrix([refuted]))
+    assert "merged: no" in text
+    assert "! merged: logodds_slope_off: temperature=1.0: slope 0.79. look" in text
+    assert "merged" not in plain(render.matrix([cell()]))
 
 
 def test_an_empty_matrix_says_what_to_do() -> None:

@@ -12,8 +12,10 @@ import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from msgspec.structs import replace
 
 from driftgate import Client
+from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError, StorageError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
@@ -191,3 +193,102 @@ async def test_a_gateway_that_stays_away_is_given_up(tmp_path: Path) -> None:
         with pytest.raises(DriftgateError, match="no driftgate at"):
             await anext(events)
     gateway.close()
+
+
+class Scripted(httpx.AsyncBaseTransport):
+    """Gives prepared answers one after the other; an error is raised."""
+
+    def __init__(self, *answers: httpx.Response | Exception) -> None:
+        self.answers = list(answers)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Pieces(httpx.AsyncByteStream):
+    """A body in pieces, the last of which may be an error."""
+
+    def __init__(self, *pieces: bytes | Exception) -> None:
+        self.pieces = pieces
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+
+def stream(*pieces: bytes | Exception) -> httpx.Response:
+    return httpx.Response(200, headers={CURSOR_HEADER: "0"}, stream=Pieces(*pieces))
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> list[bytes]:
+    """Scores of trajectories whose names hold every line separator that JSON leaves as it is."""
+    reader = Reader(write_store(tmp_path, example_records()))
+    found = Answers(reader).drift(0, 2, None, None)
+    reader.close()
+    named = [replace(e, score=replace(e.score, trajectory="a\u2028b\u2029c\x85d")) for e in found]
+    return [msgspec.json.encode(event) for event in named]
+
+
+async def test_only_a_newline_ends_an_event(events: list[bytes]) -> None:
+    first, second = events
+    body = first + b"\n\n" + second + b"\n"
+    pieces = [body[i : i + 7] for i in range(0, len(body), 7)]
+    async with Client(transport=Scripted(stream(*pieces))) as client:
+        seen = [event async for event in client.drift(after=0, follow=False)]
+    assert [msgspec.json.encode(event) for event in seen] == events
+
+
+async def test_a_503_in_place_of_a_lost_stream_is_tried_again(events: list[bytes]) -> None:
+    lost = stream(events[0] + b"\n", httpx.ReadError("cut"))
+    answers = (lost, httpx.Response(503), httpx.Response(502), stream(events[1] + b"\n"))
+    async with (
+        Client(transport=Scripted(*answers)) as client,
+        aclosing(client.drift(after=0)) as drift,
+    ):
+        assert [(await anext(drift)).cursor, (await anext(drift)).cursor] == [1, 2]
+
+
+async def test_a_503_that_stays_is_given_up(events: list[bytes]) -> None:
+    lost = stream(events[0] + b"\n", httpx.ReadError("cut"))
+    async with Client(transport=Scripted(lost, httpx.Response(503))) as client:
+        drift = client.drift(after=0, give_up_s=0.0)
+        await anext(drift)
+        with pytest.raises(DriftgateError):
+            await anext(drift)
+
+
+async def test_a_503_at_the_start_is_raised() -> None:
+    async with Client(transport=Scripted(httpx.Response(503))) as client:
+        with pytest.raises(StorageError, match="503"):
+            await anext(client.drift())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, text="<html>hi</html>"),
+        httpx.Response(200, text="<html>hi</html>", headers={CURSOR_HEADER: "0"}),
+        httpx.Response(200, text="", headers={CURSOR_HEADER: "soon"}),
+    ],
+)
+async def test_another_server_is_one_clear_error(answer: httpx.Response) -> None:
+    async with Client(transport=Scripted(answer)) as client:
+        with pytest.raises(DriftgateError, match=r"what answers at .* is not"):
+            await anext(client.drift())
+
+
+async def test_another_servers_view_is_one_clear_error() -> None:
+    async with Client(transport=Scripted(httpx.Response(200, text="<html>"))) as client:
+        with pytest.raises(DriftgateError, match=r"what answers at .* is not"):
+            await client.cells()
+
+
+def test_an_address_that_is_none_is_one_clear_error() -> None:
+    with pytest.raises(RequestError, match="is not an address"):
+        Client("http://h:port")

@@ -12,6 +12,7 @@ import pytest
 
 from driftgate.codes import CODES, SEVERITY
 from driftgate.comparable import headline_temperature, judge
+from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket, route_shift
 from driftgate.trace import Comparable, Engine, Reason, Sampling, TraceMeta, Trainer
@@ -20,9 +21,16 @@ F64 = npt.NDArray[np.float64]
 T = 0.7
 
 
-def engine(mode: str = "raw_logprobs", **fields: Any) -> Engine:
+NEUTRAL = {f"default_{name}": str(value) for name, value in NEUTRAL_DEFAULTS.items()}
+
+
+def engine(
+    mode: str = "raw_logprobs", *, defaults: dict[str, str] = NEUTRAL, **fields: Any
+) -> Engine:
+    """An engine whose sampling ``defaults`` are known: neutral ones unless given."""
     base = {"name": "vllm", "version": "0.29.0", "model": "m", "logprobs_mode": mode}
-    return msgspec.convert(base | fields, Engine)
+    settings = {"settings": defaults | fields.pop("settings", {})}
+    return msgspec.convert(base | fields | settings, Engine)
 
 
 def meta(mode: str = "raw_logprobs", sampling: Sampling | None = None, **fields: Any) -> TraceMeta:
@@ -189,12 +197,21 @@ def test_truncation_that_nobody_declared_fails_the_mean_weight_test() -> None:
 
 def test_a_hidden_temperature_is_seen_in_the_slope() -> None:
     """Agent sends no temperature, the engine's default is .7: nothing but the numbers can tell."""
-    result = judge(
-        meta("processed_logprobs", Sampling()), TRAINER, at_one=simulated()["one_scaled"]
-    )
+    trace = meta(sampling=Sampling(), engine=engine("processed_logprobs", defaults={}))
+    result = judge(trace, TRAINER, at_one=simulated()["one_scaled"])
     assert result.verdict == "no"
     assert "logodds_slope_off" in codes(result)
     assert "sampling_default_assumed" in codes(result)
+
+
+def test_digests_that_differ_refuse_only_numbers_that_do_too() -> None:
+    trace = meta(engine=engine(checkpoint="a"))
+    trainer = msgspec.structs.replace(TRAINER, checkpoint="b")
+    result = judge(trace, trainer, at_one=small(40, d=0.001))
+    assert (result.verdict, codes(result)[0]) == ("yes", "checkpoint_digest_differs")
+    assert "mean|D| 0.001" in result.reasons[0].detail
+    for unlike in (small(40, d=0.05), small(20, d=0.001)):
+        assert judge(trace, trainer, at_one=unlike).verdict == "no"
 
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])

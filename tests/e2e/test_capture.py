@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from driftgate.testing.engine import EngineProcess
+from driftgate.trace import Trace
 from tests.e2e.support import Proxied, ask, proxy, without_identity
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -94,25 +95,48 @@ def engine_arrays(answer: dict[str, Any], choice: dict[str, Any]) -> dict[str, A
     }
 
 
+def tries(payload: dict[str, Any]) -> range:
+    """How often both sides may be asked until they agree.
+
+    Which of two samples enters the first batch is a matter of timing, and a batch of two rounds
+    otherwise than two of one: now and then even two direct calls with n = 2 differ.
+    """
+    return range(4 if payload.get("n", 1) > 1 else 1)
+
+
+def differences(trace: Trace, expected: dict[str, Any]) -> list[str]:
+    """What of a trace is not what the engine's direct answer says, bit for bit."""
+    different = []
+    for name, value in expected.items():
+        stored = getattr(trace, name)
+        if isinstance(value, np.ndarray):
+            same = stored.dtype == value.dtype and np.array_equal(stored, value)
+        else:
+            same = stored == value
+        different += [] if same else [name]
+    return different
+
+
 @pytest.mark.parametrize("form", FORMS)
 async def test_traces_hold_what_a_direct_call_returns(proxied: Proxied, form: str) -> None:
     n = FORMS[form].get("n", 1)
     for number in range(PROMPTS):  # one at a time: in a mixed batch the engine rounds differently
         payload = body(proxied.engine, number, n=n)
-        direct = await ask(proxied.http, f"{proxied.engine.url}/v1", payload | ASK)
-        await ask(proxied.http, f"{proxied.url}/t/{form}-{number}/v1", payload | FORMS[form])
-        traces = proxied.traces(f"{form}-{number}")
-        assert len(traces) == n
-        for trace, choice in zip(traces, direct["choices"], strict=True):
-            assert trace.meta.missing == []
-            assert trace.meta.status == "complete"
-            for name, expected in engine_arrays(direct, choice).items():
-                stored = getattr(trace, name)
-                if isinstance(expected, np.ndarray):
-                    assert stored.dtype == expected.dtype
-                    assert np.array_equal(stored, expected), name
-                else:
-                    assert stored == expected, name
+        for attempt in tries(payload):
+            name = f"{form}-{number}-{attempt}"
+            direct = await ask(proxied.http, f"{proxied.engine.url}/v1", payload | ASK)
+            await proxied.call(name, payload | FORMS[form])
+            traces = proxied.traces(name)
+            assert len(traces) == n
+            assert all(trace.meta.missing == [] for trace in traces)
+            assert all(trace.meta.status == "complete" for trace in traces)
+            different = [
+                differences(trace, engine_arrays(direct, choice))
+                for trace, choice in zip(traces, direct["choices"], strict=True)
+            ]
+            if not any(different):
+                break
+        assert not any(different), (name, different)
 
 
 AGENTS: dict[str, dict[str, Any]] = {
@@ -150,8 +174,11 @@ async def test_the_agent_gets_the_engines_own_answer(
     proxied: Proxied, agent: str, stream: bool
 ) -> None:
     payload = body(proxied.engine, 7, stream=stream, **AGENTS[agent])
-    direct = await ask(proxied.http, f"{proxied.engine.url}/v1", payload)
-    through = await ask(proxied.http, f"{proxied.url}/t/agent/v1", payload)
+    for _ in tries(payload):
+        direct = await ask(proxied.http, f"{proxied.engine.url}/v1", payload)
+        through = await proxied.call("agent", payload)
+        if said(through) == said(direct):
+            break
     assert said(through) == said(direct)
     for trace in proxied.traces("agent"):
         assert trace.meta.missing == []

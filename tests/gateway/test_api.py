@@ -18,12 +18,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from driftgate.errors import StorageError
+from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ROUTES, ApiContext, add_api_routes
 from driftgate.mismatch import Bucket
 from driftgate.storage import Reader, Record, Writer
 from driftgate.testing.stores import BAD_TRAINER, SLASHED, example_records, write_store
-from driftgate.testing.traces import ENGINE, TRAINER
-from driftgate.trace import Score, Trace
+from driftgate.testing.traces import ENGINE, TRAINER, make_score, make_trajectory
+from driftgate.trace import Sampling, Score, Trace
 
 Api = TestClient[web.Request, web.Application]
 ONE = f"/api/trajectories/{quote(SLASHED, safe='')}"
@@ -183,6 +184,36 @@ async def test_the_matrix_has_a_cell_for_each_pair_and_kind(api: Api) -> None:
     assert [floor["side"] for floor in drift["floors"]] == ["engine"]
     assert drift["floors"][0]["measures"]["metrics"]["abs_log_ratio_max"] == 0.0
     assert drift["engine_digest"] == ENGINE.digest
+
+
+def short_answers(*, d: float, runs: int = 4, **meta: Any) -> Iterator[Record]:
+    """Runs of two short answers each, whose log ratios are all ``d``: too few tokens to test."""
+    for run in range(runs):
+        for trace in make_trajectory(f"{meta['sampling']}-{run}", steps=2, response=60):
+            rollout = np.linspace(-3, -0.1, 60)
+            yield trace
+            yield make_score(trace, bucket=Bucket.of(rollout + d, rollout), **meta)
+
+
+async def test_a_cell_that_fails_as_a_whole_says_so_everywhere(tmp_path: Path) -> None:
+    good, bad = Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=1.0)
+    store = [*short_answers(d=-0.2, sampling=bad), *short_answers(d=0.001, sampling=good)]
+    reader = Reader(write_store(tmp_path, store))
+    answers = Answers(reader)
+    (cell,) = answers.cells().items
+    assert (cell.verdict, cell.comparable) == ("yes", {"yes": 16})
+    slope, finding = cell.findings
+    assert (slope.code, finding.code) == ("logodds_slope_off", "not_sampling_density")
+    assert finding.detail.startswith("temperature=1.0, top_p=1.0 @ T = 1: mean e^D - 1 = -0.18")
+    assert cell.measures is not None
+    assert cell.measures.metrics["log_ratio_mean"] == pytest.approx(0.001)
+    interval = cell.intervals["log_ratio_mean"]
+    assert [interval.low, interval.high] == pytest.approx([0.001, 0.001])
+    whole = answers.mismatch(f"{bad}-0").cells[0].whole  # 120 tokens: only the cell can tell
+    assert (whole.verdict, whole.measures) == ("no", None)
+    assert any("in the whole cell" in reason.detail for reason in whole.findings)
+    assert answers.mismatch(f"{good}-0").cells[0].whole.verdict == "yes"
+    reader.close()
 
 
 async def test_minting_gives_a_base_url_with_the_encoded_name(api: Api) -> None:

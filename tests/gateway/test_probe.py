@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from driftgate.errors import UpstreamError
-from driftgate.gateway.probe import logprobs_mode, probe
+from driftgate.facts import NEUTRAL_DEFAULTS
+from driftgate.gateway.probe import logprobs_mode, probe, sampling_defaults
 from driftgate.trace import LogprobsMode
 
 if TYPE_CHECKING:
@@ -50,6 +53,24 @@ async def test_an_unknown_model_and_no_engine(engine: StandIn) -> None:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(UpstreamError, match="no engine answers at"):
             await probe(f"http://127.0.0.1:{unused.getsockname()[1]}")
+
+
+def test_defaults_are_read_from_the_model(tmp_path: Path) -> None:
+    neutral = dict(NEUTRAL_DEFAULTS)
+    assert sampling_defaults(tmp_path) == neutral
+    config = tmp_path / "generation_config.json"
+    config.write_text('{"temperature": 0.6, "top_k": 20, "top_p": null, "do_sample": true}')
+    assert sampling_defaults(tmp_path) == neutral | {"temperature": 0.6, "top_k": 20.0}
+    for broken in ("{", "[]"):
+        config.write_text(broken)
+        assert sampling_defaults(tmp_path) is None
+
+
+async def test_defaults_become_settings_where_they_are_known(engine: StandIn) -> None:
+    report = await probe(engine.url)
+    assert (report.sampling_defaults, report.default_settings) == (None, {})  # /nowhere
+    known = msgspec.structs.replace(report, sampling_defaults={"top_k": 20.0, "min_p": 0.05})
+    assert known.default_settings == {"default_top_k": "20", "default_min_p": "0.05"}
 
 
 def softmax_logs(logits: dict[str, float], temperature: float) -> dict[str, float]:

@@ -1,0 +1,93 @@
+"""What the API is asked with, how it refuses, and its list of trajectories.
+
+Part of `driftgate.views`, which is where to import from.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = [
+    "ApiError",
+    "ErrorBody",
+    "MintRequest",
+    "Minted",
+    "RewardRequest",
+    "TrajectoryItem",
+    "TrajectoryPage",
+]
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong (``code`` is stable, e.g. ``not_found``) and what to do about it."""
+
+    code: str
+    message: str
+    fix: str
+
+
+class ApiError(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of every answer with a status of 400 or more."""
+
+    error: ErrorBody
+
+
+class TrajectoryItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent run, with its coverage."""
+
+    trajectory: str
+    steps: int
+    choices: int
+    """Traces that can exist: the captured ones and the missing ones."""
+    complete: bool
+    """Every call has all its traces and none of them misses anything."""
+    captured: int
+    """Traces in the store."""
+    scorable: int
+    """Of those, the ones with prompt ids, response ids and logprobs."""
+    scored: int
+    """Of those, the ones with a drift score by at least one trainer."""
+    missing: int
+    """Traces that a call should have and has not."""
+    open_calls: int
+    """Calls with neither a trace nor an outcome."""
+    failed_calls: int
+    models: list[str]
+    started_ns: int
+    """Wall clock, ns since the epoch."""
+    ended_ns: int
+    reward: float | None
+    gaps: list[str]
+    """In words, each reason why it is not complete."""
+
+
+class TrajectoryPage(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of trajectories, newest first."""
+
+    items: list[TrajectoryItem]
+    next: str | None = None
+    """Pass it as ``before`` to get the next page; null on the last one."""
+
+
+class MintRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ask for a trajectory; an empty body is one too."""
+
+    trajectory: str | None = None
+    """Name it yourself, or leave it out and get a new id."""
+
+
+class Minted(msgspec.Struct, frozen=True, kw_only=True):
+    """A trajectory to run an agent in, by its base URL or by its API key: either is enough."""
+
+    trajectory: str
+    key: str
+    """Sent as the agent's API key, it names the trajectory at the gateway's plain ``/v1``."""
+    base_url: str
+    """``…/t/{trajectory}/v1``: as base URL it names the trajectory whatever the key is."""
+
+
+class RewardRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The reward of a trajectory; the last one given counts."""
+
+    value: float
+    source: str = ""  # who says so: a verifier's name, a person

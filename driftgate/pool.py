@@ -1,0 +1,167 @@
+"""Many short answers judged as one: scores pooled by what was asked, and the pools tested.
+
+An agent's step has too few tokens for the tests of METRICS 4, so that each score passes by itself
+with ``low_power``. Together they have the power. A pool holds the scores of one cell that share
+their sampling settings; where its merged sums fail a test, none of its scores is evidence of
+drift, whatever each said by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal
+
+import msgspec
+
+from driftgate.codes import SEVERITY, SPOILS_ROUTES
+from driftgate.comparable import judge_merged
+from driftgate.mismatch import Bucket, Worst
+from driftgate.router import RouterBucket
+from driftgate.trace import Engine, Reason, Sampling, ScoreMeta
+
+__all__ = ["MAX_POOLS", "OTHERS", "Findings", "Judged", "Pools", "pool_of", "refutes"]
+
+MAX_POOLS = 32
+"""Of one cell. Agents use a handful of settings; one that draws its temperature must not grow the
+cell without end."""
+
+OTHERS = "others"
+"""The pool of what comes after `MAX_POOLS` kinds of settings: tested for what holds for any."""
+
+SHOWN = ("low_power",)
+"""Notes of a pool that are told besides what refutes it: it was not tested."""
+
+Findings = Mapping[str, Sequence[Reason]]
+"""What the merged sums of each pool gave, by its key; every pool has an entry."""
+
+
+def pool_of(meta: ScoreMeta, known: Collection[str]) -> str:
+    """Key of the pool that a score belongs to; ``known``: of the cell's pools so far."""
+    key = f"{_settings(meta.sampling)} @ T = {meta.temperature:g}"
+    return key if key in known or len(known) < MAX_POOLS else OTHERS
+
+
+def refutes(reasons: Iterable[Reason], codes: Collection[str] | None = None) -> bool:
+    """Any of ``reasons`` makes the numbers no evidence (``codes``: only these count)."""
+    return any(SEVERITY.get(r.code) == "no" and (codes is None or r.code in codes) for r in reasons)
+
+
+def _settings(sampling: Sampling | None) -> str:
+    """In words, what was asked that shapes the sampling density; the same words, the same pool."""
+    if sampling is None:
+        return "settings not recorded"
+    bare = msgspec.structs.replace(sampling, seed=None, n=1, max_tokens=None)
+    return ", ".join(f"{k}={v}" for k, v in msgspec.to_builtins(bare).items()) or "nothing sent"
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Sums of the scores of one cell that share their settings."""
+
+    sampling: Sampling | None
+    temperature: float
+    bucket: Bucket | None = None
+    """Over the scores whose own verdict is not ``no``; so are the next two."""
+    at_requested: Bucket | None = None
+    worst: Worst | None = None
+    converted: bool = False
+    """One of them is."""
+    router: RouterBucket | None = None
+    """Over the scores without a reason that spoils routes."""
+
+    def add(self, meta: ScoreMeta) -> None:
+        if meta.router is not None and not refutes(meta.comparable.reasons, SPOILS_ROUTES):
+            self.router = meta.router if self.router is None else self.router.merge(meta.router)
+        if meta.bucket is None or meta.comparable.verdict == "no":
+            return
+        self.bucket = merged(self.bucket, meta.bucket)
+        if meta.at_requested_temperature is not None:
+            self.at_requested = merged(self.at_requested, meta.at_requested_temperature)
+        self.worst = larger(self.worst, meta.worst)
+        self.converted |= meta.comparable.verdict == "converted"
+
+    def judge(self, engine: Engine) -> list[Reason]:
+        return judge_merged(
+            engine,
+            self.sampling,
+            temperature=self.temperature,
+            headline=self.bucket,
+            at_requested=self.at_requested,
+            router=self.router,
+        )
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """What is left of a cell once its pools are judged."""
+
+    verdict: Literal["yes", "converted", "no"]
+    """Of what is left: ``no`` where nothing is."""
+    findings: dict[str, list[Reason]]
+    """What refutes a pool or kept it from being tested, by pool."""
+    bucket: Bucket | None
+    router: RouterBucket | None
+    worst: Worst | None
+
+
+class Pools:
+    """The pools of one cell, filled score by score."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, _Pool] = {}
+
+    def add(self, meta: ScoreMeta) -> None:
+        """Fold one score of the cell."""
+        key = pool_of(meta, self._pools)
+        if key not in self._pools:
+            sampling = None if key == OTHERS else meta.sampling
+            self._pools[key] = _Pool(sampling, meta.temperature)
+        self._pools[key].add(meta)
+
+    def judge(self, engine: Engine | None, wider: Findings | None = None) -> Judged:
+        """Test each pool and fold what stands.
+
+        ``engine`` None: a noise floor, where nothing was sampled twice that could be tested.
+        ``wider``: findings of a cell that this is a part of; what they refute is refuted here too.
+        """
+        findings = {}
+        for key, pool in self._pools.items():
+            own = pool.judge(engine) if engine is not None else []
+            found = [r for r in own if SEVERITY[r.code] == "no" or r.code in SHOWN]
+            findings[key] = [*found, *_inherited(key, found, wider or {})]
+        sound = [pool for key, pool in self._pools.items() if not refutes(findings[key])]
+        routed = [
+            pool for key, pool in self._pools.items() if not refutes(findings[key], SPOILS_ROUTES)
+        ]
+        buckets = [pool.bucket for pool in sound if pool.bucket is not None]
+        routers = [pool.router for pool in routed if pool.router is not None]
+        converted = any(pool.converted for pool in sound)
+        return Judged(
+            verdict="no" if not buckets else "converted" if converted else "yes",
+            findings=findings,
+            bucket=reduce(Bucket.merge, buckets) if buckets else None,
+            router=reduce(RouterBucket.merge, routers) if routers else None,
+            worst=reduce(larger, (pool.worst for pool in sound), None),
+        )
+
+
+def merged(total: Bucket | None, bucket: Bucket) -> Bucket:
+    """The sum of both, where there is one already."""
+    return bucket if total is None else total.merge(bucket)
+
+
+def larger(old: Worst | None, new: Worst | None) -> Worst | None:
+    """The one with the larger |D|; of equals the older."""
+    if old is None or new is None:
+        return old or new
+    return new if abs(new.log_ratio) > abs(old.log_ratio) else old
+
+
+def _inherited(key: str, own: Sequence[Reason], wider: Findings) -> list[Reason]:
+    known = {r.code for r in own}
+    return [
+        msgspec.structs.replace(r, detail=f"in the whole cell, {r.detail}")
+        for r in wider.get(key, wider.get(OTHERS, ()))
+        if SEVERITY.get(r.code) == "no" and r.code not in known
+    ]
