@@ -23,7 +23,6 @@ from driftgate.errors import DriftgateError
 
 if TYPE_CHECKING:
     from driftgate.gateway.config import GatewayConfig
-    from driftgate.gateway.probe import ProbeReport
 
 __all__ = ["app", "main"]
 
@@ -135,7 +134,8 @@ def serve(
         run(settings, started=lambda url: print(_welcome(url, settings), flush=True))
     except OSError as error:
         raise DriftgateError(
-            f"cannot serve at {settings.host}:{settings.port}: {error}; choose another --host or --port"
+            f"cannot serve at {settings.host}:{settings.port}: {error}; "
+            "choose another --host or --port"
         ) from error
 
 
@@ -154,7 +154,7 @@ def probe(
     from driftgate.gateway.probe import probe as probe_engine
 
     report = asyncio.run(probe_engine(url, key=key, model=model))
-    print(cli_io.indented(report) if as_json else _report(report))
+    print(cli_io.indented(report) if as_json else cli_io.report_text(report))
     raise typer.Exit(0 if report.captures else 1)
 
 
@@ -355,21 +355,6 @@ def _welcome(url: str, settings: GatewayConfig) -> str:
         f"  teacher: driftgate teach --follow --store {settings.store} --model DIR\n"
         f"  drift:   driftgate tail --url {url}"
     )
-
-
-def _report(report: ProbeReport) -> str:
-    """What an engine gives, a line each, then what to do about the rest."""
-    lines = [f"{report.engine} {report.version} at {report.url} serves {report.model}"]
-    for label, given in (
-        ("token ids", report.token_ids),
-        ("logprobs", report.logprobs),
-        ("both when streamed", report.streaming),
-        ("routed experts", report.routes),
-        ("routed experts when streamed", report.streaming_routes),
-    ):
-        lines.append(f"  {label:<30}{'yes' if given else 'no'}")
-    lines.append(f"  {'logprobs mode':<30}{report.logprobs_mode}")
-    return "\n".join([*lines, *report.notes])
 
 
 def _gateway_config(file: Path | None, given: dict[str, Any]) -> GatewayConfig:

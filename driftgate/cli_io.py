@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from driftgate.gateway.answers import Answers
+    from driftgate.gateway.probe import ProbeReport
 
-__all__ = ["ask", "console", "existing", "indented", "read_or_ask", "show", "sink"]
+__all__ = ["ask", "console", "existing", "indented", "read_or_ask", "report_text", "show", "sink"]
 
 T = TypeVar("T")
 
@@ -101,3 +102,18 @@ def console() -> Console:
 
     sized = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if sized else PLAIN_WIDTH, highlight=False)
+
+
+def report_text(report: ProbeReport) -> str:
+    """What an engine gives, a line each, then what to do about the rest."""
+    lines = [f"{report.engine} {report.version} at {report.url} serves {report.model}"]
+    for label, given in (
+        ("token ids", report.token_ids),
+        ("logprobs", report.logprobs),
+        ("both when streamed", report.streaming),
+        ("routed experts", report.routes),
+        ("routed experts when streamed", report.streaming_routes),
+    ):
+        lines.append(f"  {label:<30}{'yes' if given else 'no'}")
+    lines.append(f"  {'logprobs mode':<30}{report.logprobs_mode}")
+    return "\n".join([*lines, *report.notes])

@@ -1,14 +1,15 @@
 """The schema: what a trace and a score are. Codec, API, docs and fixtures derive from this module.
 
-Pure values, no torch, no I/O. Every array states shape, dtype, unit and alignment where it is declared.
+Pure values, no torch, no I/O. Every array states shape, dtype, unit and alignment where it is
+declared.
 
-Shape letters: ``P`` prompt tokens, ``R`` sampled (response) tokens, ``L`` MoE layers in the order the
-engine numbers its layers, ``K`` experts chosen per token.
+Shape letters: ``P`` prompt tokens, ``R`` sampled (response) tokens, ``L`` MoE layers in the order
+the engine numbers its layers, ``K`` experts chosen per token.
 
-Alignment: sampled token ``j`` stands at absolute position ``P + j`` and is predicted by the logits,
-and by the routes, of position ``P - 1 + j``. The last sampled token is never fed back, so it has no
-route: a full route array has ``P + R - 1`` rows, and the rows that predict the response are the last
-``R`` of them, ``routes[P - 1 :]``.
+Alignment: sampled token ``j`` stands at absolute position ``P + j`` and is predicted by the
+logits, and by the routes, of position ``P - 1 + j``. The last sampled token is never fed back, so
+it has no route: a full route array has ``P + R - 1`` rows, and the rows that predict the response
+are the last ``R`` of them, ``routes[P - 1 :]``.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ Attribution = Literal["url", "header", "key", "session_header", "metadata", "pre
 """Which rule of DESIGN 7 named the trajectory of a call."""
 
 RoutesVia = Literal["json", "plugin", "synthesised", "none"]
-"""How routes reached us: in a JSON answer the agent also got as JSON; in an extra chunk from our engine
-plugin; in a JSON answer that the gateway turned into a stream; not at all."""
+"""How routes reached us: in a JSON answer the agent also got as JSON; in an extra chunk from our
+engine plugin; in a JSON answer that the gateway turned into a stream; not at all."""
 
-LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits", "unknown"]
+LogprobsMode = Literal[
+    "raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits", "unknown"
+]
 
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
@@ -78,13 +81,15 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, tag="engine", tag_field=
     system_fingerprint: str | None = None
     """As the engine reports it; vLLM's suffix hashes its configuration."""
     logprobs_mode: LogprobsMode = "unknown"
-    """Which logprobs the engine returns (METRICS 4); declared by the user where it can't be probed."""
+    """Which logprobs the engine returns (METRICS 4); declared by the user where it can't be
+    probed."""
     checkpoint: str | None = None
     """Digest of the weights where they are readable from here, else None."""
     routes_ordered: bool = False
     """True only where the engine proves that expert slots are in order of probability."""
     settings: dict[str, str] = {}
-    """Further declared settings: dtype, quantisation, kv dtype, attention backend, parallel sizes."""
+    """Further declared settings: dtype, quantisation, kv dtype, attention backend, parallel
+    sizes."""
 
     @property
     def digest(self) -> str:
@@ -113,7 +118,8 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, tag="trainer", tag_fiel
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the agent asked for that shapes the sampling density. None: not sent, the engine's default."""
+    """What the agent asked for that shapes the sampling density. None: not sent, the engine's
+    default."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -141,15 +147,18 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """Sampled token ids, R."""
     logprob_rows: int | None = None
     usage_completion: int | None = None
-    """``usage.completion_tokens``; a sum over choices when n > 1. None where the agent asked for no usage."""
+    """``usage.completion_tokens``; a sum over choices when n > 1. None where the agent asked for
+    no usage."""
     usage_prompt: int | None = None
     prompt_ids: int | None = None
     route_rows: int | None = None
     """Must be ``P + R - 1``."""
     text_matches: bool | None = None
-    """Token texts joined equal the text the agent got; None where a parser re-wrote it (tools, reasoning)."""
+    """Token texts joined equal the text the agent got; None where a parser re-wrote it (tools,
+    reasoning)."""
     terminal: bool = False
-    """The answer ended as the protocol says: whole JSON body, or ``finish_reason`` and ``[DONE]``."""
+    """The answer ended as the protocol says: whole JSON body, or ``finish_reason`` and
+    ``[DONE]``."""
 
 
 class TraceMeta(msgspec.Struct, kw_only=True):
@@ -182,7 +191,8 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     routes_via: RoutesVia = "none"
     finish_reason: str | None = None
     status: Literal["complete", "partial"] = "complete"
-    """``partial``: the answer did not end, or something that the engine should have given is missing."""
+    """``partial``: the answer did not end, or something that the engine should have given is
+    missing."""
     missing: list[str] = []
     """In words, each thing that is not here and why. Empty exactly when the capture is whole."""
     proof: Proof = Proof()
@@ -205,9 +215,11 @@ class Trace:
     response_ids: I32 | None
     """[R] sampled token ids, in order."""
     logprobs: F32 | None
-    """[R] log-probability in nats of each sampled token, as reported (see ``engine.logprobs_mode``)."""
+    """[R] log-probability in nats of each sampled token, as reported (see
+    ``engine.logprobs_mode``)."""
     routes: Routes | None
-    """[P + R - 1, L, K] expert ids of positions 0 .. P+R-2; None for dense models or where missing."""
+    """[P + R - 1, L, K] expert ids of positions 0 .. P+R-2; None for dense models or where
+    missing."""
     token_bytes: bytes
     """The sampled tokens' texts, joined: what the reader shows without a tokenizer."""
     token_offsets: I32 | None
@@ -253,10 +265,12 @@ class Reward(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a comparison is converted or invalid, or what else is wrong, in a form that can be acted on."""
+    """Why a comparison is converted or invalid, or what else is wrong, in a form that can be acted
+    on."""
 
     code: str
-    """Stable identifier, e.g. ``logprob_convention_mismatch``; the list is ``driftgate.comparable.CODES``."""
+    """Stable identifier, e.g. ``logprob_convention_mismatch``; the list is
+    ``driftgate.comparable.CODES``."""
     detail: str
     """What was seen, with the number."""
     fix: str
@@ -316,4 +330,5 @@ class Score:
     logprobs_at_temperature: F32 | None = None
     """[R] nats at the requested temperature; None when it is 1 or unknown."""
     routes: Routes | None = None
-    """[R, L, K] the trainer's expert ids at the rows that predict the response (positions P-1 .. P+R-2)."""
+    """[R, L, K] the trainer's expert ids at the rows that predict the response (positions P-1 ..
+    P+R-2)."""

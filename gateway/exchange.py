@@ -25,10 +25,10 @@ from driftgate.gateway import http, sse, synthesis
 from driftgate.gateway.capture import Folded, fold_answer, fold_stream
 from driftgate.gateway.conversation import Turn
 from driftgate.gateway.history import History, turns_of_answer, turns_of_stream
-from driftgate.gateway.openai import Plan, strip_answer, strip_event
+from driftgate.gateway.openai import Plan, Stripped, strip_answer, strip_event
 from driftgate.gateway.pieces import Pieces
 from driftgate.gateway.prompts import End
-from driftgate.gateway.recorder import Answer, Recorder
+from driftgate.gateway.recorder import CLIENT_LEFT, Answer, Recorder
 from driftgate.gateway.sessions import Call, Sessions
 from driftgate.gateway.tasks import beside
 
@@ -37,8 +37,6 @@ __all__ = ["Asked", "Exchange", "Outcome"]
 KEEP_ALIVE_S = 10.0
 """Silence after which a written stream sends a comment: below the idle limits of common proxies.
 Headers are held until then, so that an engine's early error keeps its status."""
-
-CLIENT_LEFT = "the client left before the end of the answer"
 
 ERROR_EVENT = b'data: {"error"'
 """How vLLM reports a failure inside a stream; a clean ``[DONE]`` follows."""
@@ -107,7 +105,7 @@ class Exchange:
             async with self._asked.send() as answer:
                 return await self._forward(answer)
         except asyncio.CancelledError:
-            self._fail("cancelled", CLIENT_LEFT)
+            self._fail("cancelled", self._recorder.cancel_reason)
             raise
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._fail("unreachable", f"the engine did not answer: {_words(error)}")
@@ -148,15 +146,17 @@ class Exchange:
         fold = self._fold_answer(pieces or raw, "json")
         if self._recorder.strict:
             await self._recorder.closed(self._record(fold, len(raw)))
-        delivered = True
+        delivered = False
         self._released = True
         try:
             await response.prepare(self._request)
             self._first_byte()
             await response.write_eof()
+            delivered = True
         except ConnectionError:
-            delivered = False
-        self._record(fold, len(raw), delivered=delivered)
+            pass
+        finally:  # whole as the answer is, it is kept also when the agent does not wait for it
+            self._record(fold, len(raw), delivered=delivered)
         return response
 
     async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
@@ -188,14 +188,14 @@ class Exchange:
             await self._before_end()
             await response.write_eof()
         except asyncio.CancelledError:
-            self._end_stream(CLIENT_LEFT)
+            self._end_stream(self._recorder.cancel_reason, left=True)
             raise
         except ConnectionError:  # of the agent: the engine's is an UpstreamError
             end = CLIENT_LEFT
         except (UpstreamError, StorageError) as error:
             end = str(error)
             self._abort()
-        self._end_stream(end)
+        self._end_stream(end, left=end == CLIENT_LEFT)
         return response
 
     async def _pass_events(self, response: web.StreamResponse, events: list[bytes]) -> None:
@@ -231,14 +231,14 @@ class Exchange:
         else:
             self._events.clear()
 
-    def _end_stream(self, end: str | None) -> None:
+    def _end_stream(self, end: str | None, *, left: bool) -> None:
         if end is not None:
             if not self._released:
                 self._sessions.failed(self._asked.call)
-            self.outcome = "cancelled" if end == CLIENT_LEFT else "cut"
-        self._record_stream(end)
+            self.outcome = "cancelled" if left else "cut"
+        self._record_stream(end, delivered=not left)
 
-    def _record_stream(self, end: str | None) -> Future[None] | None:
+    def _record_stream(self, end: str | None, *, delivered: bool = True) -> Future[None] | None:
         limit = self._asked.max_answer_bytes
         if self._kept_bytes > limit and not self._recorded:
             self._recorded = True
@@ -255,7 +255,7 @@ class Exchange:
             expect_routes=self._asked.expect_routes,
             end=cut,
         )
-        return self._record(fold, self._kept_bytes, delivered=end != CLIENT_LEFT)
+        return self._record(fold, self._kept_bytes, delivered=delivered)
 
     # A stream that the engine is not asked for.
 
@@ -268,6 +268,10 @@ class Exchange:
                 await self._write(response, synthesis.KEEP_ALIVE)
             try:
                 status, headers, raw = fetching.result()
+                stripped = strip_answer(raw, self._asked.plan)
+                events = (
+                    synthesis.stream_of(stripped.body, self._asked.plan) if status == 200 else []
+                )
             except (aiohttp.ClientError, TimeoutError, OSError, UpstreamError) as error:
                 if response is None:
                     raise
@@ -276,7 +280,8 @@ class Exchange:
                 return response
         if status != 200:
             return await self._synthesise_error(response, status, headers, raw)
-        return await self._write_stream(response or await self._begin_stream(), raw)
+        response = response or await self._begin_stream()
+        return await self._write_stream(response, raw, stripped, events)
 
     async def _synthesise_error(
         self,
@@ -291,12 +296,14 @@ class Exchange:
         await self._write(response, synthesis.error_event(raw) + synthesis.DONE_EVENT)
         return response
 
-    async def _write_stream(self, response: web.StreamResponse, raw: bytes) -> web.StreamResponse:
-        body, messages, pieces = strip_answer(raw, self._asked.plan)
+    async def _write_stream(
+        self, response: web.StreamResponse, raw: bytes, stripped: Stripped, events: list[bytes]
+    ) -> web.StreamResponse:
+        _, messages, pieces = stripped
         fold = self._fold_answer(pieces or raw, "synthesised")
         delivered = True
         try:
-            await self._write(response, b"".join(synthesis.stream_of(body, self._asked.plan)))
+            await self._write(response, b"".join(events))
             self._make_known(turns_of_answer(self._asked.history, self._asked.plan, raw, messages))
             if self._recorder.strict:
                 await self._recorder.closed(self._record(fold, len(raw)))

@@ -9,7 +9,7 @@ not captured."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
@@ -128,9 +128,7 @@ def rewrite(
 
     RequestError for a field that must not reach the engine.
     """
-    for name, why in adapter.refused_fields.items():
-        if read(fields, name, bool) or read(fields, name, float):
-            raise RequestError(f"{name} is not allowed: {why}; leave the field out")
+    refuse_forbidden(fields, adapter)
     plan = _plan(api, fields, mode)
     reason = _uncapturable(api, fields, adapter)
     if reason is not None:
@@ -161,6 +159,14 @@ def rewrite(
         mark=adapter.routes_chunk_mark,
     )
     return _ENCODER.encode(out), plan
+
+
+def refuse_forbidden(fields: Mapping[str, Any], adapter: EngineAdapter) -> None:
+    """RequestError where a field that must not reach the engine is set, however it is spelled:
+    engines take "7" and 7.0 for 7. ``fields``: raw JSON or decoded values."""
+    for name, why in adapter.refused_fields.items():
+        if fields.get(name) not in (None, 0, _NULL, _ZERO):
+            raise RequestError(f"{name} is not allowed: {why}; leave the field out")
 
 
 def _ask_logprobs(api: Api, fields: Fields, out: Fields) -> bool:

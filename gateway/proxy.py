@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import json
 import time
 import uuid
 from typing import Any
@@ -148,6 +149,7 @@ class Proxy:
         try:
             fields = openai.read_request(body)
         except RequestError as error:
+            openai.refuse_forbidden(_as_engines_read(body), self._adapter)
             return body, {}, Plan(api=api, uncaptured=str(error))
         rewritten, plan = openai.rewrite(api, fields, self._adapter, self._upstream.stream_mode())
         return body if rewritten is None else rewritten, fields, plan
@@ -246,6 +248,16 @@ class Proxy:
         if exchange.first_byte_ns is not None:
             waited_s = (exchange.first_byte_ns - started_ns) / 1e9
             self._metrics.first_byte.labels(streamed).observe(waited_s)
+
+
+def _as_engines_read(body: bytes) -> dict[str, Any]:
+    """A body as Python's lax parser takes it, with NaN, a byte order mark or UTF-16: what vLLM
+    uses. Empty where that fails too: then the engine refuses it."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _payload(body: bytes) -> bytes | io.BytesIO:

@@ -225,6 +225,8 @@ class Recorder:
     def _trace_lost(self, call_id: str, error: BaseException) -> None:
         outcome = _outcome(call_id, "capture_failed", _words(error))
         self._lost(call_id, "trace", error, owed=_Owed(outcome, "outcome"))
+        if not isinstance(error, StorageError):
+            self._pay_owed()  # the fold failed, storage works
 
     def _lost(self, call_id: str, kind: str, error: BaseException, *, owed: _Owed | None) -> None:
         """Count and log a record that did not reach storage; keep ``owed`` for later."""
@@ -247,7 +249,7 @@ class Recorder:
         log.error("given up, because %s: %s", why, owed.record)
 
     def _pay_owed(self) -> None:
-        """Try the records again that storage did not take; stop at the first refusal."""
+        """Try the records again that storage did not take, up to the first refusal. Any thread."""
         for _ in range(len(self._owed)):  # one that fails again goes to the end
             try:
                 owed = self._owed.popleft()
@@ -268,9 +270,8 @@ class Recorder:
         """
         flush()
         for _ in range(MAX_TRIES):
-            if self._owed:
-                self._pay_owed()
-                flush()
+            self._pay_owed()
+            flush()
         for owed in self._owed:
             log.error("not recorded: %s", owed.record)
         return len(self._owed) + self._given_up

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from driftgate.errors import UpstreamError
 from driftgate.gateway.openai import Plan
 
 __all__ = ["DONE_EVENT", "KEEP_ALIVE", "error_event", "stream_of"]
@@ -23,10 +24,17 @@ _NULL = Raw(b"null")
 
 
 def stream_of(stripped: bytes, plan: Plan) -> list[bytes]:
-    """The events of a JSON answer (already stripped), without the final ``[DONE]``."""
-    answer = msgspec.json.decode(stripped, type=dict[str, Raw])
-    choices = msgspec.json.decode(answer["choices"], type=list[dict[str, Raw]])
-    chunks = _chat(answer, choices, plan) if plan.api == "chat" else _text(answer, choices, plan)
+    """The events of a JSON answer (already stripped), without the final ``[DONE]``.
+
+    UpstreamError where it is no completion.
+    """
+    try:
+        answer = msgspec.json.decode(stripped, type=dict[str, Raw])
+        choices = msgspec.json.decode(answer["choices"], type=list[dict[str, Raw]])
+        chat = plan.api == "chat"
+        chunks = list((_chat if chat else _text)(answer, choices, plan))
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
     events = [_event(chunk) for chunk in chunks]
     if plan.usage_asked:
         usage = msgspec.json.decode(answer.get("usage", b"{}"), type=dict[str, Raw])

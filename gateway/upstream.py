@@ -71,6 +71,7 @@ class Upstream:
         self._digested = asyncio.Event()
         self._digest_deadline = 0.0
         self._wanted = asyncio.Event()
+        self._probing = False
         self._tried = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -80,7 +81,9 @@ class Upstream:
         wait_s, next_probe = FIRST_RETRY_S, 0.0
         while True:
             self._wanted.clear()
+            self._probing = True
             report = await self._probe()
+            self._probing = False
             if report is None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
@@ -101,7 +104,8 @@ class Upstream:
         deadline = asyncio.get_running_loop().time() + FIRST_PROBE_WAIT_S
         with contextlib.suppress(TimeoutError):
             if self.error is not None:
-                self._wanted.set()
+                if not self._probing:
+                    self._wanted.set()
                 async with asyncio.timeout_at(deadline):
                     await self._tried.wait()
             if self.error is None:
@@ -159,7 +163,7 @@ class Upstream:
             system_fingerprint=fingerprint or report.system_fingerprint,
             logprobs_mode=report.logprobs_mode if mode == "unknown" else mode,
             checkpoint=self._checkpoints.get(model),
-            settings=self._config.engine_settings,
+            settings=report.default_settings | self._config.engine_settings,
         )
 
     def lost(self) -> None:

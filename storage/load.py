@@ -7,6 +7,7 @@ shared between their readers, so their arrays are read-only.
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ class CachedTrace:
 
 
 class TraceCache:
-    """Least recently used traces, at most ``limit_bytes`` of them. Thread-safe."""
+    """Least recently used traces, at most ``limit_bytes`` and ``limit_traces``. Thread-safe."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, limit_traces: int = sys.maxsize) -> None:
         self._limit = limit_bytes
+        self._limit_traces = limit_traces
         self._lock = threading.Lock()
         self._traces: OrderedDict[str, CachedTrace] = OrderedDict()
         self.size_bytes = 0
@@ -59,8 +61,13 @@ class TraceCache:
                 return
             self._traces[trace.meta.trace_id] = CachedTrace(trace, depth)
             self.size_bytes += size
-            while self.size_bytes > self._limit:
+            while self.size_bytes > self._limit or len(self._traces) > self._limit_traces:
                 self._drop(next(iter(self._traces)))
+
+    def drop(self, trace_id: str) -> None:
+        """Forget one trace."""
+        with self._lock:
+            self._drop(trace_id)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -1,8 +1,8 @@
 """The writer: a bounded queue in front of one thread that appends, syncs and indexes in groups.
 
-``submit`` never blocks and does no work on the caller's thread. A batch is all that is queued; its
-futures are resolved when it is synced and indexed. A batch that cannot be written is taken back as
-a whole and its submissions are tried one by one, so that a bad one fails alone.
+``submit`` never blocks and does no work on the caller's thread. A batch is what is queued, up to a
+bound; its futures are resolved when it is synced and indexed. A batch that cannot be written is
+taken back as a whole and its submissions are tried one by one, so that a bad one fails alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ QUEUE_BYTES = 256 << 20
 
 GROUP_INTERVAL_S = 0.05
 """``group``: at most one sync in this time (DESIGN 4)."""
+
+BATCH_BYTES = 32 << 20
+"""Queued memory that is made into records at once: a full queue must not be in memory twice, nor
+its first futures wait for its last."""
 
 RECORD_BYTES = 4096
 """Counted per queued record besides its arrays and bodies."""
@@ -190,17 +194,24 @@ class Writer:
                 if self._queue:
                     delay = self._next_sync - time.monotonic()
                     at_once = self._durability == "strict" or self._hurry or self._closing
-                    if at_once or delay <= 0:
-                        items = list(self._queue)
-                        self._queue.clear()
-                        self._hurry = False
-                        return items
+                    if at_once or delay <= 0 or self._stats.queued_bytes >= BATCH_BYTES:
+                        return self._batch()
                     self._wake.wait(delay)
                 elif self._closing:
                     return []
                 else:
                     self._hurry = False
                     self._wake.wait()
+
+    def _batch(self) -> list[_Item]:
+        """The oldest of the queue, at least one; called with the lock held."""
+        items = [self._queue.popleft()]
+        size = items[0].size_bytes
+        while self._queue and size + self._queue[0].size_bytes <= BATCH_BYTES:
+            items.append(self._queue.popleft())
+            size += items[-1].size_bytes
+        self._hurry = self._hurry and bool(self._queue)
+        return items
 
     def _process(self, items: list[_Item]) -> list[Exception | None]:
         """Write a batch; the error of each item, None where it is durable."""

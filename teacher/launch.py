@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import msgspec
 
@@ -70,29 +72,34 @@ def _torchrun(config: TeacherConfig, scratch: Path) -> int:
         process = subprocess.Popen(
             command, env=_environment(config, scratch), start_new_session=True
         )
-        stop_in_vain = _wait(process, scratch, stopped_at)
+        how = _wait(process, scratch, stopped_at)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if stop_in_vain:
-        log.error("the teacher did not end within %.0f s and was killed", GRACE_S)
+    if how == "not begun":
+        return 0
+    if how == "killed":
+        log.error("the teacher did not stop within %.0f s and was ended", GRACE_S)
         return 1
-    return _ended(process.returncode, scratch, stopped=bool(stopped_at))
+    return _ended(process.returncode, scratch)
 
 
-def _wait(process: subprocess.Popen[bytes], scratch: Path, stopped_at: list[float]) -> bool:
-    """Wait for torchrun, and pass a stop on; True if rank 0 did not obey it in time. torchrun is
-    gone afterwards, whatever happens."""
+def _wait(
+    process: subprocess.Popen[bytes], scratch: Path, stopped_at: list[float]
+) -> Literal["ended", "not begun", "killed"]:
+    """Wait for torchrun and pass a stop on: to rank 0, or to torchrun where there was none yet
+    (``not begun``) or it did not obey in time (``killed``). torchrun is gone afterwards."""
     told = False
     try:
         while process.poll() is None:
             if stopped_at and not told:
                 told = True
-                _signal_rank_0(scratch, process)
+                if not _signal_rank_0(scratch):
+                    return "not begun"
             if stopped_at and time.monotonic() - stopped_at[0] > GRACE_S:
-                return True
+                return "killed"
             time.sleep(POLL_S)
-        return False
+        return "ended"
     finally:
         if process.poll() is None:
             process.terminate()
@@ -113,15 +120,18 @@ def _environment(config: TeacherConfig, scratch: Path) -> dict[str, str]:
     return environment
 
 
-def _signal_rank_0(scratch: Path, process: subprocess.Popen[bytes]) -> None:
-    """Ask rank 0 to stop; torchrun itself where rank 0 has not said yet who it is."""
+def _signal_rank_0(scratch: Path) -> bool:
+    """Ask rank 0 to stop; False where it has not said yet who it is."""
     try:
-        os.kill(int((scratch / "pid").read_text()), signal.SIGTERM)
+        pid = int((scratch / "pid").read_text())
     except (OSError, ValueError):
-        process.terminate()
+        return False
+    with suppress(ProcessLookupError):  # it has just ended by itself
+        os.kill(pid, signal.SIGTERM)
+    return True
 
 
-def _ended(returncode: int, scratch: Path, *, stopped: bool) -> int:
+def _ended(returncode: int, scratch: Path) -> int:
     """Exit status from what the ranks left behind; logs one clear line where one failed."""
     report = scratch / "report"
     if report.is_file():
@@ -129,7 +139,5 @@ def _ended(returncode: int, scratch: Path, *, stopped: bool) -> int:
         if message:
             log.error("the teacher stopped: %s", message)
         return 1 if message else 0
-    if stopped and not (scratch / "pid").is_file():
-        return 0  # before rank 0 had begun: nothing was in hand
     log.error("a trainer process died (torchrun exit status %d); its output is above", returncode)
     return returncode or 1

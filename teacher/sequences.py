@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from driftgate.facts import as_sampled
 from driftgate.temperature import effective_temperature
 from driftgate.trace import Trace
 
@@ -131,7 +132,7 @@ def _slice(trace: Trace, *, one_pass: bool) -> Slice:
         trace_id=trace.meta.trace_id,
         prompt_len=len(trace.prompt_ids),
         response_ids=trace.response_ids,
-        temperature=_temperature(trace.meta.sampling.temperature),
+        temperature=_temperature(as_sampled(trace.meta.engine, trace.meta.sampling).temperature),
         one_pass=one_pass,
     )
 

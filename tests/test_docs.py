@@ -52,7 +52,9 @@ def test_make_targets_exist(path: Path) -> None:
 
 def test_the_readmes_configuration_is_valid() -> None:
     (block,) = re.findall(r"```toml\n(.*?)```", README, re.S)
-    config = msgspec.toml.decode(block, type=GatewayConfig)
+    config = msgspec.toml.decode(
+        block, type=GatewayConfig, dec_hook=lambda type_, value: type_(value)
+    )
     assert config.engine_settings == {"dtype": "bfloat16"}
 
 

@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from typer.testing import CliRunner, Result
 
-from driftgate import cli
+from driftgate import cli, cli_io
 from driftgate.client import DEFAULT_URL
 from driftgate.errors import RequestError
 from driftgate.gateway.answers import Answers
@@ -265,7 +265,7 @@ def test_probe_prints_what_is_missing_and_how_to_get_it() -> None:
         streaming=True,
         notes=["Answers carry no routed experts: start it with --enable-return-routed-experts."],
     )
-    lines = cli._report(report).splitlines()
+    lines = cli_io.report_text(report).splitlines()
     assert lines[0] == "vllm 0.29.0 at http://e:8000 serves tiny"
     assert lines[1].split() == ["token", "ids", "yes"]
     assert lines[4].split() == ["routed", "experts", "no"]

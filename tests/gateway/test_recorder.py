@@ -261,6 +261,14 @@ async def test_what_the_last_flush_loses_is_still_recorded() -> None:
     assert outcome.reason == "ValueError: routes of another shape"
 
 
+async def test_an_answer_that_cannot_be_folded_has_its_outcome_at_once() -> None:
+    recording = Recording()
+    recording.recorder.close(call("a"), Plan(api="chat", model="tiny"), answer(broken))
+    recording.sink.settle()
+    recording.sink.settle()
+    assert [type(record) for record in recording.sink.records] == [CallOutcome]
+
+
 async def test_a_refused_call_is_not_owed() -> None:
     recording = Recording(on_capture_failure="refuse")
     recording.sink.full = True

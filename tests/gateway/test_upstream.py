@@ -70,9 +70,11 @@ async def watched() -> AsyncIterator[Upstream]:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not true():
-            await asyncio.sleep(0.001)
+    for _ in range(10_000):
+        if true():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it never was")
 
 
 async def test_each_new_fingerprint_is_probed_once(
@@ -103,6 +105,13 @@ async def test_further_probes_keep_their_distance(probes: Probes) -> None:
             upstream.lost()
             await asyncio.sleep(0.001)
         assert probes.made == 2
+
+
+async def test_the_first_calls_share_one_probe(probes: Probes) -> None:
+    async with watched() as upstream:
+        await asyncio.gather(*(upstream.ready() for _ in range(5)))
+        await asyncio.gather(*(upstream.ready() for _ in range(5)))
+        assert probes.made == 1
 
 
 async def test_an_engine_that_is_away_is_probed_by_each_call(probes: Probes) -> None:

@@ -51,6 +51,32 @@ def test_an_expired_lease_is_taken_by_another_worker(writer: Writer, leases: Lea
     assert leases.acquire(ME, worker="c", ttl_s=10, now=111.0) is None
 
 
+def test_leases_that_nobody_gave_back_are_counted(
+    writer: Writer, leases: Leases, tmp_path: Path
+) -> None:
+    writer.submit(make_trace()).result(WAIT_S)
+    for crashes in range(3):
+        restarted = Leases(tmp_path)
+        lease = restarted.acquire(ME, worker="a", ttl_s=10, now=100.0 + 10 * crashes)
+        restarted.close()
+        assert lease is not None
+        assert lease.crashes == crashes
+    leases.release(lease)
+    again = leases.acquire(ME, worker="a", ttl_s=10, now=200.0)
+    assert again is not None
+    assert again.crashes == 0, "giving back ends the count"
+
+
+def test_untried_work_can_be_asked_for_alone(writer: Writer, leases: Leases) -> None:
+    for trajectory in ("old", "new"):
+        writer.submit(make_trace(trajectory=trajectory)).result(WAIT_S)
+    assert leases.acquire(ME, worker="a", ttl_s=10, now=100.0) is not None
+    untried = leases.acquire(ME, worker="b", ttl_s=10, untried=True, now=200.0)
+    assert untried is not None
+    assert (untried.trajectory, untried.crashes) == ("new", 0)
+    assert leases.acquire(ME, worker="b", ttl_s=10, untried=True, now=200.0) is None
+
+
 def test_a_renewed_lease_lasts_longer(writer: Writer, leases: Leases) -> None:
     writer.submit(make_trace()).result(WAIT_S)
     lease = leases.acquire(ME, worker="a", ttl_s=10, now=100.0)

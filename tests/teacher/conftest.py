@@ -16,7 +16,7 @@ import pytest
 from driftgate.testing.checkpoints import CheckpointKind, make_checkpoint
 from driftgate.trace import Engine, Sampling, Trace, TraceMeta
 
-MakeTrace = Callable[..., Trace]
+from tests.teacher.support import MakeTrace, Say
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,3 +83,53 @@ def make_trace() -> MakeTrace:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def backend(checkpoints: dict[CheckpointKind, Path]) -> ReferenceBackend:
+    return ReferenceBackend.load(TeacherConfig(store="unused", model=str(checkpoints["moe"])))
+
+
+@pytest.fixture
+def config(checkpoints: dict[CheckpointKind, Path], tmp_path: Path) -> TeacherConfig:
+    return TeacherConfig(store=str(tmp_path / "store"), model=str(checkpoints["moe"]))
+
+
+@pytest.fixture
+def reader(config: TeacherConfig) -> Iterator[Reader]:
+    reader = Reader(Path(config.store))
+    yield reader
+    reader.close()
+
+
+@pytest.fixture(scope="session")
+def say(
+    checkpoints: dict[CheckpointKind, Path], backend: ReferenceBackend, make_trace: MakeTrace
+) -> Say:
+    """Traces of an engine that is the trainer itself: its drift is exactly 0.
+
+    ``hot``: a temperature that it scales its logprobs by.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["moe"])
+
+    def trace(
+        name: str,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        *,
+        hot: float | None = None,
+        **more: Any,
+    ) -> Trace:
+        ids = np.asarray([*prompt, *response], np.int32)
+        whole = Slice(trace_id="", prompt_len=1, response_ids=ids[1:], temperature=hot)
+        (result,) = backend.score([Forward(ids=ids[:-1], slices=(whole,))])
+        logprobs = result.logprobs if hot is None else result.at_temperature
+        assert logprobs is not None
+        given = {
+            "logprobs": logprobs[len(prompt) - 1 :],
+            "routes": result.routes,
+            "texts": [tokenizer.decode([token]).encode() for token in response],
+        }
+        return make_trace(name, prompt, response, **{**given, **more})
+
+    return trace

@@ -75,6 +75,68 @@ def test_a_follower_scores_what_is_there_and_stops_when_told(
     reader.close()
 
 
+FAIL = """
+import os
+if os.environ.get("RANK") == os.environ["FAILING_RANK"]:
+    from driftgate.teacher.scorer import Scorer
+
+    def fail(*_):
+        raise RuntimeError("planted in a forward\\nwith a second line")
+
+    run = Scorer.run
+    def failing(self, sequence, device):
+        self.model.base_model.layers[1].register_forward_pre_hook(fail)
+        return run(self, sequence, device)
+    Scorer.run = failing
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_fails_inside_a_forward_ends_all(
+    checkpoints: dict[CheckpointKind, Path],
+    make_trace: MakeTrace,
+    tmp_path: Path,
+    rank: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The other rank waits for the failed one's part of a layer, and must not do so for long."""
+    (tmp_path / "sitecustomize.py").write_text(FAIL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FAILING_RANK", rank)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    store = tmp_path / "store"
+    writer = Writer(store)
+    for n in range(2):
+        writer.submit(make_trace(str(n), [400, 401], [403, 404 + n], trajectory=str(n)))
+    writer.close()
+    config = TeacherConfig(
+        store=str(store), model=str(checkpoints["dense"]), backend="fsdp", nproc=2
+    )
+    with caplog.at_level(logging.ERROR, logger="driftgate.teacher"):
+        assert launch(config) == 1
+    assert caplog.messages == ["the teacher stopped: RuntimeError: planted in a forward"]
+
+
+def test_a_stop_before_rank_0_has_begun_is_no_failure(
+    checkpoints: dict[CheckpointKind, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def start(*given: Any, **more: Any) -> subprocess.Popen[bytes]:
+        started.append(real(*given, **more))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    config = TeacherConfig(
+        store=str(tmp_path / "store"), model=str(checkpoints["dense"]), backend="fsdp", nproc=2
+    )
+    assert launch(config) == 0
+    assert started[0].poll() is not None, "nothing is left behind"
+
+
 def wait_until(
     process: subprocess.Popen[str], read: Callable[[], list[Any]], count: int
 ) -> list[Any]:

@@ -87,7 +87,10 @@ def test_a_branch_is_scored_in_one_of_its_children(make_trace: MakeTrace) -> Non
     assert sorted(len(sequence.slices) for sequence in sequences) == [1, 2]
 
 
-@pytest.mark.parametrize(("asked", "wanted"), [(None, None), (1.0, None), (0.0, None), (0.7, 0.7)])
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [(None, None), (1.0, None), (0.0, None), (0.7, 0.7), (0.001, 0.01), (1e-7, 0.01)],
+)
 def test_a_second_temperature_only_where_there_is_one(
     make_trace: MakeTrace, asked: float | None, wanted: float | None
 ) -> None:
