@@ -72,7 +72,7 @@ def fold_answer(
     plan: Plan,
     adapter: EngineAdapter,
     *,
-    expect_routes: bool,
+    expect_routes: bool | None,
     via: Literal["json", "synthesised"] = "json",
 ) -> Folded:
     """The samples of a JSON answer. UpstreamError where it is none."""
@@ -110,7 +110,7 @@ def fold_stream(
     plan: Plan,
     adapter: EngineAdapter,
     *,
-    expect_routes: bool,
+    expect_routes: bool | None,
     end: str | None = None,
 ) -> Folded:
     """The samples of a stream's events. ``end`` says why it did not end by itself, None if it
@@ -162,7 +162,7 @@ class _Folder:
         plan: Plan,
         adapter: EngineAdapter,
         *,
-        expect_routes: bool,
+        expect_routes: bool | None,
         via: RoutesVia,
         end: str | None,
     ) -> None:
@@ -285,7 +285,12 @@ class _Folder:
         self, draft: Draft, prompt_ids: I32 | None, ids: I32 | None, missing: list[str]
     ) -> Routes | None:
         if draft.routes is None:
-            if self._expect_routes and self._end is None:
+            if self._expect_routes is None and self._end is None:
+                missing.append(
+                    "routed_experts: the engine was not probed, so it is not known whether it has "
+                    "them"
+                )
+            elif self._expect_routes and self._end is None:
                 plain = self._plan.stream and self._via == "none"
                 why = "the engine does not stream them" if plain else "the engine sent none"
                 missing.append(f"routed_experts: {why}")

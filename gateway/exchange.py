@@ -63,7 +63,7 @@ class Asked:
     """The agent's."""
     history: History
     started_ns: int
-    expect_routes: bool
+    expect_routes: bool | None
     max_answer_bytes: int
 
 

@@ -122,15 +122,21 @@ def read(fields: Fields, name: str, type_: type[T]) -> T | None:
 
 
 def rewrite(
-    api: Api, fields: Fields, adapter: EngineAdapter, mode: StreamMode
+    api: Api,
+    fields: Fields,
+    adapter: EngineAdapter,
+    mode: StreamMode,
+    *,
+    refusal: str | None = None,
 ) -> tuple[bytes | None, Plan]:
     """The body for the engine (None: send the agent's own bytes) and the plan.
 
-    RequestError for a field that must not reach the engine.
+    ``refusal``: why the engine refuses what capture adds, where it does. RequestError for a field
+    that must not reach the engine.
     """
     refuse_forbidden(fields, adapter)
     plan = _plan(api, fields, mode)
-    reason = _uncapturable(api, fields, adapter)
+    reason = refusal or _uncapturable(api, fields, adapter)
     if reason is not None:
         return None, msgspec.structs.replace(plan, mode="plain", uncaptured=reason)
     out = dict(fields)

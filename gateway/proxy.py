@@ -151,7 +151,13 @@ class Proxy:
         except RequestError as error:
             openai.refuse_forbidden(_as_engines_read(body), self._adapter)
             return body, {}, Plan(api=api, uncaptured=str(error))
-        rewritten, plan = openai.rewrite(api, fields, self._adapter, self._upstream.stream_mode())
+        rewritten, plan = openai.rewrite(
+            api,
+            fields,
+            self._adapter,
+            self._upstream.stream_mode(),
+            refusal=self._upstream.refusal,
+        )
         return body if rewritten is None else rewritten, fields, plan
 
     async def _begin(
@@ -198,7 +204,7 @@ class Proxy:
             body=body,
             history=history,
             started_ns=started_ns,
-            expect_routes=self._upstream.gives_routes,
+            expect_routes=self._upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,
         )
 

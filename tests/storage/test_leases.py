@@ -61,7 +61,8 @@ def test_leases_that_nobody_gave_back_are_counted(
         restarted.close()
         assert lease is not None
         assert lease.crashes == crashes
-    leases.release(lease)
+        last = lease
+    leases.release(last)
     again = leases.acquire(ME, worker="a", ttl_s=10, now=200.0)
     assert again is not None
     assert again.crashes == 0, "giving back ends the count"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,15 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from driftgate.storage import Reader
+from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.reference import ReferenceBackend
+from driftgate.teacher.sequences import Sequence as Forward
+from driftgate.teacher.sequences import Slice
 from driftgate.testing.checkpoints import CheckpointKind, make_checkpoint
 from driftgate.trace import Engine, Sampling, Trace, TraceMeta
-
 from tests.teacher.support import MakeTrace, Say
 
 

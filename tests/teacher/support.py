@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from driftgate.storage import Writer
+from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.reference import ReferenceBackend
-from driftgate.teacher.base import SliceResult
 from driftgate.teacher.sequences import Sequence
 from driftgate.teacher.worker import Report, Worker
 from driftgate.trace import Trace

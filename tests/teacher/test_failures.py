@@ -1,5 +1,24 @@
 """What goes wrong beside or inside the worker costs its own traces and nothing else."""
 
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from driftgate.errors import StorageError, TeacherError
+from driftgate.storage import Leases, Reader, Writer
+from driftgate.teacher.base import SliceResult
+from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.held import hold
+from driftgate.teacher.reference import ReferenceBackend
+from driftgate.teacher.sequences import Sequence as Forward
+from driftgate.teacher.worker import Worker
+from tests.teacher.support import Say, Stub, store, teach, tokens
+
 
 def test_a_killed_workers_trajectory_is_taken_up_and_counted_once(
     config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
@@ -29,20 +48,6 @@ def test_a_killed_workers_trajectory_is_taken_up_and_counted_once(
     assert cell.bucket.n_tokens == 10
 
 
-class Slow:
-    """A backend during whose forward another worker takes the trajectory over."""
-
-    def __init__(self, real: ReferenceBackend, steal: Callable[[], None]) -> None:
-        self._real, self._steal = real, steal
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def score(self, sequences: list[Forward]) -> list[SliceResult]:
-        self._steal()
-        return self._real.score(sequences)
-
-
 def test_a_lost_lease_is_noticed_and_nothing_is_stored(
     config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
 ) -> None:
@@ -66,7 +71,12 @@ def test_a_lost_lease_is_noticed_and_nothing_is_stored(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Leases, "renew", lose)
-        report = teach(quick, Slow(backend, steal))
+
+        def score(sequences: list[Forward]) -> list[SliceResult]:
+            steal()
+            return backend.score(sequences)
+
+        report = teach(quick, Stub(backend, score))
     assert (report.trajectories, report.scored, report.lost_leases) == (0, 0, 1)
     assert reader.scores("t") == []
     leases.close()
@@ -105,25 +115,119 @@ def test_a_text_too_long_for_the_trainer_does_not_stop_the_others(
     )
 
 
-class Failing(Slow):
-    """Out of memory for every sequence of more than ten tokens."""
-
-    parallel = 2
-
-    def __init__(self, real: ReferenceBackend) -> None:
-        super().__init__(real, lambda: None)
-
-    def score(self, sequences: list[Forward]) -> list[SliceResult]:
-        if any(len(sequence.ids) > 10 for sequence in sequences):
-            raise TeacherError("out of memory")
-        return super().score(sequences)
-
-
 def test_a_failing_trajectory_takes_no_other_with_it(
     config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
 ) -> None:
     store(config, say("a", tokens(1, 30), [400]), say("b", tokens(2, 5), [400], trajectory="u"))
-    report = teach(config, Failing(backend))
+
+    def score(sequences: list[Forward]) -> list[SliceResult]:
+        if any(len(sequence.ids) > 10 for sequence in sequences):
+            raise TeacherError("out of memory")
+        return backend.score(sequences)
+
+    report = teach(config, Stub(backend, score, parallel=2))
     assert (report.trajectories, report.scored, report.refused) == (2, 1, 1)
     (reason,) = reader.score("a.0").meta.comparable.reasons
     assert (reason.code, reason.detail) == ("scoring_failed", "out of memory")
+
+
+def test_a_trajectory_that_ends_its_worker_is_refused_after_two(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    names = "abc"
+    for n, name in enumerate(names):
+        long = 30 if name == "b" else 5
+        store(config, say(name, tokens(n, long), [400], trajectory=name))
+
+    def score(sequences: list[Forward]) -> list[SliceResult]:
+        if any(len(sequence.ids) > 10 for sequence in sequences):
+            raise RuntimeError("an illegal memory access was encountered")
+        return backend.score(sequences)
+
+    lost = 0
+    for _ in range(6):
+        try:
+            teach(config, Stub(backend, score, parallel=3))
+        except RuntimeError:
+            lost += 1
+        time_passes(config)
+    assert lost == 2
+    scores = {row.meta.trajectory: row.meta for row in reader.scores(kind="drift")}
+    assert set(scores) == set(names)
+    assert [name for name in names if scores[name].bucket is None] == ["b"]
+    (reason,) = scores["b"].comparable.reasons
+    assert reason.code == "scoring_failed"
+    assert reason.detail == "2 workers ended while they scored trajectory b"
+
+
+def time_passes(config: TeacherConfig) -> None:
+    """All leases run out."""
+    connection = sqlite3.connect(Path(config.store) / "index.sqlite")
+    with connection:
+        connection.execute("UPDATE leases SET expires = 0")
+    connection.close()
+
+
+def test_a_store_that_cannot_be_written_is_nobodys_crash(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(config, say("a", tokens(1, 5), [400]))
+
+    def full(*_: object) -> None:
+        raise StorageError("no space left on device")
+
+    monkeypatch.setattr(Worker, "_store", full)
+    with pytest.raises(StorageError):
+        teach(config, backend)
+    leases = Leases(Path(config.store))
+    lease = leases.acquire(backend.trainer.digest, worker="next", ttl_s=9.0)
+    leases.close()
+    assert lease is not None
+    assert lease.crashes == 0
+
+
+def test_a_damaged_twin_costs_its_own_scores_only(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    store(config, *(say(name, tokens(1, 9), [400], trajectory=name, seed=7) for name in "ab"))
+    damage(config, "b.0")
+    report = teach(config, backend)
+    assert (report.scored, report.refused, report.noise_floor) == (1, 1, 1)
+    assert {reason.code for reason in reader.score("b.0").meta.comparable.reasons} == {
+        "trace_unreadable"
+    }
+
+
+def damage(config: TeacherConfig, trace_id: str) -> None:
+    """Flip a bit in the middle of a trace's record."""
+    root = Path(config.store)
+    connection = sqlite3.connect(root / "index.sqlite")
+    name, offset, size = connection.execute(
+        "SELECT segment, offset, size_bytes FROM traces WHERE trace_id = ?", (trace_id,)
+    ).fetchone()
+    connection.close()
+    path = root / "segments" / name
+    content = bytearray(path.read_bytes())
+    content[offset + size // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_only_what_scoring_needs_stays_in_memory(say: Say) -> None:
+    trace = say("a", tokens(1, 400), tokens(2, 6))
+    assert trace.routes is not None
+    held = hold(trace)
+    assert held.routes is not None
+    assert held.routes.base is None
+    assert (held.routes == trace.routes[399:]).all()
+    assert held.routes.nbytes == 6 * 4 * 4
+    assert (held.trace.routes, held.trace.request, held.trace.response) == (None, b"", b"")
+
+
+def test_routes_of_another_length_are_not_cut(say: Say) -> None:
+    right = say("a", tokens(1, 40), tokens(2, 6))
+    assert right.routes is not None
+    held = hold(say("b", tokens(1, 40), tokens(2, 6), routes=right.routes[1:]))
+    assert (held.routes, held.no_routes) == (
+        None,
+        "the engine gave 44 rows of routes, not P + R - 1",
+    )

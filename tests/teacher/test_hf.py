@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from driftgate.adapters.hf import RouterTap, checkpoint_digest, inspect_model
+from driftgate.adapters.hf import RouterTap, inspect_model
 from driftgate.errors import TeacherError
-from driftgate.testing.checkpoints import CheckpointKind, make_checkpoint
+from driftgate.testing.checkpoints import CheckpointKind
 
 
 @pytest.fixture
@@ -34,18 +34,6 @@ def test_a_model_cast_there_and_back_is_found_by_its_values(dense: Path) -> None
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     (finding,) = inspect_model(model.to(torch.bfloat16).float())
     assert "differs from its float32 value" in finding.detail
-
-
-def test_the_digest_follows_the_weights_and_the_config(dense: Path, tmp_path: Path) -> None:
-    other = make_checkpoint(tmp_path / "other", "dense", seed=1)
-    again = make_checkpoint(tmp_path / "again", "dense")
-    assert checkpoint_digest(dense) == checkpoint_digest(again)
-    assert checkpoint_digest(dense) != checkpoint_digest(other)
-
-
-def test_a_directory_without_weights_has_no_digest(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="holds no checkpoint"):
-        checkpoint_digest(tmp_path)
 
 
 class SigmoidTopKRouter(nn.Module):

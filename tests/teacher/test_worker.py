@@ -1,30 +1,23 @@
-"""The loop over a real store: nothing scored twice, nothing lost, nothing tried forever."""
+"""The loop over a real store: what it scores, and what it finds wrong with the two sides."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from driftgate.errors import TeacherError
-from driftgate.storage import Leases, Reader, Writer
-from driftgate.teacher.base import SliceResult
+from driftgate.storage import Reader
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.reference import ReferenceBackend
-from driftgate.teacher.sequences import Sequence as Forward
-from driftgate.teacher.sequences import Slice
 from driftgate.teacher.worker import Report, Worker
 from driftgate.testing.checkpoints import CheckpointKind, make_checkpoint
-from driftgate.trace import Engine, Trace
-
-MakeTrace = Callable[..., Trace]
-Say = Callable[..., Trace]
+from driftgate.trace import Engine
+from tests.teacher.support import Say, store, teach, tokens
 
 
 def test_a_trajectory_is_scored_in_one_pass_and_once(
