@@ -241,6 +241,9 @@ class Proxy:
         )
         try:
             await self._recorder.open(intent)
+        except asyncio.CancelledError:
+            self._sessions.failed(call)
+            raise
         except StorageError as error:
             self._sessions.failed(call)
             raise StorageError(

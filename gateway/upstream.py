@@ -132,11 +132,6 @@ class Upstream:
         return self.report.routes
 
     @property
-    def gives_routes(self) -> bool:
-        """Answers are known to carry routed experts."""
-        return self.has_routes is True
-
-    @property
     def refusal(self) -> str | None:
         """Why requests must go on as they are: the engine refuses what capture adds to them."""
         return None if self.report is None else self.report.refusal
