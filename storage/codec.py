@@ -172,7 +172,7 @@ def unpack_payload(payload: bytes) -> Payload:
     end = _U32.size + json_bytes
     try:
         envelope = msgspec.json.decode(memoryview(payload)[_U32.size : end], type=_Envelope)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise FormatError(f"record JSON: {error}") from error
     columns = _read_columns(payload, envelope.columns, _aligned(end))
     return Payload(bytes(envelope.head), columns)
@@ -256,11 +256,16 @@ def _read_columns(payload: bytes, directory: Sequence[_Column], start: int) -> d
             raise FormatError(f"column {column}: dtype or shape the format does not have")
         if column.name in columns or column.offset < free or column.offset % ALIGN:
             raise FormatError(f"column {column}: doubled, overlapping or not aligned")
+        if max(column.shape) > MAX_PAYLOAD_BYTES:  # also where another dimension is 0
+            raise FormatError(f"column {column}: a dimension over {MAX_PAYLOAD_BYTES}")
         if math.prod(column.shape) * dtype.itemsize != column.length:
             raise FormatError(f"column {column}: length is not shape x item size")
         free = column.offset + column.length
         if start + free > len(payload):
             raise FormatError(f"column {column}: ends after the payload of {len(payload)} bytes")
         data = np.frombuffer(payload, np.uint8)[start + column.offset : start + free]
-        columns[column.name] = data.view(dtype).reshape(column.shape)
+        try:
+            columns[column.name] = data.view(dtype).reshape(column.shape)
+        except ValueError as error:  # numpy bounds the product of the other dimensions too
+            raise FormatError(f"column {column}: {error}") from error
     return columns

@@ -8,6 +8,7 @@ the result however deep the chain of bases is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,10 @@ themselves."""
 MAX_IDS = 1 << 24
 """Ids, and route rows, of one resolved trace: 16 times the longest contexts in use. Checked before
 a record's own claim about them is allocated."""
+
+
+MAX_ROUTES_BYTES = 1 << 30
+"""Of one resolved trace's routes; 128k tokens x 94 layers x top-8 in two bytes are 193 MB."""
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -271,6 +276,9 @@ def _routes(chain: Sequence[StoredTrace], base: Trace | None) -> Routes | None:
         return first.routes
     if not 0 <= delta.rows <= MAX_IDS:
         raise _broken(first, f"{delta.rows} shared route rows")
+    row_bytes = math.prod(first.routes.shape[1:]) * first.routes.dtype.itemsize
+    if (delta.rows + len(first.routes)) * row_bytes > MAX_ROUTES_BYTES:
+        raise _broken(first, f"routes of more than {MAX_ROUTES_BYTES} bytes")
     out = np.empty((delta.rows + len(first.routes), *first.routes.shape[1:]), first.routes.dtype)
     need, needs = len(out), []
     for stored in chain:

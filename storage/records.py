@@ -176,7 +176,7 @@ def head_of(payload: Payload, type_: type[T]) -> T:
     """The JSON part, typed; FormatError where it does not fit the schema."""
     try:
         return msgspec.json.decode(payload.head, type=type_)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise FormatError(f"{type_.__name__}: {error}") from error
 
 
@@ -185,7 +185,7 @@ def _json(value: msgspec.Struct) -> bytes:
     encoded = msgspec.json.encode(value)
     try:
         msgspec.json.decode(encoded, type=type(value))
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise ValueError(
             f"{type(value).__name__} holds a value that JSON cannot carry: {error}"
         ) from error

@@ -15,7 +15,7 @@ import pytest
 from driftgate import Client
 from driftgate.glossary import METRICS, ROUTER_METRICS
 from driftgate.testing.engine import EngineProcess
-from driftgate.trace import Engine, Score, Trace
+from driftgate.trace import Engine, Score, Trace, Trainer
 from driftgate.views import CellMismatch
 from tests.e2e import oracle
 from tests.e2e.oracle import Answer, HuggingFace
@@ -30,6 +30,9 @@ EXACT = 1e-6
 TILING = 2e-5
 """Nats, float32. A longer sequence (one pass) or fewer rows through the head choose other kernels:
 6e-6 was measured, the same as either side's distance from float64."""
+
+NARROW_TILING = 0.2
+"""The same in bfloat16: .13 nats was the most that was measured on these models."""
 
 SAME_KERNEL_ROWS = 8
 """From so many rows on a product's kernel does not depend on their number."""
@@ -124,7 +127,13 @@ def test_both_sides_repeat_themselves(scored: dict[str, Scored]) -> None:
         for floor in floors:
             assert floor.meta.engine == floor.meta.trainer
             assert floor.meta.bucket is not None
-            assert floor.meta.bucket.metrics()["abs_log_ratio_max"] == 0.0
+            largest = floor.meta.bucket.metrics()["abs_log_ratio_max"]
+            assert largest is not None
+            # A trace alone and inside its longer sequence: the same values, tiled another way.
+            side = floor.meta.trainer
+            narrow = isinstance(side, Trainer) and side.dtype == "bfloat16"
+            tiling = NARROW_TILING if narrow else TILING
+            assert largest <= (tiling if floor.meta.one_pass else 0.0)
             assert floor.meta.comparable.reasons == []
 
 

@@ -123,6 +123,7 @@ def test_the_unchanged_directory_is_right() -> None:
         {"shape": [2**40, 2**40]},
         {"shape": [3]},
         {"shape": [2**31], "length": 2**33},
+        {"shape": [0, 2**62, 2**62], "length": 0},
         {"offset": 8},
         {"offset": 4},
         {"offset": -8},
@@ -140,6 +141,12 @@ def test_a_lying_directory_is_refused(change: dict[str, object]) -> None:
 def test_a_broken_payload_is_refused(payload: bytes) -> None:
     with pytest.raises(FormatError):
         codec.unpack_payload(payload)
+
+
+def test_deeply_nested_json_is_refused() -> None:
+    json = b'{"head":' + b"[" * 200_000 + b"]" * 200_000 + b',"columns":[]}'
+    with pytest.raises(FormatError):
+        codec.unpack_payload(struct.pack("<I", len(json)) + json + bytes(8))
 
 
 @given(st.binary(max_size=200))

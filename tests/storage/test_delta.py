@@ -172,6 +172,18 @@ def test_a_delta_that_takes_more_than_its_base_has_is_refused(lie: dict[str, int
         resolve([replace(stored, head=grown)], first)
 
 
+def test_routes_wider_than_memory_are_refused_before_they_are_allocated() -> None:
+    first, second = make_trajectory(steps=2)
+    stored = diff(second, first)
+    assert stored.head.delta is not None
+    head = msgspec.structs.replace(
+        stored.head, delta=msgspec.structs.replace(stored.head.delta, rows=1 << 24)
+    )
+    wide = np.empty((0, 100_000, 1000), np.uint8)
+    with pytest.raises(FormatError, match="routes of more than"):
+        resolve([replace(stored, head=head, routes=wide)], first)
+
+
 def test_patches_outside_the_routes_are_refused() -> None:
     first, second = make_trajectory(steps=2)
     stored = diff(changed_rows(second, [(0, 0)]), first)
