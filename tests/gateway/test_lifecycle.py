@@ -90,7 +90,7 @@ async def test_a_call_that_the_stop_cuts_blames_the_stop(
             call = asyncio.ensure_future(http.post(url + "/v1/chat/completions", json=CHAT))
             await engine.came.wait()
             stopped = loop.time()
-        assert loop.time() - stopped < 3
+        assert loop.time() - stopped < 20  # aiohttp by itself takes a minute
         with pytest.raises(aiohttp.ClientError):
             await call
     ((outcome, missing),) = recorded(config)
@@ -163,7 +163,7 @@ def test_a_second_signal_does_not_wait_for_calls(tmp_path: Path) -> None:
                 process.send_signal(signal.SIGTERM)
                 process.send_signal(signal.SIGINT)
                 assert process.wait(timeout=20) == 0
-            assert time.monotonic() - started < 6
+            assert time.monotonic() - started < 7.5  # the wait that is skipped takes 8 s
 
 
 # The edges.
