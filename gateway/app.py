@@ -45,9 +45,9 @@ once."""
 SHUTDOWN_TIMEOUT_S = 0.5
 """For what is no call (questions to the API): aiohttp waits this long, twice."""
 
-QUEUE_BYTES = 256 << 20
-"""Answers that wait for storage: about 60 with 4.4 MB of routes. Above half, calls are held
-back."""
+QUEUE_BYTES = 1 << 30
+"""Answers that wait for storage, none in ordinary times: calls are held back from half of it on,
+and the other half takes what was under way then, 110 answers with 4.4 MB of routes."""
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the writer thread may keep the interpreter while the event loop waits for it: Python's
