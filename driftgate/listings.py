@@ -13,8 +13,8 @@ __all__ = [
     "MintRequest",
     "Minted",
     "RewardRequest",
-    "TrajectoryItem",
     "TrajectoryPage",
+    "TrajectoryRow",
 ]
 
 
@@ -32,7 +32,7 @@ class ApiError(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-class TrajectoryItem(msgspec.Struct, frozen=True, kw_only=True):
+class TrajectoryRow(msgspec.Struct, frozen=True, kw_only=True):
     """One agent run, with its coverage."""
 
     trajectory: str
@@ -40,7 +40,8 @@ class TrajectoryItem(msgspec.Struct, frozen=True, kw_only=True):
     choices: int
     """Traces that can exist: the captured ones and the missing ones."""
     complete: bool
-    """Every call has all its traces and none of them misses anything."""
+    """Every call has all its traces and none of them misses anything; failed calls whose step a
+    later call repeated do not count against it."""
     captured: int
     """Traces in the store."""
     scorable: int
@@ -52,10 +53,12 @@ class TrajectoryItem(msgspec.Struct, frozen=True, kw_only=True):
     open_calls: int
     """Calls with neither a trace nor an outcome."""
     failed_calls: int
+    """Calls that ended without all their traces, repeated ones included."""
     models: list[str]
     started_ns: int
     """Wall clock, ns since the epoch."""
     ended_ns: int
+    """Latest thing known of it: the end of a call, or the start of an open one."""
     reward: float | None
     gaps: list[str]
     """In words, each reason why it is not complete."""
@@ -64,7 +67,7 @@ class TrajectoryItem(msgspec.Struct, frozen=True, kw_only=True):
 class TrajectoryPage(msgspec.Struct, frozen=True, kw_only=True):
     """A page of trajectories, newest first."""
 
-    items: list[TrajectoryItem]
+    items: list[TrajectoryRow]
     next: str | None = None
     """Pass it as ``before`` to get the next page; null on the last one."""
 

@@ -20,8 +20,8 @@ from driftgate.listings import (
     Minted,
     MintRequest,
     RewardRequest,
-    TrajectoryItem,
     TrajectoryPage,
+    TrajectoryRow,
 )
 from driftgate.trace import (
     CallIntent,
@@ -62,8 +62,8 @@ __all__ = [
     "TokenView",
     "TraceView",
     "TrajectoryDetail",
-    "TrajectoryItem",
     "TrajectoryPage",
+    "TrajectoryRow",
     "WorstView",
 ]
 
@@ -233,7 +233,7 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
 class TrajectoryDetail(msgspec.Struct, frozen=True, kw_only=True):
     """One agent run, step by step."""
 
-    trajectory: TrajectoryItem
+    trajectory: TrajectoryRow
     steps: list[StepView]
     reward: Reward | None = None
 

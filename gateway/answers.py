@@ -42,7 +42,6 @@ from driftgate.views import (
     StepView,
     TraceView,
     TrajectoryDetail,
-    TrajectoryItem,
     TrajectoryPage,
     WorstView,
 )
@@ -85,7 +84,7 @@ class Answers:
             limit=limit + 1, before=before, model=model, complete=complete, scored=scored
         )
         more = len(rows) > limit
-        items = [_copy(row, TrajectoryItem) for row in rows[:limit]]
+        items = rows[:limit]
         return TrajectoryPage(items=items, next=items[-1].trajectory if more else None)
 
     def trajectory(self, trajectory: str) -> TrajectoryDetail:
@@ -101,7 +100,7 @@ class Answers:
         for trace in self.reader.traces(trajectory):
             choices[trace.meta.step].append(_choice(trace, scores[trace.meta.trace_id]))
         return TrajectoryDetail(
-            trajectory=_copy(row, TrajectoryItem),
+            trajectory=row,
             reward=self.reader.reward(trajectory),
             steps=[
                 StepView(step=step, calls=calls[step], choices=choices[step])

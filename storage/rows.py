@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from driftgate.listings import TrajectoryRow
 from driftgate.mismatch import Bucket, Worst
 from driftgate.router import RouterBucket
 from driftgate.trace import CallIntent, CallOutcome, Engine, Reason, ScoreMeta, TraceMeta, Trainer
@@ -26,36 +27,6 @@ __all__ = [
 CallState = Literal["open", "done", "failed", "cancelled", "capture_failed"]
 """``open``: neither a trace nor an outcome yet; ``done``: at least one trace and no outcome; else
 the outcome's status."""
-
-
-class TrajectoryRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One agent run, with its coverage."""
-
-    trajectory: str
-    steps: int
-    choices: int
-    """Traces that can exist: the captured ones and the missing ones."""
-    complete: bool
-    """Every call has all its traces and none of them misses anything; failed calls whose step a
-    later call repeated do not count against it."""
-    captured: int
-    """Traces in the store."""
-    scorable: int
-    """Of those, the ones with prompt ids, response ids and logprobs."""
-    scored: int
-    """Of those, the ones with a drift score by at least one trainer."""
-    missing: int
-    """Traces that a call should have and has not."""
-    open_calls: int
-    failed_calls: int
-    """Calls that ended without all their traces, repeated ones included."""
-    models: list[str]
-    started_ns: int
-    ended_ns: int
-    """Latest thing known of it: the end of a call, or the start of an open one."""
-    reward: float | None
-    gaps: list[str]
-    """In words, each reason why it is not complete."""
 
 
 class CallRow(msgspec.Struct, frozen=True, kw_only=True):
