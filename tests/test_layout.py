@@ -21,6 +21,7 @@ def test_every_part_is_installed_under_driftgate() -> None:
     assert setuptools["package-dir"] == {f"driftgate.{part}": part for part in PARTS}
     assert set(setuptools["packages"]) == {  # type: ignore[call-overload]
         "driftgate",
+        "driftgate.commands",
         "driftgate.testing",
         *(f"driftgate.{part}" for part in PARTS),
     }

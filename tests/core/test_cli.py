@@ -22,6 +22,8 @@ from typer.testing import CliRunner, Result
 
 from driftgate import cli, cli_io
 from driftgate.client import DEFAULT_URL
+from driftgate.commands.options import DEFAULT_STORE
+from driftgate.commands.serve import _gateway_config
 from driftgate.errors import RequestError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
@@ -277,7 +279,7 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     file.write_text(
         'upstream = "http://engine:8000"\nport = 1\nstore = "s"\n[engine_settings]\na = "b"\n'
     )
-    config = cli._gateway_config(file, {"port": 2})
+    config = _gateway_config(file, {"port": 2})
     assert config == GatewayConfig(
         upstream="http://engine:8000", port=2, store=Path("s"), engine_settings={"a": "b"}
     )
@@ -285,5 +287,5 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
 
 def test_defaults_are_the_gateways() -> None:
     config = GatewayConfig(upstream="http://engine:8000")
-    assert config.store == cli.DEFAULT_STORE
+    assert config.store == DEFAULT_STORE
     assert f"http://{config.host}:{config.port}" == DEFAULT_URL

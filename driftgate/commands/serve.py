@@ -1,0 +1,140 @@
+"""``driftgate serve`` and ``driftgate probe``: what stands between an agent and its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from driftgate import cli_io
+from driftgate.errors import DriftgateError
+
+if TYPE_CHECKING:
+    from driftgate.gateway.config import GatewayConfig
+
+__all__ = ["probe", "serve"]
+
+
+def serve(
+    upstream: Annotated[
+        str | None, typer.Option(help="Base URL of the engine, without /v1.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of the gateway's settings.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Directory of the store.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    durability: Annotated[
+        Literal["group", "strict"] | None,
+        typer.Option(help="strict: an answer ends only when its trace is on disk."),
+    ] = None,
+    on_capture_failure: Annotated[
+        Literal["serve", "refuse"] | None,
+        typer.Option(help="What a call meets that cannot be recorded."),
+    ] = None,
+    streaming_routes: Annotated[
+        Literal["auto", "plugin", "synthesise", "off"] | None,
+        typer.Option(help="How routed experts of streamed answers are got."),
+    ] = None,
+    logprobs_mode: Annotated[
+        str | None, typer.Option(help="The engine's logprobs mode, e.g. raw_logprobs.")
+    ] = None,
+    weight_version: Annotated[
+        str | None, typer.Option(help="Version of the policy that the engine serves.")
+    ] = None,
+    upstream_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Sent to the engine in place of the agent's key; better in the environment.",
+            envvar="DRIFTGATE_UPSTREAM_KEY",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Run the gateway in front of an engine.
+
+    Then point an agent's OPENAI_BASE_URL at http://HOST:PORT/v1. Options win over --config.
+    """
+    given = {
+        "upstream": upstream,
+        "store": store,
+        "host": host,
+        "port": port,
+        "durability": durability,
+        "on_capture_failure": on_capture_failure,
+        "streaming_routes": streaming_routes,
+        "logprobs_mode": logprobs_mode,
+        "weight_version": weight_version,
+        "upstream_key": upstream_key,
+    }
+    settings = _gateway_config(config, {k: v for k, v in given.items() if v is not None})
+    from driftgate.gateway.app import run
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run(settings, started=lambda url: print(_welcome(url, settings), flush=True))
+    except OSError as error:
+        raise DriftgateError(
+            f"cannot serve at {settings.host}:{settings.port}: {error}; "
+            "choose another --host or --port"
+        ) from error
+
+
+def probe(
+    url: Annotated[str, typer.Argument(help="Base URL of the engine, without /v1.")],
+    model: Annotated[str | None, typer.Option(help="Served model to ask; else the first.")] = None,
+    key: Annotated[str | None, typer.Option(help="The engine's API key.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say which parts of a trace an engine gives.
+
+    And in plain words, for each part that is missing, how to switch it on. Status 1 where ids or
+    log-probabilities are missing, which every score needs.
+    """
+    from driftgate.gateway.probe import probe as probe_engine
+
+    report = asyncio.run(probe_engine(url, key=key, model=model))
+    print(cli_io.indented(report) if as_json else cli_io.report_text(report))
+    raise typer.Exit(0 if report.captures else 1)
+
+
+def _welcome(url: str, settings: GatewayConfig) -> str:
+    return (
+        f"driftgate at {url}, in front of {settings.upstream}, store {settings.store}\n"
+        f"  agents:  OPENAI_BASE_URL={url}/v1\n"
+        f"  teacher: driftgate teach --follow --store {settings.store} --model DIR\n"
+        f"  drift:   driftgate tail --url {url}"
+    )
+
+
+def _gateway_config(file: Path | None, given: dict[str, Any]) -> GatewayConfig:
+    """The settings of the file with the options over them; wrong ones are usage errors."""
+    from driftgate.gateway.config import GatewayConfig
+
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"{file}: {error}", param_hint="--config") from error
+    values |= {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    if "upstream" not in values:
+        raise typer.BadParameter(
+            "give the engine's base URL, e.g. --upstream http://host:8000", param_hint="--upstream"
+        )
+    try:
+        return msgspec.convert(values, GatewayConfig, dec_hook=_decode_path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"no setting is a {kind.__name__}")

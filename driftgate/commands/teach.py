@@ -1,0 +1,71 @@
+"""``driftgate teach``: the trainer scores what the gateway records."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from driftgate.commands.options import DEFAULT_STORE, StoreOption
+from driftgate.errors import DriftgateError
+
+__all__ = ["teach"]
+
+
+def teach(
+    model: Annotated[str, typer.Option(help="Directory of the trainer's checkpoint.")],
+    store: StoreOption = DEFAULT_STORE,
+    backend: Annotated[
+        Literal["reference", "fsdp"],
+        typer.Option(help="reference: one process of Hugging Face; fsdp: torch fully_shard."),
+    ] = "reference",
+    nproc: Annotated[int, typer.Option(help="Processes of the fsdp backend.")] = 1,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep scoring what arrives.")] = False,
+    served_model: Annotated[
+        str | None, typer.Option(help="Score only traces of this served model name.")
+    ] = None,
+    weight_version: Annotated[
+        str | None, typer.Option(help="Policy version of this checkpoint, as the gateway names it.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Precision of the weights; auto is the checkpoint's own."),
+    ] = "auto",
+    train_dtype: Annotated[
+        str | None, typer.Option(help="Precision of the training job; other scores are marked.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest sequence that fits this machine.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
+    ] = "auto",
+) -> None:
+    """Score the store's traces with the trainer.
+
+    Beside a running gateway with --follow, or afterwards. Several may share a store.
+    """
+    try:
+        from driftgate.teacher.config import TeacherConfig
+        from driftgate.teacher.launch import launch
+    except ModuleNotFoundError as error:
+        raise DriftgateError(
+            f"`driftgate teach` needs {error.name}: pip install 'driftgate[teacher]'"
+        ) from error
+    try:
+        settings = TeacherConfig(
+            store=str(store),
+            model=model,
+            backend=backend,
+            nproc=nproc,
+            follow=follow,
+            served_model=served_model,
+            weight_version=weight_version,
+            dtype=dtype,
+            train_dtype=train_dtype,
+            max_tokens=max_tokens,
+            device=device,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(launch(settings))
