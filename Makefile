@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types contracts bench clean
+.PHONY: setup demo test lint types contracts bench fuzz clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ contracts: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# A million cases of each reader of foreign bytes, about ten minutes; `make test` runs a few thousand.
+fuzz: setup
+	$(BIN)/python -m reliability.fuzz --write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

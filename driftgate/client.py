@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from driftgate.errors import (
+    JSON_ERRORS,
     DriftgateError,
     NotFoundError,
     RequestError,
@@ -207,7 +208,7 @@ class Client:
     def _decode(self, raw: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(raw, type=kind)
-        except msgspec.DecodeError as error:
+        except JSON_ERRORS as error:
             raise DriftgateError(
                 f"what answers at {self.url} is not this version of driftgate: {error}"
             ) from error
@@ -269,6 +270,6 @@ async def _raise_for_status(response: httpx.Response) -> None:
     try:
         error = msgspec.json.decode(body, type=ApiError).error
         message = f"{error.message}; {error.fix}" if error.fix else error.message
-    except msgspec.DecodeError:
+    except JSON_ERRORS:
         message = f"HTTP {response.status_code}: {body[:200].decode(errors='replace')}"
     raise ERRORS.get(response.status_code, DriftgateError)(message)

@@ -12,7 +12,10 @@ A message names the value, the limit and the fix. What the user got wrong in pla
 ``ValueError``; what we got wrong is an ``assert``.
 """
 
+import msgspec
+
 __all__ = [
+    "JSON_ERRORS",
     "DriftgateError",
     "FormatError",
     "NotFoundError",
@@ -21,6 +24,11 @@ __all__ = [
     "TeacherError",
     "UpstreamError",
 ]
+
+
+JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not the JSON that was asked for. A text that is not UTF-8
+and nesting past the interpreter's limit are no ``DecodeError``."""
 
 
 class DriftgateError(Exception):

@@ -15,13 +15,13 @@ import numpy as np
 from msgspec import Raw
 
 from driftgate.adapters.base import EngineAdapter
-from driftgate.errors import UpstreamError
+from driftgate.errors import JSON_ERRORS, UpstreamError
 from driftgate.gateway import sse
 from driftgate.gateway.digits import read_ids
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import assemble
 from driftgate.gateway.openai import Plan
-from driftgate.gateway.pieces import Pieces
+from driftgate.gateway.pieces import Pieces, check_text
 from driftgate.gateway.texts import text_matches
 from driftgate.trace import F32, I32, Proof, Routes, RoutesVia
 
@@ -78,8 +78,9 @@ def fold_answer(
     """The samples of a JSON answer. UpstreamError where it is none."""
     body = answer if isinstance(answer, bytes) else answer.rest()
     try:
+        check_text(body)
         head = HEAD.decode(body)
-    except msgspec.DecodeError as error:
+    except JSON_ERRORS as error:
         raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
     drafts = [_draft(raw, position) for position, raw in enumerate(head.choices)]
     if isinstance(answer, Pieces):
@@ -92,7 +93,7 @@ def _draft(raw: Raw, position: int) -> Draft:
     draft = Draft(index=position)
     try:
         choice = CHOICE.decode(raw)
-    except msgspec.DecodeError as error:
+    except JSON_ERRORS as error:
         draft.missing.append(f"answer: choice {position} cannot be read: {error}")
         draft.response = bytes(raw)
         return draft
@@ -129,9 +130,10 @@ def fold_stream(
             done = True
             continue
         try:
+            check_text(data)
             head = HEAD.decode(data)
             choices = [CHOICE.decode(raw) for raw in head.choices]
-        except msgspec.DecodeError as problem:
+        except JSON_ERRORS as problem:
             unread.append(str(problem))
             continue
         for choice in choices:
@@ -243,7 +245,7 @@ class _Folder:
             return None
         try:
             return _int32(given)
-        except (ValueError, OverflowError, msgspec.DecodeError) as error:
+        except (*JSON_ERRORS, ValueError, OverflowError) as error:
             missing.append(f"{name}: {error}")
             return None
 

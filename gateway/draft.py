@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 from msgspec import Raw
 
+from driftgate.errors import JSON_ERRORS
 from driftgate.gateway.messages import Delta
 from driftgate.gateway.pieces import Pieces
 from driftgate.gateway.texts import token_texts
@@ -110,8 +111,12 @@ class Draft:
             self.add_routes(pieces.routed_experts)
 
     def add_routes(self, raw: Raw) -> None:
-        if given(raw) is not None:
+        if given(raw) is None:
+            return
+        try:
             self.routes = msgspec.json.decode(raw, type=str).encode()
+        except JSON_ERRORS:
+            self.routes = bytes(raw)  # whoever decodes them says what is wrong
 
     def _add_rows(self, rows: _Rows) -> None:
         if rows.content is not None:

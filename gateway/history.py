@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import Raw
 
+from driftgate.errors import JSON_ERRORS
 from driftgate.gateway import sse
 from driftgate.gateway.conversation import Conversation, Seen, Turn, read_conversation
 from driftgate.gateway.messages import streamed_messages
@@ -124,7 +125,7 @@ def _outputs(parts: Iterable[bytes]) -> Iterable[Output]:
     for part in parts:
         try:
             answer = _ANSWER.decode(part)
-        except msgspec.DecodeError:
+        except JSON_ERRORS:
             continue  # the fold names it
         prompt_ids = answer.prompt_token_ids or prompt_ids
         for choice in answer.choices:
@@ -141,5 +142,5 @@ def _objects(messages: Iterable[Raw]) -> Iterator[dict[str, Any]]:
     for message in messages:
         try:
             yield _OBJECT.decode(message)
-        except msgspec.DecodeError:
+        except JSON_ERRORS:
             continue  # the fold names it

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from driftgate.errors import JSON_ERRORS
 from driftgate.gateway import sse
 
 __all__ = ["Delta", "assemble", "streamed_messages"]
@@ -99,7 +100,7 @@ def streamed_messages(events: Sequence[bytes]) -> list[dict[str, Any]]:
             continue
         try:
             chunk = _CHUNK.decode(data)
-        except msgspec.DecodeError:
+        except JSON_ERRORS:
             continue  # the fold names it
         for choice in chunk.choices:
             if choice.delta is not None:

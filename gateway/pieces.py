@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Raw
 
-__all__ = ["Pieces", "Row", "take_apart"]
+from driftgate.errors import JSON_ERRORS
+
+__all__ = ["Pieces", "Row", "check_text", "take_apart"]
 
 _ROWS_KEY = b'"logprobs":{"content":['
 _ROWS_END = b']},"finish_reason":'
@@ -79,11 +81,12 @@ def take_apart(body: bytes) -> Pieces | None:
         spans["routed_experts"] = _span(body, routes_at, _ROUTES_KEY, b'"')
     rest = _rest(body, [*spans.values(), prompt])
     try:
+        check_text(body)
         fields = _FIELDS.decode(rest)
         (choice,) = _CHOICES.decode(fields.get("choices", b"[]"))
         rows = _ROWS.decode(memoryview(body)[rows_at + len(_ROWS_KEY) - 1 : rows_end + 1])
         token_ids = _IDS.decode(body[slice(*ids)])
-    except (msgspec.DecodeError, ValueError):
+    except (*JSON_ERRORS, ValueError):
         return None
     if not (_take(fields, ["prompt_token_ids"]) and _take(choice, spans)) or not _says_bytes(rows):
         return None
@@ -96,6 +99,12 @@ def take_apart(body: bytes) -> Pieces | None:
         prompt_token_ids=Raw(body[slice(*prompt)]),
         routed_experts=Raw(body[slice(*routes)]) if routes else None,
     )
+
+
+def check_text(data: bytes) -> None:
+    """UnicodeDecodeError where it is not UTF-8: msgspec looks at a text only where it is read."""
+    if not data.isascii():
+        data.decode()
 
 
 def _span(body: bytes, at: int, key: bytes, end: bytes) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from driftgate.errors import RequestError
+from driftgate.errors import JSON_ERRORS, RequestError
 from driftgate.views import ApiError, ErrorBody
 
 __all__ = ["body_of", "error_answer", "json_answer", "origin_of", "query_of", "step_of"]
@@ -55,7 +55,7 @@ async def body_of(request: web.Request, kind: type[T]) -> T:
     """The JSON body as ``kind``; an empty one counts as ``{}``. RequestError."""
     try:
         return msgspec.json.decode(await request.read() or b"{}", type=kind)
-    except msgspec.DecodeError as error:
+    except JSON_ERRORS as error:
         raise RequestError(f"body of {request.method} {request.path}: {error}") from error
 
 
