@@ -17,8 +17,8 @@ __all__ = ["Vllm", "narrow_routes", "read_npy"]
 
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
-ROUTE_DTYPES = ("uint8", "uint16", "int32")
-"""What vLLM builds were seen to send."""
+ROUTE_DTYPES = {text.encode(): np.dtype(text) for text in ("|u1", "<u2", ">u2", "<i4", ">i4")}
+"""What vLLM builds were seen to send (uint8, uint16, int32), as a ``.npy`` header says it."""
 
 _MAGIC, _MAGIC_2 = b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00"
 _HEADER = re.compile(
@@ -27,12 +27,6 @@ _HEADER = re.compile(
 )
 """As numpy writes it. Its own reader evaluates the header as Python and lets errors of the
 tokenizer out."""
-
-_DTYPES = {
-    np.dtype(name).newbyteorder(order).str.encode(): np.dtype(name).newbyteorder(order)
-    for name in ROUTE_DTYPES
-    for order in "<>"
-}
 
 _SIZE = re.compile(rb"[0-9]+")
 
@@ -105,10 +99,10 @@ def read_npy(data: bytes) -> Integers:
     said = _HEADER.fullmatch(header)
     if said is None:
         raise ValueError(f".npy header {header!r} is not of an array of integers in rows")
-    dtype = _DTYPES.get(said["dtype"])
+    dtype = ROUTE_DTYPES.get(said["dtype"])
     shape = [int(size) for size in _SIZE.findall(said["shape"])]
     if dtype is None:
-        raise ValueError(f"dtype {said['dtype'].decode()} is none of {', '.join(ROUTE_DTYPES)}")
+        raise ValueError(f"dtype {said['dtype'].decode()} is none of uint8, uint16 and int32")
     offset = start + header_bytes
     expected, got = prod(shape) * dtype.itemsize, len(data) - offset
     if expected != got:
