@@ -81,6 +81,13 @@ ROUTER_ROWS: tuple[tuple[str, str], ...] = (
 )
 
 
+REPLAY_ROWS: tuple[tuple[str, str], ...] = (
+    ("k3 under replay", "kl_k3_rollout_train"),
+    ("mean |D| under replay", "abs_log_ratio_mean"),
+)
+"""Drift that is left under the rollout's routes, and the share of it that is gone."""
+
+
 def colour(item: ScoreView | CellView) -> Colour | None:
     """The worst band of the gated metrics; None where no valid comparison stands behind them."""
     if isinstance(item, ScoreView) and item.comparable.verdict == "no":
@@ -118,6 +125,9 @@ def drift_line(event: DriftEvent) -> Text:
     if score.router is not None:
         disagree = score.router.metrics.get("router_set_disagree_rate")
         line.append("  router ").append(percent(disagree))
+    if score.replay is not None:
+        removed = score.replay.shares.metrics.get("replay_removes_abs_log_ratio_mean")
+        line.append("  replay removes ").append(percent(removed))
     if score.worst is not None:
         line.append("  worst ").append(_quoted(score.worst), "reverse")
         line.append(f" {signed(score.worst.log_ratio)}")
@@ -170,6 +180,9 @@ def _matrix_table(cells: Sequence[CellView]) -> Table:
     if any(cell.router is not None for cell in cells):
         for label, name in ROUTER_ROWS:
             table.add_row(label, *(_router_measure(cell, name) for cell in cells))
+    if any(cell.replay is not None for cell in cells):
+        for label, name in REPLAY_ROWS:
+            table.add_row(label, *(_replay_measure(cell, name) for cell in cells))
     table.add_row("worst token", *(_worst_cell(cell.worst) for cell in cells))
     return table
 
@@ -233,6 +246,18 @@ def _router_measure(cell: CellView, name: str) -> Text:
     routers = [(floor.side, floor.router) for floor in cell.floors if floor.router is not None]
     floors = [(side, percent(router.metrics.get(name))) for side, router in routers]
     text.append(_floors(floors), "dim")
+    return text
+
+
+def _replay_measure(cell: CellView, name: str) -> Text:
+    """What is left, and the share that routing replay removes, with its interval."""
+    if cell.replay is None:
+        return Text(MISSING)
+    share = f"replay_removes_{name}"
+    text = Text(number(cell.replay.measures.metrics.get(name)))
+    text.append(f"  removes {percent(cell.replay.shares.metrics.get(share))}")
+    if interval := cell.intervals.get(share):
+        text.append(f" [{percent(interval.low)}, {percent(interval.high)}]", "dim")
     return text
 
 

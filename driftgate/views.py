@@ -52,6 +52,7 @@ __all__ = [
     "Minted",
     "MismatchView",
     "ReasonCount",
+    "ReplayView",
     "RewardRequest",
     "RouterMeasures",
     "RoutesView",
@@ -83,6 +84,22 @@ class RouterMeasures(msgspec.Struct, frozen=True, kw_only=True):
 
     metrics: dict[str, Any]
     undefined: dict[str, str] = {}
+
+
+class ReplayView(msgspec.Struct, frozen=True, kw_only=True):
+    """The drift that is left when the trainer uses the rollout's routes, and the share that is
+    gone: what routing replay would remove."""
+
+    n_tokens: int
+    n_seqs: int
+    coverage: float | None
+    """Share of the router's choices that the rollout's routes gave; the trainer made the others."""
+    shares: Measures
+    """``replay_removes_abs_log_ratio_mean`` and ``replay_removes_kl_k3_rollout_train``."""
+    native: Measures
+    """Drift of these tokens with the trainer's own routes."""
+    measures: Measures
+    """Drift of these tokens with the rollout's."""
 
 
 class WorstView(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +145,9 @@ class ScoreView(msgspec.Struct, frozen=True, kw_only=True):
     at_requested_temperature: Measures | None = None
     router: RouterMeasures | None = None
     router_reason: str | None = None
+    replay: ReplayView | None = None
+    replay_reason: str | None = None
+    """Why ``replay`` is null."""
     worst: WorstView | None = None
     one_pass: bool = False
     forward_s: float = 0.0
@@ -164,6 +184,8 @@ class TokenView(msgspec.Struct, frozen=True, kw_only=True):
     rollout_logprob: float | None = None
     train_logprob: float | None = None
     """Under the score's ``temperature``."""
+    replay_logprob: float | None = None
+    """The trainer's under the rollout's routes, at the same temperature."""
     log_ratio: float | None = None
     entropy: float | None = None
     """Nats, of the trainer's distribution at T = 1."""
@@ -310,6 +332,9 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     all_measures: Measures | None
     """Over every score with numbers, comparable or not: evidence of what is wrong, not drift."""
     router: RouterMeasures | None = None
+    replay: ReplayView | None = None
+    """Over the scores behind ``measures`` that were scored under the rollout's routes too; null
+    where there is none."""
     worst: WorstView | None = None
     intervals: dict[str, Interval] = {}
     """Of ``measures``, by metric; empty where there are too few trajectories to tell."""

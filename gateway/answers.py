@@ -20,6 +20,7 @@ from driftgate.errors import FormatError, NotFoundError
 from driftgate.gateway import shape
 from driftgate.gateway.spread import Spread
 from driftgate.mismatch import Worst
+from driftgate.replay import ReplayPair
 from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
 from driftgate.storage.cells import CellFold
 from driftgate.trace import Score, ScoreMeta, Trace
@@ -188,6 +189,8 @@ class Answers:
             at_requested_temperature=shape.measures(meta.at_requested_temperature),
             router=shape.router(meta.router),
             router_reason=meta.router_reason,
+            replay=shape.replay(ReplayPair.of(meta), comparable=meta.comparable.verdict != "no"),
+            replay_reason=meta.replay_reason,
             worst=self._in_context(worst) if worst and text else worst,
             one_pass=meta.one_pass,
             forward_s=meta.forward_s,
@@ -287,6 +290,7 @@ class Answers:
             measures=shape.measures(row.comparable_bucket),
             all_measures=shape.measures(row.bucket),
             router=shape.router(row.router),
+            replay=shape.replay(row.replay),
             worst=self._cell_worst(row.worst),
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),

@@ -47,6 +47,10 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     model's own limit."""
     noise_floor_trajectories: int = 2
     """The trainer scores the first so many trajectories twice, as its own noise floor."""
+    replay: bool = True
+    """Score a mixture of experts a second time under the rollout's routes, where it has them. It
+    costs a forward more for each one, and a dense model nothing. On unless switched off: a score is
+    taken once, and what routing contributes to its drift cannot be told later without this."""
     lease_s: float = 120.0
     """A trajectory leased by a worker that died is free again after this many seconds."""
 

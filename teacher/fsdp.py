@@ -74,6 +74,7 @@ class FsdpBackend:
             train_dtype=train_dtype,
             world_size=self.parallel,
         )
+        self.no_replay = self._scorer.no_replay
 
     @classmethod
     def load(cls, config: TeacherConfig) -> FsdpBackend:

@@ -53,6 +53,7 @@ class ReferenceBackend:
             findings=self.findings,
             train_dtype=train_dtype,
         )
+        self.no_replay = self._scorer.no_replay
 
     @classmethod
     def load(cls, config: TeacherConfig) -> ReferenceBackend:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from driftgate import mismatch
+from driftgate.codes import SEVERITY, SPOILS_ROUTES
 from driftgate.comparable import headline_temperature, judge
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket, ShiftFinding, route_shift
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.held import Held
+from driftgate.teacher.replay import Replayed
 from driftgate.trace import (
     F32,
     Comparable,
@@ -44,9 +46,11 @@ def drift(
     now_ns: int,
     findings: Seq[Reason] = (),
     weight_version: str | None = None,
+    replayed: Replayed | None = None,
 ) -> Score:
     """The trainer's numbers for one trace, against what its engine reported.
 
+    ``replayed``: its numbers under the rollout's routes, or why there are none.
     ``findings``: what is known to be wrong with the trainer. ``weight_version``: of its weights.
     """
     trace = held.trace
@@ -70,6 +74,7 @@ def drift(
     )
     headline = result.logprobs if temperature == 1.0 else result.at_temperature
     assert headline is not None
+    under, why_not = _replay(replayed, judged, temperature)
     return Score(
         meta=ScoreMeta(
             **_names(trace.meta),
@@ -81,6 +86,9 @@ def drift(
             router=router,
             router_reason=reason,
             comparable=judged,
+            replay=None if under is None else _bucket(trace, under),
+            replay_reason=why_not,
+            replay_coverage=replayed.coverage if replayed and under is not None else None,
             worst=mismatch.worst(
                 headline, trace.logprobs, trace.response_ids, trace_id=trace.meta.trace_id
             ),
@@ -91,6 +99,7 @@ def drift(
         logprobs=result.logprobs,
         entropy=result.entropy,
         logprobs_at_temperature=result.at_temperature,
+        logprobs_replay=under,
         routes=result.routes,
     )
 
@@ -234,6 +243,21 @@ def _bucket(trace: Trace, train: F32) -> Bucket:
     return Bucket.of(
         train, trace.logprobs, token_ids=trace.response_ids, trace_id=trace.meta.trace_id
     )
+
+
+def _replay(
+    replayed: Replayed | None, judged: Comparable, temperature: float
+) -> tuple[F32 | None, str | None]:
+    """[R] nats under the rollout's routes at the headline's temperature, or why there are none."""
+    if replayed is None or replayed.result is None:
+        return None, replayed.reason if replayed else "not scored under the rollout's routes"
+    spoilt = [
+        r.code for r in judged.reasons if r.code in SPOILS_ROUTES and SEVERITY[r.code] == "no"
+    ]
+    if spoilt:
+        return None, f"the rollout's routes say nothing here: {', '.join(spoilt)}"
+    result = replayed.result
+    return (result.logprobs if temperature == 1.0 else result.at_temperature), None
 
 
 def _router(

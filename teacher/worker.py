@@ -28,6 +28,7 @@ from driftgate.teacher.base import Backend, SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.floors import Floors, repeats
 from driftgate.teacher.held import Held, hold
+from driftgate.teacher.replay import Replayer
 from driftgate.teacher.scores import drift, engine_floor, refusal, trainer_floor
 from driftgate.teacher.sequences import Sequence, assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
@@ -68,6 +69,8 @@ class Report(msgspec.Struct, kw_only=True):
     lost_leases: int = 0
     """Trajectories that another worker took over while this one was working on them."""
     forward_s: float = 0.0
+    replay_s: float = 0.0
+    """Of forwards under the rollout's routes."""
 
 
 class Worker:
@@ -88,6 +91,7 @@ class Worker:
         self._floors = Floors(
             self._reader, backend.trainer.digest, trajectories=config.noise_floor_trajectories
         )
+        self._replayer = Replayer(backend, self._reader.trace, enabled=config.replay)
         self.report = Report()
 
     def run(self, stop: threading.Event) -> Report:
@@ -216,6 +220,8 @@ class Worker:
         forward_s = sum(result.forward_s for result in results.values())
         self.report.forward_s += forward_s
         log.info("%d traces in %d forwards, %.2f s", len(held), len(sequences), forward_s)
+        replayed = self._replayer.run(held, sequences, results)
+        self.report.replay_s = self._replayer.forward_s
         scores = [
             drift(
                 one,
@@ -223,6 +229,7 @@ class Worker:
                 trainer=backend.trainer,
                 findings=backend.findings,
                 weight_version=self._config.weight_version,
+                replayed=replayed[one.trace.meta.trace_id],
                 now_ns=time.time_ns(),
             )
             for one in held
