@@ -294,6 +294,8 @@ class FloorView(msgspec.Struct, frozen=True, kw_only=True):
     """A side against itself: drift below this says nothing."""
 
     side: Literal["engine", "trainer"]
+    label: str = "repeat"
+    """How the second run was made: ``repeat`` or ``decode_vs_prefill``."""
     n_tokens: int
     n_seqs: int
     measures: Measures
@@ -324,6 +326,9 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     """Scores of this cell."""
     captured: int
     """Traces of this engine and model."""
+    partial: bool = False
+    """Fewer scored than captured: the numbers may still change, and are not to be quoted as those
+    of the whole. Never of a noise floor, which is of a sample."""
     comparable: dict[str, int]
     """Scores by their own verdict: ``yes``, ``converted``, ``no``."""
     reasons: list[ReasonCount]

@@ -17,6 +17,7 @@ import msgspec
 from driftgate.bootstrap import FEW_TRAJECTORIES
 from driftgate.comparable import CODES
 from driftgate.errors import FormatError, NotFoundError
+from driftgate.floor import label_of
 from driftgate.gateway import shape
 from driftgate.gateway.spread import Spread
 from driftgate.mismatch import Worst
@@ -282,6 +283,7 @@ class Answers:
             few=row.trajectories < FEW_TRAJECTORIES,
             scored=row.scored,
             captured=row.captured,
+            partial=row.kind == "drift" and row.scored < row.captured,
             comparable=row.comparable,
             reasons=[
                 ReasonCount(code=code, meaning=CODES.get(code, ""), scores=count)
@@ -353,6 +355,7 @@ def _floors(row: CellRow, rows: Sequence[CellRow]) -> Iterator[FloorView]:
             continue
         yield FloorView(
             side="engine" if floor.engine.digest == row.engine.digest else "trainer",
+            label=label_of(floor.trainer),
             n_tokens=floor.bucket.n_tokens,
             n_seqs=floor.bucket.n_seqs,
             measures=Measures(metrics=floor.bucket.metrics(), undefined=floor.bucket.undefined()),

@@ -2,7 +2,8 @@
 
 Three kinds: the drift of a trace, a refusal that says why there is none (so that it is not tried
 forever), and a noise floor, where one side ran twice and its second run stands in the trainer's
-place.
+place. A floor whose second run was made in another way says so in the settings of that side, under
+``driftgate.floor.LABEL``: floors of different kinds are different cells.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from driftgate import mismatch
 from driftgate.codes import SEVERITY, SPOILS_ROUTES
 from driftgate.comparable import headline_temperature, judge
+from driftgate.floor import LABEL
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket, ShiftFinding, route_shift
 from driftgate.teacher.base import SliceResult
@@ -22,6 +25,7 @@ from driftgate.teacher.held import Held
 from driftgate.teacher.replay import Replayed
 from driftgate.trace import (
     F32,
+    I32,
     Comparable,
     Engine,
     Reason,
@@ -33,7 +37,7 @@ from driftgate.trace import (
     Trainer,
 )
 
-__all__ = ["drift", "engine_floor", "refusal", "trainer_floor"]
+__all__ = ["Run", "drift", "engine_floor", "floor", "refusal", "trainer_floor"]
 
 NOTHING = np.zeros(0, np.float32)
 
@@ -121,7 +125,7 @@ def refusal(meta: TraceMeta, reason: Reason, *, trainer: Trainer, now_ns: int) -
     )
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """One of two runs of the same side over the same tokens."""
 
     logprobs: F32
@@ -140,11 +144,11 @@ def trainer_floor(
     Else it is to be the same forward again. The score's ``one_pass`` says which it was.
     """
     assert trace.response_ids is not None
-    return _floor(
-        trace,
-        len(trace.response_ids),
-        _Run(first.logprobs, first.routes),
-        _Run(second.logprobs, second.routes),
+    return floor(
+        trace.meta,
+        trace.response_ids,
+        Run(first.logprobs, first.routes),
+        Run(second.logprobs, second.routes),
         side=trainer,
         now_ns=now_ns,
         entropy=second.entropy,
@@ -166,11 +170,11 @@ def engine_floor(held_first: Held, held_second: Held, *, now_ns: int) -> Score:
     assert first.logprobs is not None
     assert second.logprobs is not None
     shared = _common_prefix(first, second)
-    score = _floor(
-        second,
-        shared,
-        _Run(first.logprobs[:shared], _rows(held_first, shared)),
-        _Run(second.logprobs[:shared], _rows(held_second, shared)),
+    score = floor(
+        second.meta,
+        second.response_ids[:shared],
+        Run(first.logprobs[:shared], _rows(held_first, shared)),
+        Run(second.logprobs[:shared], _rows(held_second, shared)),
         side=second.meta.engine,
         now_ns=now_ns,
     )
@@ -190,23 +194,30 @@ def engine_floor(held_first: Held, held_second: Held, *, now_ns: int) -> Score:
     return score
 
 
-def _floor(
-    trace: Trace,
-    tokens: int,
-    first: _Run,
-    second: _Run,
+def floor(
+    meta: TraceMeta,
+    ids: I32,
+    first: Run,
+    second: Run,
     *,
     side: Engine | Trainer,
     now_ns: int,
+    label: str | None = None,
+    foreign: bool = False,
     entropy: F32 = NOTHING,
     margins: F32 | None = None,
     layer_ids: tuple[int, ...] = (),
     one_pass: bool = False,
 ) -> Score:
-    """``tokens``: of the response, how many both runs share."""
-    assert trace.response_ids is not None
-    ids = trace.response_ids[:tokens]
-    named = trace.meta.trace_id
+    """One side's second run against its first, over the tokens ``ids`` [n] that both runs share.
+
+    ``label``: how the second run was made, where it was not simply the same again. ``foreign``: the
+    tokens are not those of the trace, whose prompt alone was used: no token of it is named.
+    """
+    named, tokens = "" if foreign else meta.trace_id, len(ids)
+    again = side
+    if label is not None:
+        again = msgspec.structs.replace(side, settings={**side.settings, LABEL: label})
     router = None
     if first.routes is not None and second.routes is not None and tokens:
         router = RouterBucket.of(
@@ -220,15 +231,19 @@ def _floor(
     bucket = Bucket.of(second.logprobs, first.logprobs, token_ids=ids, trace_id=named)
     return Score(
         meta=ScoreMeta(
-            **_names(trace.meta),
+            **_names(meta),
             kind="noise_floor",
             engine=side,
-            trainer=side,
+            trainer=again,
             bucket=bucket if tokens else None,
             router=router,
             router_reason=None if router is not None else "no routes on both runs",
             comparable=Comparable(verdict="yes" if tokens else "no", reasons=[]),
-            worst=mismatch.worst(second.logprobs, first.logprobs, ids, trace_id=named),
+            worst=(
+                None
+                if foreign
+                else mismatch.worst(second.logprobs, first.logprobs, ids, trace_id=named)
+            ),
             one_pass=one_pass,
             scored_ns=now_ns,
         ),

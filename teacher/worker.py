@@ -24,13 +24,13 @@ import msgspec
 
 from driftgate.errors import DriftgateError, StorageError, TeacherError
 from driftgate.storage import Lease, Leases, Reader, Writer
-from driftgate.teacher.base import Backend, SliceResult
+from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
-from driftgate.teacher.floors import Floors, repeats
+from driftgate.teacher.floors import Floors, choose, trainer_floors
 from driftgate.teacher.held import Held, hold
 from driftgate.teacher.replay import Replayer
-from driftgate.teacher.scores import drift, engine_floor, refusal, trainer_floor
-from driftgate.teacher.sequences import Sequence, assemble, is_scorable
+from driftgate.teacher.scores import drift, engine_floor, refusal
+from driftgate.teacher.sequences import assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
 from driftgate.trace import Reason, Score, Trace, TraceMeta
 
@@ -97,6 +97,9 @@ class Worker:
     def run(self, stop: threading.Event) -> Report:
         """Score until nothing is left, or until ``stop`` when following. Finishes what it has
         begun."""
+        if self._config.floor_traces:
+            self._measure_floor()
+            return self.report
         while not stop.is_set():
             leases = self._acquire()
             if leases:
@@ -234,31 +237,20 @@ class Worker:
             )
             for one in held
         ]
-        return [*scores, *self._trainer_floors(held, sequences, results)]
+        again = [one.trace for one in held if self._floors.takes(one.trace.meta.trajectory)]
+        return [*scores, *trainer_floors(backend, again, sequences, results)]
 
-    def _trainer_floors(
-        self, held: list[Held], sequences: list[Sequence], results: dict[str, SliceResult]
-    ) -> list[Score]:
-        """Second runs over the trajectories that the noise floor is taken from, against
-        ``results``."""
-        traces = [one.trace for one in held if self._floors.takes(one.trace.meta.trajectory)]
-        by_id = {trace.meta.trace_id: trace for trace in traces}
-        again = repeats(sequences, by_id)
-        floors = []
-        for second in self._backend.score(again) if again else []:
-            first = results[second.trace_id]
-            # Inside a longer sequence again: that trace's second run is the one alone.
-            if second.trace_id in by_id and not second.one_pass:
-                floors.append(
-                    trainer_floor(
-                        by_id[second.trace_id],
-                        first,
-                        second,
-                        trainer=self._backend.trainer,
-                        now_ns=time.time_ns(),
-                    )
-                )
-        return floors
+    def _measure_floor(self) -> None:
+        """Run the trainer twice over the newest traces that it has no floor of."""
+        rows = choose(
+            self._reader, model=self._config.served_model, limit=self._config.floor_traces
+        )
+        known = self._floors.traces
+        held = [hold(t) for t in rows if t.meta.trace_id not in known and not self._unfit(t)]
+        sequences = assemble([one.trace for one in held])
+        results = {result.trace_id: result for result in self._backend.score(sequences)}
+        traces = [one.trace for one in held]
+        self._store(trainer_floors(self._backend, traces, sequences, results))
 
     def _engine_floors(self) -> bool:
         """Compare the engine with itself where it answered one request twice; True if there was
