@@ -150,6 +150,9 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """``usage.completion_tokens``; a sum over choices when n > 1. None where the agent asked for
     no usage."""
     usage_prompt: int | None = None
+    usage_cached: int | None = None
+    """Prompt tokens that the engine took from its prefix cache (vLLM counts them with
+    ``--enable-prompt-tokens-details``)."""
     prompt_ids: int | None = None
     route_rows: int | None = None
     """Must be ``P + R - 1``."""

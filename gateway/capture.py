@@ -214,6 +214,7 @@ class _Folder:
             logprob_rows=draft.rows,
             usage_completion=usage.completion_tokens,
             usage_prompt=usage.prompt_tokens if self._plan.prompts == 1 else None,
+            usage_cached=usage.cached_tokens if self._plan.prompts == 1 else None,
             prompt_ids=None if prompt_ids is None else len(prompt_ids),
             route_rows=None if routes is None else len(routes),
             text_matches=self._text_matches(draft, token_offsets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from msgspec import Raw
@@ -44,6 +45,15 @@ class Choice(msgspec.Struct):
 class Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens_details: Any = None
+    """Whatever an engine puts here: a surprise in it must not cost the capture."""
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens from the engine's prefix cache, where it counts them."""
+        details = self.prompt_tokens_details
+        count = details.get("cached_tokens") if isinstance(details, dict) else None
+        return count if isinstance(count, int) else None
 
 
 class Head(msgspec.Struct):

@@ -72,6 +72,7 @@ def drift(
         shift=shift,
         findings=findings,
         trainer_weight_version=weight_version,
+        parent=held.parent,
     )
     temperature = headline_temperature(
         trace.meta.engine, trace.meta.sampling, at_one=at_one, at_requested=at_asked

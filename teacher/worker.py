@@ -23,7 +23,8 @@ from pathlib import Path
 import msgspec
 
 from driftgate.errors import DriftgateError, StorageError, TeacherError
-from driftgate.storage import Lease, Leases, Reader, Writer
+from driftgate.facts import Parent
+from driftgate.storage import Lease, Leases, Reader, TraceRow, Writer
 from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.floors import Floors, choose, trainer_floors
@@ -158,21 +159,22 @@ class Worker:
         """The traces of a lease that can be scored; a score with the reason for each that
         cannot."""
         fit: list[Held] = []
-        metas = {row.meta.trace_id: row.meta for row in self._reader.traces(lease.trajectory)}
+        rows = {row.meta.trace_id: row for row in self._reader.traces(lease.trajectory)}
         for trace_id in lease.trace_ids:
-            found = _crashed(lease) or self._fit(trace_id)
+            before = rows.get(rows[trace_id].meta.parent or "")
+            found = _crashed(lease) or self._fit(trace_id, before)
             if isinstance(found, Held):
                 fit.append(found)
             else:
                 log.warning("trace %s is not scored: %s", trace_id, found.detail)
-                refused.append(self._refusal(metas[trace_id], found))
+                refused.append(self._refusal(rows[trace_id].meta, found))
         return fit
 
-    def _fit(self, trace_id: str) -> Held | Reason:
-        """What is to be scored of a trace, or why it cannot be."""
+    def _fit(self, trace_id: str, before: TraceRow | None) -> Held | Reason:
+        """What is to be scored of a trace, or why it cannot be. ``before``: its parent."""
         try:
             trace = self._reader.trace(trace_id)
-            return self._unfit(trace) or hold(trace)
+            return self._unfit(trace) or hold(trace, _parent(before))
         except DriftgateError as error:
             return Reason(
                 code="trace_unreadable",
@@ -342,6 +344,12 @@ def _crashed(lease: Lease) -> Reason | None:
         detail=f"{lease.crashes} workers ended while they scored trajectory {lease.trajectory}",
         fix="see the logs of those workers; lower max_tokens if they ran out of memory",
     )
+
+
+def _parent(row: TraceRow | None) -> Parent | None:
+    if row is None or row.prompt_len is None:
+        return None
+    return Parent(row.meta.trace_id, row.prompt_len, row.meta.weight_version)
 
 
 def _by_trajectory(held: Seq[Held]) -> dict[str, list[Held]]:

@@ -49,12 +49,12 @@ def routes_of(rows: int) -> npt.NDArray[np.uint8]:
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """What a deterministic engine says: token ``i`` of an answer is 300 + i, of -i / 10 nats."""
+    """Of a deterministic engine: token ``i`` of an answer is 300 + i, of -(i + 1) / 10 nats."""
     prompt = asked["prompt"]
     if "prompt_logprobs" in asked:
         start = prompt.index(300)
         rows = [None] + [
-            {str(token): {"logprob": (PREFILL_D - (at - start) / 10)}}
+            {str(token): {"logprob": PREFILL_D - (at - start + 1) / 10}}
             for at, token in list(enumerate(prompt))[1:]
         ]
         routed = npy(routes_of(len(prompt)))
@@ -64,7 +64,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         "choices": [
             {
                 "token_ids": [300 + i for i in range(count)],
-                "logprobs": {"token_logprobs": [-i / 10 for i in range(count)]},
+                "logprobs": {"token_logprobs": [-(i + 1) / 10 for i in range(count)]},
                 "routed_experts": npy(routes_of(len(prompt) + count - 1)),
             }
         ]
@@ -104,7 +104,7 @@ def engine(
 def said(make_trace: MakeTrace, name: str = "a", count: int = 8, **more: Any) -> Trace:
     """An answer of the stand-in."""
     given: dict[str, Any] = {
-        "logprobs": [-i / 10 for i in range(count)],
+        "logprobs": [-(i + 1) / 10 for i in range(count)],
         "routes": routes_of(5 + count - 1),
         "engine": ENGINE,
         **more,
@@ -189,7 +189,7 @@ def test_what_cannot_be_run_again_is_counted_by_reason(
 
 
 def test_no_engine_is_an_error_that_says_so(make_trace: MakeTrace) -> None:
-    with pytest.raises(UpstreamError, match="no engine answers at http://127.0.0.1:9"):
+    with pytest.raises(UpstreamError, match=r"no engine answers at http://127\.0\.0\.1:9"):
         EngineFloors("http://127.0.0.1:9").measure([said(make_trace)], set())
 
 
