@@ -175,9 +175,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="driftgate-trap-") as scratch:
         for found in run(Path(scratch)):
             print(f"an engine that {found.name}")
-            print(
-                f"  scored at T = 1, whatever was recorded: {round(found.naive_bias, 2) + 0.0:+.2f} nats an answer"
-            )
+            bias = round(found.naive_bias, 2) + 0.0  # no minus zero
+            print(f"  scored at T = 1, whatever was recorded: {bias:+.2f} nats an answer")
             verdicts = ", ".join(sorted(found.verdicts))
             print(f"  driftgate: comparable {verdicts}, mean|D| {found.mean_abs:.2g} nats a token")
             for code, reason in found.reasons.items():

@@ -7,12 +7,14 @@ import io
 import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from driftgate.adapters.vllm import Vllm, narrow_routes, read_npy
 from driftgate.errors import UpstreamError
 from driftgate.gateway.capture import Sample, fold_answer, fold_stream
+from driftgate.gateway.draft import Usage
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.texts import text_matches
 
@@ -186,3 +188,15 @@ def test_streams_that_do_not_end_well(stream: list[bytes], missing: str) -> None
 )
 def test_text_matches(texts: list[bytes], sent: bytes, stopped: bool, matches: bool | None) -> None:
     assert text_matches(texts, sent, stopped=stopped) is matches
+
+
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [({"cached_tokens": 48}, 48), ({"cached_tokens": None}, None), (None, None), ([1], None)],
+)
+def test_what_an_engine_says_of_its_prefix_cache_is_kept_and_a_surprise_costs_nothing(
+    details: Any, cached: int | None
+) -> None:
+    said = msgspec.json.encode({"prompt_tokens": 50, "prompt_tokens_details": details})
+    usage = msgspec.json.decode(said, type=Usage)
+    assert (usage.prompt_tokens, usage.cached_tokens) == (50, cached)
