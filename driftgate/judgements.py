@@ -16,6 +16,7 @@ __all__ = [
     "FeedbackRow",
     "GroupMember",
     "GroupVerdict",
+    "PairVerdict",
     "TrajectoryVerdict",
     "TrajectoryVerdicts",
 ]
@@ -37,6 +38,15 @@ class TrajectoryVerdict(msgspec.Struct, frozen=True, kw_only=True):
     n_tokens: int
     """Comparable ones."""
     verdict: Verdict
+
+
+class PairVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """A verdict in a line, for one engine and one trainer; `TrajectoryVerdict` has the numbers."""
+
+    model: str | None
+    engine_digest: str | None
+    trainer_digest: str | None
+    verdict: Brief
 
 
 class GroupMember(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from driftgate.judgements import (
     FeedbackRow,
     GroupMember,
     GroupVerdict,
+    PairVerdict,
     TrajectoryVerdict,
     TrajectoryVerdicts,
 )
@@ -29,9 +30,9 @@ from driftgate.storage import CellRow, Reader, TraceRow
 from driftgate.storage.cells import CellFold
 from driftgate.sums import LogSum, kish
 from driftgate.trace import Engine, ScoreMeta, Trainer
-from driftgate.verdict import Lag, Subject, Verdict, brief, judge, policy_lag
+from driftgate.verdict import Brief, Lag, Subject, Verdict, brief, judge, policy_lag
 
-__all__ = ["MAX_FEEDBACK", "SCORES_PAGE", "Verdicts", "scores_of"]
+__all__ = ["MAX_FEEDBACK", "Verdicts", "of_response", "scores_of"]
 
 MAX_FEEDBACK = 1000
 """Trajectories behind one roll-up: each is read and folded, about 1 ms."""
@@ -70,9 +71,17 @@ class Verdicts:
             groups=list(self._groups(trajectory, budget, cells)),
         )
 
-    def items(self, trajectory: str, profile: ProfileName = "default") -> list[TrajectoryVerdict]:
-        """The verdicts on one run, without its group. NotFoundError."""
-        return self._items(trajectory, PROFILES[profile], self.reader.cells())
+    def briefs(self, trajectory: str) -> list[PairVerdict]:
+        """The verdicts on one run under the default profile, a line each. NotFoundError."""
+        return [
+            PairVerdict(
+                model=item.model,
+                engine_digest=item.engine_digest,
+                trainer_digest=item.trainer_digest,
+                verdict=brief(item.verdict),
+            )
+            for item in self._items(trajectory, PROFILES["default"], self.reader.cells())
+        ]
 
     def feedback(self, profile: ProfileName = "default", limit: int = 200) -> Feedback:
         """Verdicts on the newest ``limit`` trajectories by engine and weight version."""
@@ -162,6 +171,25 @@ class Verdicts:
                     _Pair(first.model, first.engine, trainers.get(trainer), versions, subject)
                 )
         return out
+
+
+def of_response(meta: ScoreMeta) -> Brief | None:
+    """The default profile's verdict on one response by its score alone; None for a noise floor."""
+    if meta.kind != "drift":
+        return None
+    refused = [r.code for r in meta.comparable.reasons if SEVERITY.get(r.code) == "no"]
+    subject = Subject(
+        captured=1,
+        scorable=1,
+        scored=1,
+        bucket=meta.bucket,
+        comparable=int(meta.comparable.verdict != "no"),
+        codes=refused,
+        router=meta.router,
+        router_reason=meta.router_reason,
+        lag=Lag(steps=None, reason="a score does not say under which version was sampled"),
+    )
+    return brief(judge(subject, PROFILES["default"]))
 
 
 def scores_of(reader: Reader, trajectory: str) -> Iterator[ScoreMeta]:
