@@ -23,6 +23,7 @@ from driftgate.errors import (
     StorageError,
     UpstreamError,
 )
+from driftgate.explain import TrajectoryExplanation
 from driftgate.judgements import Feedback, TrajectoryVerdicts
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
@@ -133,6 +134,13 @@ class Client:
     async def cells(self) -> Cells:
         """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""
         return await self._get("/api/cells", Cells)
+
+    async def explain(
+        self, trajectory: str, *, trainer: str | None = None
+    ) -> TrajectoryExplanation:
+        """Why trainer and engine differ on it, by cause; ``trainer``: only of this digest."""
+        path = f"/api/trajectories/{_segment(trajectory)}/explain"
+        return await self._get(path, TrajectoryExplanation, _query(trainer=trainer))
 
     async def verdict(
         self, trajectory: str, *, profile: ProfileName = "default"

@@ -150,7 +150,7 @@ class Bucket(msgspec.Struct, kw_only=True):
         ``token_ids`` [R] and ``trace_id`` only locate the worst token. ValueError on shapes that
         do not agree.
         """
-        keep, n_bad = _comparable(train, rollout, mask)
+        keep, n_bad = good_tokens(train, rollout, mask)
         t, r = _f64(train)[keep], _f64(rollout)[keep]
         if not t.size:
             return cls(n_bad_tokens=n_bad)
@@ -234,7 +234,7 @@ def worst(
 
     All arrays [R] of one response, as in `Bucket.of`.
     """
-    keep, _ = _comparable(train, rollout, mask)
+    keep, _ = good_tokens(train, rollout, mask)
     if not keep.any():
         return None
     t, r = _f64(train)[keep], _f64(rollout)[keep]
@@ -253,7 +253,7 @@ def _one(exponent: float) -> LogSum:
     return LogSum.of(np.array([exponent]))
 
 
-def _comparable(
+def good_tokens(
     train: Array, rollout: Array, mask: Array | None
 ) -> tuple[npt.NDArray[np.bool_], int]:
     """([R] tokens to compare, how many tokens of the mask were bad on either side)."""

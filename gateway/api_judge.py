@@ -1,4 +1,4 @@
-"""The API's handlers that judge: verdicts and the feedback to the rollout side.
+"""The API's handlers that judge: causes, verdicts and the feedback to the rollout side.
 
 Mounted by ``gateway.api``, whose ``Api`` answers them as it answers its own.
 """
@@ -11,6 +11,8 @@ from typing import Annotated, Protocol
 import msgspec
 from aiohttp import web
 
+from driftgate.explain import TrajectoryExplanation
+from driftgate.gateway.explanations import Explanations
 from driftgate.gateway.openapi import Route
 from driftgate.gateway.verdicts import MAX_FEEDBACK, Verdicts
 from driftgate.gateway.wire import query_of
@@ -49,6 +51,23 @@ class FeedbackQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 200
 
 
+class ExplainQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which scores."""
+
+    trainer: Annotated[str, msgspec.Meta(description="only this trainer's digest")] | None = None
+
+
+async def get_explanation(api: Asker, request: web.Request) -> web.StreamResponse:
+    """Why do trainer and engine differ on this trajectory, and where does the drift sit?
+
+    Causes with their shares of mean|D|, which add to 1, each with its evidence and what to do.
+    """
+    name, query = request.match_info["trajectory"], query_of(request, ExplainQuery)
+    return await api.answer(
+        lambda: Explanations(api.reader).trajectory(name, trainer=query.trainer)
+    )
+
+
 async def get_verdict(api: Asker, request: web.Request) -> web.StreamResponse:
     """May this trajectory, and its prompt group, be trained on, and if not, why not?
 
@@ -66,6 +85,13 @@ async def get_feedback(api: Asker, request: web.Request) -> web.StreamResponse:
 
 
 ROUTES: tuple[Route, ...] = (
+    Route(
+        method="GET",
+        path="/api/trajectories/{trajectory}/explain",
+        handler=get_explanation,
+        query=ExplainQuery,
+        answer=TrajectoryExplanation,
+    ),
     Route(
         method="GET",
         path="/api/trajectories/{trajectory}/verdict",
