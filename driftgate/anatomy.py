@@ -199,7 +199,7 @@ def growth(responses: Sequence[Response]) -> Growth:
 
 
 def _too_short(d: F64) -> str:
-    if d.size and not np.ptp(d):
+    if d.size >= MIN_BLOCKS * 2 ** (MIN_SCALES - 1) and not np.ptp(d):
         return "every token has the same log ratio: there is no spread to fit"
     return f"{d.size} tokens: needs {MIN_SCALES} lengths with {MIN_BLOCKS} blocks each"
 

@@ -201,9 +201,9 @@ def _excess(d: F64, group: Mask, base: Mask, floor: Floor | None) -> _Excess:
         return _Excess(None, evidence | {"baseline": None})
     mean = float(here.mean())
     spread = math.hypot(error, _standard_error(here))
-    z = (mean - level) / spread if spread else math.copysign(math.inf, mean - level)
+    z = (mean - level) / spread if spread else math.inf
     evidence["z"] = z if math.isfinite(z) else None
-    if z < EXCESS_Z or mean < EXCESS_FACTOR * level:
+    if mean <= level or z < EXCESS_Z or mean < EXCESS_FACTOR * level:
         return _Excess(None, evidence)
     return _Excess(np.where(group, d * (level / mean), d), evidence)
 
@@ -275,7 +275,7 @@ def stale_weights(run: Run, d: F64) -> Undone:
         return Undone(None, "absent", "versions differ, without more drift", evidence, "nothing")
     if all("unknown" in (a, b or "unknown") for a, b in pairs):
         detail = "weight versions are not known, and drift does not jump between steps"
-        return Undone(None, "absent", detail, evidence, "pass the policy version to both sides")
+        return Undone(None, "untested", detail, evidence, "pass the policy version to both sides")
     return Undone(None, "absent", "one version, and no jump between steps", evidence, "nothing")
 
 

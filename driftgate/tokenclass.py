@@ -99,20 +99,27 @@ def _message(response: bytes) -> dict[str, Any]:
 
 def _spans(text: bytes, message: dict[str, Any]) -> tuple[list[_Span], list[str]]:
     """Byte ranges of thinking and of tool calls, thinking first, and what could not be told."""
-    marked = [span for mark in MARKS for span in _marked(text, *mark)]
+    found = [span for mark in MARKS for span in _marked(text, *mark)]
+    thought = [span for span in found if span.kind == "thinking"]
+    # A tool call that is only thought of is thinking, also where its mark never closes.
+    marked = thought + [
+        span
+        for span in found
+        if span.kind != "thinking" and not any(t.start <= span.start < t.end for t in thought)
+    ]
     notes = []
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if not any(span.kind == "thinking" for span in marked):
         if not isinstance(reasoning, str) or not reasoning.strip():
             notes.append(UNCLOSED)
-        elif (found := _verbatim(text, reasoning, "thinking")) is not None:
-            marked.append(found)
+        elif (spoken := _verbatim(text, reasoning, "thinking")) is not None:
+            marked.append(spoken)
         else:
             notes.append("the answer's reasoning is not in its tokens verbatim: counted as content")
     if not any(span.kind == "tool_call" for span in marked):
         for called in _arguments(message):
-            if (found := _verbatim(text, called, "tool_call")) is not None:
-                marked.append(found)
+            if (spoken := _verbatim(text, called, "tool_call")) is not None:
+                marked.append(spoken)
             else:
                 notes.append("a tool call is not in the tokens verbatim: counted as content")
     marked.sort(key=lambda span: span.kind != "thinking")

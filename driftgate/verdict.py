@@ -183,7 +183,7 @@ def judge(subject: Subject, profile: Profile) -> Verdict:
 def _unfinished(subject: Subject) -> str | None:
     """Why it is too early for a verdict."""
     if subject.open_calls:
-        return f"{subject.open_calls} calls have not ended"
+        return f"calls that have not ended: {subject.open_calls}"
     if subject.gaps:
         return None
     if not subject.captured:
