@@ -81,12 +81,8 @@ def test_ratios_under_the_default_profile(
 
 
 def ess_of(target: float) -> F64:
-    """1000 tokens with a token ESS of ``target``: half of them at +x, half at -x."""
-    x = math.acosh(math.sqrt(1.0 / target)) if target < 1 else 0.0
-    low, high = 0.0, 5.0
-    for _ in range(80):  # cosh(x)^2 / cosh(2x) falls from 1 to 1/2
-        x = (low + high) / 2
-        low, high = (x, high) if math.cosh(x) ** 2 / math.cosh(2 * x) > target else (low, x)
+    """1000 tokens at +x and -x, whose token ESS cosh(x)^2 / cosh(2x) is ``target``."""
+    x = math.acosh(1.0 / (2.0 * target - 1.0)) / 2.0
     return np.tile([x, -x], 500)
 
 
