@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from driftgate.adapters.export_base import Manifest
     from driftgate.storage import Reader
 
-__all__ = ["export"]
+__all__ = ["FormatOption", "export"]
 
 CHUNK_BYTES = 1 << 20
 """JSON lines are written in pieces of about this size."""
@@ -118,7 +118,7 @@ def _write_shards(
         return write_export(
             selection.samples(trajectory),
             output,
-            formats.load(msgspec.convert(format, formats.FormatName)),
+            formats.load(format),
             left_out=selection.left_out,
             damaged=selection.damaged,
         )
