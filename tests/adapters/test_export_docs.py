@@ -17,7 +17,7 @@ from driftgate.testing.traces import make_intent, make_trajectory
 from driftgate.trace import Reward
 
 DOC = (Path(__file__).parents[2] / "docs" / "exports.md").read_text()
-FOREIGN = ("verl", "SkyRL")
+FOREIGN = ("verl",)
 """Sections whose snippet imports a package that is not installed for tests: `make foreign`."""
 
 
@@ -75,6 +75,13 @@ def test_prime_rl(tmp_path: Path) -> None:
 def test_nemo_rl(tmp_path: Path) -> None:
     logs = run("NeMo-RL", exported(tmp_path, "nemo-rl"))["logs"]
     assert [len(message["token_ids"]) for message in logs[0]] == [12, 5, 12, 5]
+
+
+def test_skyrl(tmp_path: Path) -> None:
+    output = run("SkyRL", exported(tmp_path, "skyrl"))["output"]
+    assert output["rewards"] == [1.0, 1.0]
+    assert [entry["instance_id"] for entry in output["trajectory_ids"]] == ["a", "b"]
+    assert len(output["rollout_expert_indices"][0]) == 33
 
 
 def test_trl(tmp_path: Path) -> None:
