@@ -1,9 +1,10 @@
 """prime-rl: a msgpack list of ``TrainingSample``, the struct that its packer takes.
 
-Checked against PrimeIntellect-ai/prime-rl ``src/prime_rl/transport/types.py`` in the layout without
-a split of prompt and completion (2026, with ``sampling_mask`` and ``trace_id`` as last fields). The
-struct is positional (``array_like``), so its order is the contract and our twin of it below must be
-changed with theirs. prime-rl is not on PyPI: the tests hold the bytes against that order.
+Checked against PrimeIntellect-ai/prime-rl ``src/prime_rl/transport/types.py`` in its flat layout
+(pull request 2763) with the fields up to ``branch_index`` that followed ``sampling_mask`` (pull
+request 3431, September 2026). The struct is positional (``array_like``), so its order is the
+contract and our twin of it below must be changed with theirs. prime-rl is not on PyPI: the tests
+hold the bytes against that order.
 
 ``routed_experts`` has n rows: the last, which no logit depends on, repeats experts 0 .. K-1, all
 different as a router's are. prime-rl replays every row, so a sample with a missing one is written

@@ -4,7 +4,8 @@ A sample is one line of an agent's run as one token sequence: where the prompt o
 all tokens of an earlier call, prompt and answer, the two are one sequence (DESIGN 8). Where a run
 branches (``n > 1``, a sub-agent, an edited history) each line is a sample of its own, and tokens
 that both share are trained in the line that went on longest and are context in the others: over all
-samples, **each sampled token is under the mask exactly once**.
+samples, **each sampled token is under the mask exactly once**. (prime-rl's pull request 2975 shows
+what else happens: k branches give the shared tokens k times their gradient.)
 
 Routes of a position are those of the first call that fed it, which is the forward that its next
 token was sampled from. Rows that no engine gave are marked in ``routes_valid``, never guessed.
