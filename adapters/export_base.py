@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from driftgate.errors import DriftgateError
-from driftgate.samples import Bools, Sample, SampleMeta
+from driftgate.samples import Bools, Sample, SampleMeta, span_mask
 from driftgate.trace import I32, Routes
 
 __all__ = [
@@ -180,10 +180,7 @@ def sample_of(
     sampled, given = np.asarray(mask).astype(np.bool_), np.asarray(logprobs, np.float32)
     masked[len(ids) - len(sampled) :] = sampled
     values[len(ids) - len(given) :] = given
-    expected = np.zeros(meta.tokens, np.bool_)
-    for span in meta.spans:
-        expected[span.start : span.end] = True
-    if not np.array_equal(masked, expected):
+    if not np.array_equal(masked, span_mask(meta.tokens, meta.spans)):
         raise ValueError(f"sample {meta.sample_id}: the shard's mask is not that of its meta")
     back, known = _routes_back(routes, valid, meta)
     return Sample(

@@ -35,7 +35,7 @@ __all__ = [
     "Span",
     "assemble",
     "lines",
-    "routes_meta",
+    "span_mask",
 ]
 
 Bools = npt.NDArray[np.bool_]
@@ -174,9 +174,8 @@ def assemble(
         prompt, response, sampled = _arrays(trace)
         start, end = len(prompt), len(prompt) + len(response)
         if not np.array_equal(prompt[: len(tokens)], tokens):
-            raise ValueError(
-                f"trace {trace.meta.trace_id} does not begin with the tokens before it"
-            )
+            name = trace.meta.trace_id
+            raise ValueError(f"trace {name} does not begin with the tokens before it")
         covered = sum(count for count, _ in rows)
         logprobs += [np.zeros(start - len(tokens), np.float32), sampled]
         rows.append((end - 1 - covered, _new_rows(trace, covered, end - 1)))
@@ -184,12 +183,8 @@ def assemble(
         spans.append(_span(trace, start, end))
         noted |= dict.fromkeys(flags(trace) if flags else [])
         last = trace
-    if last is None:
-        raise ValueError("a line has at least one trace")
+    assert last is not None, "a line has at least one trace"
     routes, valid = _join(rows, last.meta.trace_id)
-    mask = np.zeros(len(tokens), np.bool_)
-    for span in spans:
-        mask[span.start : span.end] = True
     return Sample(
         meta=SampleMeta(
             sample_id=last.meta.trace_id,
@@ -200,10 +195,10 @@ def assemble(
             spans=spans,
             reward=reward,
             flags=list(noted),
-            routes=routes_meta(routes, valid),
+            routes=_routes_meta(routes, valid),
         ),
         tokens=tokens,
-        mask=mask,
+        mask=span_mask(len(tokens), spans),
         logprobs=np.concatenate(logprobs),
         routes=routes,
         routes_valid=valid,
@@ -212,7 +207,15 @@ def assemble(
     )
 
 
-def routes_meta(routes: Routes | None, valid: Bools | None) -> RoutesMeta | None:
+def span_mask(n: int, spans: Iterable[Span]) -> Bools:
+    """[n] True inside ``spans``."""
+    mask = np.zeros(n, np.bool_)
+    for span in spans:
+        mask[span.start : span.end] = True
+    return mask
+
+
+def _routes_meta(routes: Routes | None, valid: Bools | None) -> RoutesMeta | None:
     """The description of ``routes`` [n - 1, L, K] and ``valid`` [n - 1]."""
     if routes is None or valid is None:
         return None
