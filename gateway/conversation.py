@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Raw
 
+from driftgate.gateway.reading import UNREADABLE
 from driftgate.gateway.recent import Recent
 
 __all__ = ["MAX_SEEN", "Conversation", "Seen", "Turn", "read_conversation"]
@@ -81,7 +82,7 @@ def read_conversation(
     try:
         items = _MESSAGES.decode(messages)
         seen = [_seen(bytes(item), known) for item in items]
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
     digest, ids = b"", frozenset[str]()
     turns = []
@@ -154,7 +155,7 @@ def _arguments(arguments: object) -> object:
         return arguments
     try:
         return msgspec.json.decode(arguments)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return arguments
 
 

@@ -162,6 +162,15 @@ class Recorder:
         if error is not None and self.refuses:
             raise StorageError(f"not recorded: {_words(error)}") from error
 
+    async def claim(self, size_bytes: int) -> int:
+        """Wait for room for an answer of which all has come, so that storage need not refuse it;
+        what must be given to ``release`` when it is submitted or dropped."""
+        return await self._pressure.claim(size_bytes)
+
+    def release(self, claimed_bytes: int) -> None:
+        """Give back what ``claim`` gave."""
+        self._pressure.release(claimed_bytes)
+
     def close(self, call: Call, plan: Plan, answer: Answer) -> Future[None] | None:
         """Record an answer. The future resolves when it is durable; None: it was refused."""
         try:

@@ -14,7 +14,7 @@ import pytest
 from yarl import URL
 
 from driftgate.errors import StorageError
-from driftgate.gateway import exchange
+from driftgate.gateway import written
 from driftgate.storage import Record, WriterStats
 from driftgate.trace import CallIntent, CallOutcome, Trace
 
@@ -327,7 +327,7 @@ def shapes(stream: bytes) -> set[tuple[str, ...]]:
 async def test_keep_alives_bridge_the_wait_and_a_late_error_is_an_event(
     connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(written, "KEEP_ALIVE_S", 0.02)
     engine.routes = True
     agent = await connect()
     await agent.gateway.upstream.ready()
