@@ -99,7 +99,7 @@ def replace_data(event: bytes, data: bytes) -> bytes:
     """``event`` with other data on one line; its other fields and comments stay, and so does a
     missing end."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
-        return b"data: " + data + b"\n\n"
+        return b"".join([b"data: ", data, b"\n\n"])
     others = [line for line in _LINE.split(event) if line and line.split(b":", 1)[0] != b"data"]
     ends = _LINE.findall(event, len(event.rstrip(b"\r\n")))
     return b"\n".join([*others, b"data: " + data]) + b"\n" * len(ends)

@@ -9,6 +9,7 @@ and four times slower."""
 from __future__ import annotations
 
 import re
+from typing import TypeAlias
 
 import msgspec
 
@@ -49,6 +50,9 @@ what looks like a key here is one."""
 _USUAL_END = b'null,"finish_reason":null,"token_ids":null}]}\n\n'
 """From the value of ``logprobs`` on, for an agent that asked for neither."""
 
+Token: TypeAlias = tuple[bytes, bytes, bytes, bytes]
+"""Index, delta, rows and ids of a usual event."""
+
 _DELTAS = msgspec.json.Decoder(list[Delta])
 
 
@@ -70,8 +74,7 @@ class Tape:
         self._limit_bytes = limit_bytes
         self._came_bytes = 0
         self._drafts: dict[int, Draft] = {}
-        self._waiting: list[tuple[bytes, bytes, bytes, bytes]] = []
-        """Index, delta, rows and ids of usual events."""
+        self._waiting: list[Token] = []
         self._waiting_bytes = 0
         hides = {"logprobs", "token_ids"} & plan.hide_choice
         self._strips = len(hides) == 2
@@ -93,8 +96,9 @@ class Tape:
         if self._front and event.startswith(self._front):
             usual = _USUAL.fullmatch(event, len(self._front))
             if usual is not None:
-                index, delta, _, rows, ids = usual.groups()
-                self._keep(event, (index, delta, rows, ids))
+                if not self.done:
+                    index, delta, _, rows, ids = usual.groups()
+                    self._keep(len(event), (index, delta, rows, ids))
                 return event[: usual.start(3)] + _USUAL_END if self._strips else event
         return self._take_other(event)
 
@@ -103,42 +107,44 @@ class Tape:
         self._parse()
         return [self._drafts[index] for index in sorted(self._drafts)]
 
-    def _keep(self, event: bytes, token: tuple[bytes, bytes, bytes, bytes]) -> None:
-        if self.done or not self._counts(event):
-            return
+    def _keep(self, size_bytes: int, token: Token) -> None:
+        self._came_bytes += size_bytes
+        self._waiting_bytes += size_bytes
         self._waiting.append(token)
-        self._waiting_bytes += len(event)
-        if self._waiting_bytes >= BATCH_BYTES:
+        if self._came_bytes > self._limit_bytes:
+            self._drop()
+        elif self._waiting_bytes >= BATCH_BYTES:
             self._parse()
 
-    def _counts(self, event: bytes) -> bool:
-        """Whether the event is still within the limit."""
-        self._came_bytes += len(event)
-        if self._came_bytes > self._limit_bytes and not self.over:
-            self.over = True
-            self._drafts.clear()
-            self._waiting.clear()
-            self._waiting_bytes = 0
-        return not self.over
+    def _drop(self) -> None:
+        self.over = True
+        self._drafts.clear()
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
     def _take_other(self, event: bytes) -> bytes | None:
-        data = sse.event_data(event)
-        if data is None:
-            return event
-        if data == sse.DONE:
+        if sse.event_data(event) == sse.DONE:
             self._parse()
             self.done = True
             return event
-        if not self.done and self._counts(event):
+        passed = strip_event(event, self.plan)  # first: of a large event, each makes copies
+        if not self.done:
+            self._came_bytes += len(event)
             self._parse()
-            self._read(data)
+            if self._came_bytes > self._limit_bytes:
+                self._drop()
+            else:
+                self._read(event)
         if self._has_usual:
             front = _FRONT.match(event)
             self._front = front.group() if front is not None else self._front
-        return strip_event(event, self.plan)
+        return passed
 
-    def _read(self, data: bytes) -> None:
-        """Any chunk, as JSON."""
+    def _read(self, event: bytes) -> None:
+        """Any event, as JSON."""
+        data = sse.event_data(event)
+        if data is None:
+            return
         try:
             head = HEAD.decode(data)
             choices = [CHOICE.decode(raw) for raw in head.choices]
@@ -160,7 +166,7 @@ class Tape:
     def _parse(self) -> None:
         """Move what waits into the drafts."""
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        by_index: dict[bytes, list[tuple[bytes, bytes, bytes, bytes]]] = {}
+        by_index: dict[bytes, list[Token]] = {}
         for token in waiting:
             by_index.setdefault(token[0], []).append(token)
         for index, tokens in by_index.items():
@@ -169,9 +175,7 @@ class Tape:
                 for token in tokens:
                     self._add(draft, [token], alone=True)
 
-    def _add(
-        self, draft: Draft, tokens: list[tuple[bytes, bytes, bytes, bytes]], *, alone: bool = False
-    ) -> bool:
+    def _add(self, draft: Draft, tokens: list[Token], *, alone: bool = False) -> bool:
         """Tokens of one choice; False where one of them cannot be read and nothing was added."""
         _, deltas, rows, ids = zip(*tokens, strict=True)
         try:
