@@ -20,8 +20,9 @@ from driftgate.gateway.recent import Recent
 
 __all__ = ["MAX_SEEN", "Conversation", "Seen", "Turn", "read_conversation"]
 
-MAX_SEEN = 20_000
-"""Messages remembered by their bytes: 200 runs of 100 messages, about 6 MB."""
+MAX_SEEN = 8_192
+"""Messages remembered by their bytes: 80 runs of 100 messages, about 3 MB. One that was forgotten
+is parsed again, in the time of hashing it."""
 
 _DIGEST_BYTES = 16
 

@@ -308,11 +308,12 @@ class Recorder:
     ) -> Trace:
         trace_id = f"{call.call_id}.{sample.choice}"
         trajectory = call.place.trajectory
-        parent = ROOT
-        if sample.prompt_ids is not None:
-            parent = self._lineage.parent(trajectory, sample.prompt_ids, step=call.step)
-        if sample.prompt_ids is not None and sample.response_ids is not None:
-            self._lineage.add(trajectory, trace_id, sample.prompt_ids, sample.response_ids)
+        parent, prompt_ids, response_ids = ROOT, sample.prompt_ids, sample.response_ids
+        if prompt_ids is not None:
+            parent = self._lineage.parent(trajectory, prompt_ids, step=call.step)
+        if prompt_ids is not None and response_ids is not None:
+            ids = self._lineage.add(trajectory, trace_id, prompt_ids, response_ids)
+            prompt_ids, response_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
         meta = TraceMeta(
             trace_id=trace_id,
             call_id=call.call_id,
@@ -343,8 +344,8 @@ class Recorder:
         )
         return Trace(
             meta=meta,
-            prompt_ids=sample.prompt_ids,
-            response_ids=sample.response_ids,
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
             logprobs=sample.logprobs,
             routes=sample.routes,
             token_bytes=sample.token_bytes,
