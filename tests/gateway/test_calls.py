@@ -15,6 +15,7 @@ from yarl import URL
 
 from driftgate.errors import StorageError
 from driftgate.gateway import written
+from driftgate.gateway.ending import UNDELIVERED
 from driftgate.storage import Record, WriterStats
 from driftgate.trace import CallIntent, CallOutcome, Trace
 
@@ -48,6 +49,7 @@ class Sink:
         if self.full:
             raise StorageError("write queue is full")
         future: Future[None] = Future()
+        future.set_running_or_notify_cancel()  # as the writer does
         if self.held is None:
             self.settle(future, make)
         else:
@@ -192,6 +194,28 @@ async def test_strict_withholds_the_end_until_the_trace_is_durable(
     assert status == 200
     assert answer.rstrip().endswith(b"}" if body is CHAT else b"[DONE]")
     assert len(sink.of(Trace)) == 2
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["json", "stream"])
+async def test_strict_says_of_an_answer_that_its_agent_left_before_it_was_sent(
+    connect: Connect, body: dict[str, Any]
+) -> None:
+    sink = Sink()
+    agent = await connect(sink=sink, durability="strict")
+    await agent.send(body)
+    sink.held = asyncio.Queue()
+    call = asyncio.create_task(agent.send(body))
+    sink.settle(*await sink.held.get())
+    answer = await sink.held.get()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    taken_back = await sink.held.get()
+    sink.settle(*answer)
+    sink.settle(*taken_back)
+    trace = sink.of(Trace)[-1]
+    (outcome,) = sink.of(CallOutcome)
+    assert (outcome.call_id, outcome.status) == (trace.meta.call_id, "cancelled")
+    assert outcome.reason == UNDELIVERED
 
 
 async def test_a_full_store_serves_and_marks_the_call_later(connect: Connect) -> None:
