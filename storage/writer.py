@@ -117,8 +117,9 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name=f"driftgate-writer-{name}")
         self._thread.daemon = True  # a forgotten close must not keep the process; close() joins
         self._thread.start()
-        for score in orphans:
-            self.submit(score)
+        for orphan in orphans:
+            self.submit(orphan)
+        self.flush()  # who reads the store from here on sees how those calls ended
 
     @property
     def stats(self) -> WriterStats:
