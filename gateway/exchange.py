@@ -391,11 +391,29 @@ class Exchange:
 
 async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The body as it comes. UpstreamError where the engine breaks it off."""
+    _end_with_its_connection(answer)
     try:
         async for chunk in answer.content.iter_any():
             yield chunk
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise UpstreamError(f"the engine broke off its answer: {_words(error)}") from error
+
+
+def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
+    """aiohttp 3.14 closes the connection at a chunk that is none and leaves the body's reader
+    waiting for ever."""
+    connection, body = answer.connection, answer.content
+    closed = connection.protocol.closed if connection and connection.protocol else None
+    if closed is None:
+        return
+
+    def gone(closed: asyncio.Future[None]) -> None:
+        error = None if closed.cancelled() else closed.exception()
+        if not body.is_eof() and body.exception() is None:
+            why = "its connection was closed in the middle of the body, or sent what is no HTTP"
+            body.set_exception(aiohttp.ClientPayloadError(f"{why}: {error}" if error else why))
+
+    closed.add_done_callback(gone)
 
 
 def _words(error: BaseException) -> str:
