@@ -1,7 +1,8 @@
 """State, action, reward as JSON lines: all that a store holds about a trace, in one row.
 
 Nothing is truncated, and a row leads back to its trace (``trace_of``): ids, log-probabilities and
-routes bit for bit, bodies as JSON. JSON has no NaN: such a number is ``null``, and ``non_finite``
+routes bit for bit, bodies as JSON. What an agent may not have got is no action of it: such traces
+stay in the store and are left out unless asked for. JSON has no NaN: such a number is ``null``, and ``non_finite``
 says where and what it was. Rows come in a fixed order: trajectories as they began, then step,
 choice, retry.
 """
@@ -122,8 +123,14 @@ class Row(msgspec.Struct, frozen=True):
     meta: TraceMeta
 
 
-def rows(reader: Reader, trajectory: str | None = None) -> Iterator[Row]:
-    """Every trace of the store, or of one trajectory. NotFoundError where that does not exist."""
+def rows(
+    reader: Reader, trajectory: str | None = None, *, uncertain: bool = False
+) -> Iterator[Row]:
+    """Every trace of the store, or of one trajectory, that its agent got the end of.
+
+    ``uncertain``: also those whose client left before the end, which no later step was built on for
+    sure. NotFoundError where the trajectory does not exist.
+    """
     if trajectory is not None:
         reader.trajectory(trajectory)
     for name in [trajectory] if trajectory is not None else _trajectories(reader):
@@ -134,6 +141,8 @@ def rows(reader: Reader, trajectory: str | None = None) -> Iterator[Row]:
             key=lambda row: (row.meta.step, row.meta.choice, row.meta.retry, row.meta.trace_id),
         )
         for row in traces:
+            if row.meta.delivery == "uncertain" and not uncertain:
+                continue
             trace_id = row.meta.trace_id
             yield _row(
                 reader.trace(trace_id),

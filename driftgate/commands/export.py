@@ -27,8 +27,15 @@ def export(
         Path | None, typer.Option("--output", "-o", help="File to write; else stdout.")
     ] = None,
     trajectory: Annotated[str | None, typer.Option(help="Only this trajectory.")] = None,
+    include_uncertain: Annotated[
+        bool,
+        typer.Option(
+            "--include-uncertain",
+            help="Also traces whose client left before the end of the answer (delivery uncertain).",
+        ),
+    ] = False,
 ) -> None:
-    """Write every trace as state, action and reward.
+    """Write every delivered trace as state, action and reward.
 
     One JSON object a line, complete: nothing is truncated.
     """
@@ -38,7 +45,7 @@ def export(
     lines = msgspec.json.Encoder()
     with contextlib.closing(Reader(cli_io.existing(store))) as reader, cli_io.sink(output) as sink:
         pending = bytearray()
-        for row in rows(reader, trajectory):
+        for row in rows(reader, trajectory, uncertain=include_uncertain):
             pending += lines.encode(row) + b"\n"
             if len(pending) > CHUNK_BYTES:
                 sink.write(pending)
