@@ -37,6 +37,9 @@ def teach(
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest sequence that fits this machine.")
     ] = None,
+    lease_s: Annotated[
+        float, typer.Option(help="Seconds after which a dead worker's trajectory is free again.")
+    ] = 120.0,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
     ] = "auto",
@@ -65,6 +68,7 @@ def teach(
             train_dtype=train_dtype,
             max_tokens=max_tokens,
             device=device,
+            lease_s=lease_s,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
