@@ -403,17 +403,21 @@ def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
     """aiohttp 3.14 closes the connection at a chunk that is none and leaves the body's reader
     waiting for ever."""
     connection, body = answer.connection, answer.content
-    closed = connection.protocol.closed if connection and connection.protocol else None
-    if closed is None:
-        return
+    if connection is None or connection.protocol is None:
+        return  # the body is here as a whole
 
-    def gone(closed: asyncio.Future[None]) -> None:
-        error = None if closed.cancelled() else closed.exception()
+    def gone(closed: asyncio.Future[None] | None) -> None:
+        if closed is not None and not closed.cancelled():
+            closed.exception()  # of the connection; the body's is what matters
         if not body.is_eof() and body.exception() is None:
-            why = "its connection was closed in the middle of the body, or sent what is no HTTP"
-            body.set_exception(aiohttp.ClientPayloadError(f"{why}: {error}" if error else why))
+            why = "its connection ended in the middle of the body, or carried what is no HTTP"
+            body.set_exception(aiohttp.ClientPayloadError(why))
 
-    closed.add_done_callback(gone)
+    closed = connection.protocol.closed
+    if closed is None:
+        gone(None)  # it has ended already
+    else:
+        closed.add_done_callback(gone)
 
 
 def _words(error: BaseException) -> str:

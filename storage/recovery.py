@@ -112,8 +112,8 @@ def _lost_calls(root: Path, connection: sqlite3.Connection) -> list[Score | Call
         if not has_living_writer(root, segment)
     }
     lost = [(call_id, ended_ns[segment]) for call_id, segment in rows if segment in ended_ns]
-    for call_id, _ in lost:
-        log.warning("call %s was open when its gateway ended", call_id)
+    if lost:
+        log.warning("%d calls were open when their gateway ended: marked as failed", len(lost))
     return [
         CallOutcome(call_id=call_id, status="failed", reason=OWNER_GONE, ended_ns=at_ns)
         for call_id, at_ns in lost

@@ -182,8 +182,9 @@ class Writer:
 
     def _run(self) -> None:
         while items := self._take():
-            errors = self._process(items)
+            # From its start: what comes while this batch is written waits for no more than it.
             self._next_sync = time.monotonic() + GROUP_INTERVAL_S
+            errors = self._process(items)
             self._resolve(items, errors)
         self._appender.close()
         self._connection.close()
