@@ -2,9 +2,9 @@
 
 Nothing is truncated, and a row leads back to its trace (``trace_of``): ids, log-probabilities and
 routes bit for bit, bodies as JSON. What an agent may not have got is no action of it: such traces
-stay in the store and are left out unless asked for. JSON has no NaN: such a number is ``null``, and ``non_finite``
-says where and what it was. Rows come in a fixed order: trajectories as they began, then step,
-choice, retry.
+stay in the store and are left out unless asked for. JSON has no NaN: such a number is ``null``, and
+``non_finite`` says where and what it was. Rows come in a fixed order: trajectories as they began,
+then step, choice, retry.
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ def strip_event(event: bytes, plan: Plan) -> bytes | None:
 
 
 def _quoted(data: bytes) -> bytes:
-    """``data`` with NaN and infinities, which Python's encoder writes and JSON has not, as texts."""
+    """``data`` with NaN and infinities, which Python's encoder writes, as texts."""
     return _STRING_OR_NOT_JSON.sub(
         lambda found: found[0] if found[0][:1] == b'"' else b'"%b%b"' % (_QUOTED, found[0]), data
     )

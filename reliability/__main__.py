@@ -35,7 +35,9 @@ COLUMNS = ["fault", "tries", "agent saw", "records lost", "records wrong"]
 
 def run_rows(name: str, folder: Path, *, full: bool) -> list[Row]:
     """The rows of one table."""
-    rows: list[Row] = asyncio.run(importlib.import_module(f"reliability.{name}").run(folder, full=full))
+    rows: list[Row] = asyncio.run(
+        importlib.import_module(f"reliability.{name}").run(folder, full=full)
+    )
     return rows
 
 
@@ -70,7 +72,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"put the tables into {DOCUMENT.name}")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
-        parser.error(f"nothing is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        parser.error(
+            f"nothing is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}"
+        )
     logging.basicConfig(level=logging.ERROR)
     missed = 0
     for name in options.names or FAULTS:

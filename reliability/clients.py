@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import httpx
@@ -13,8 +12,8 @@ from driftgate.adapters.jsonl import rows as exported
 from driftgate.storage import Reader
 from reliability.agent import ask, get, path_of
 from reliability.answers import MODEL, Said, request, say
-from reliability.engine import SSE_HEAD, End, Engine, chunked, serve_engine, well
-from reliability.gateway import Gateway, running
+from reliability.engine import SSE_HEAD, End, Engine, Script, chunked, serve_engine, well
+from reliability.gateway import Gateway, running, until
 from reliability.upstream import Parts
 from reliability.verdict import Call, Row, read_call
 
@@ -39,7 +38,7 @@ NAMES = {
     "one dot": ".",
     "unicode": "лиса-🦊-é",
     "a percent sign": "100%25",
-    "a quote": "it's \"quoted\"; DROP TABLE calls",
+    "a quote": 'it\'s "quoted"; DROP TABLE calls',
 }
 
 
@@ -77,9 +76,7 @@ async def leaves(engine: Engine, gateway: Gateway, tries: int) -> Row:
         stream, name = bool(number % 2), f"leaves.{number}"
         body = request("for-ever", name, stream=stream)
         after = 400 if stream else None
-        seen = await ask(
-            gateway.url, body, path=path_of(name), leave_after=after, patience_s=0.5
-        )
+        seen = await ask(gateway.url, body, path=path_of(name), leave_after=after, patience_s=0.5)
         waited_s = await _left(engine, name, seen.ended_at)
         slowest_s = max(slowest_s, waited_s)
         row.tries += 1
@@ -103,8 +100,7 @@ async def leaves(engine: Engine, gateway: Gateway, tries: int) -> Row:
 
 async def _left(engine: Engine, name: str, since: float) -> float:
     """Seconds until the engine saw the client of ``name`` go."""
-    while name not in engine.left and time.monotonic() < since + 10 * LEAVING_S:
-        await asyncio.sleep(0.005)
+    await until(lambda: name in engine.left, timeout_s=10 * LEAVING_S)
     return engine.left.get(name, float("inf")) - since
 
 
@@ -173,9 +169,9 @@ async def finished_early(engine: Engine, gateway: Gateway, tries: int) -> Row:
     for number in range(tries):
         name = f"finished.{number}"
         body = request("slow", name, stream=True)
+        already = len(engine.came)
         calling = asyncio.create_task(ask(gateway.url, body, path=path_of(name)))
-        while name not in engine.came:
-            await asyncio.sleep(0.005)
+        await until(lambda already=already: len(engine.came) > already)  # type: ignore[misc]
         async with httpx.AsyncClient() as client:
             given = await client.post(
                 f"{gateway.url}/api/trajectories/{name}/reward", json={"value": 0.5}
@@ -243,7 +239,7 @@ def slow(said: Said, stream: bool) -> Parts:
 async def run(folder: Path, *, full: bool) -> list[Row]:
     """All of it on one gateway, the clock on one of its own."""
     tries = 20 if full else 2
-    scripts = {"for-ever": for_ever, "flaky": Flaky(2), "slow": slow}
+    scripts: dict[str, Script] = {"for-ever": for_ever, "flaky": Flaky(2), "slow": slow}
     async with serve_engine(scripts) as engine:
         async with running(engine.url, folder / "clients") as gateway:
             rows = [

@@ -32,7 +32,7 @@ SMALL_DISK = 6 << 20
 BLOCKED_LOOP_S = 0.5
 """A healthz that takes longer was held up; this machine may be busy."""
 
-STUCK_S = 3.0
+STUCK_S = 1.5
 FILLER_BLOCK, PAGE = 1 << 16, 1 << 12
 
 Fault = Callable[[Gateway], AbstractContextManager[None]]
@@ -115,10 +115,10 @@ class Pulse:
             await asking
 
 
-async def call(gateway: Gateway, name: str, number: int, **more: float) -> Call:
+async def call(gateway: Gateway, name: str, number: int) -> Call:
     """One, streamed or not."""
     body = request("well", name, stream=bool(number % 2))
-    seen = await ask(gateway.url, body, path=path_of(name), **more)
+    seen = await ask(gateway.url, body, path=path_of(name))
     return Call(say(name, asked=True), name, body, seen)
 
 

@@ -9,17 +9,19 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
 from driftgate.testing.engine import free_port, process_log, stop, wait_for_http
 
-__all__ = ["Gateway", "running", "start"]
+__all__ = ["Gateway", "running", "start", "until"]
 
 ROOT = Path(__file__).resolve().parent.parent
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = DRAIN_TIMEOUT_S = 60.0
+POLL_S = 0.01
 COMMAND = ("-m", "driftgate.cli")
 
 
@@ -66,8 +68,11 @@ class Gateway:
 
     async def drained(self) -> None:
         """Wait until nothing waits for storage."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while await self.metric("driftgate_store_queued_records"):
-            await asyncio.sleep(0.02)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"records still wait for storage; see {self.log}")
+            await asyncio.sleep(POLL_S)
 
 
 async def start(
@@ -83,25 +88,37 @@ async def start(
     port = port or free_port()
     arguments = ["serve", "--upstream", upstream, "--store", str(store), "--port", str(port)]
     log = store.parent / f"gateway-{port}.log"
+    process = _spawn([*wrap, sys.executable, *command, *arguments, *options], log)
+    gateway = Gateway(f"http://127.0.0.1:{port}", store, process, log)
+    try:
+        url = gateway.url + ready
+        await asyncio.to_thread(wait_for_http, url, process, log, timeout_s=START_TIMEOUT_S)
+    except BaseException:
+        stop(process)
+        raise
+    return gateway
+
+
+def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     with process_log(log) as out:
-        process = subprocess.Popen(
-            [*wrap, sys.executable, *command, *arguments, *options],
+        return subprocess.Popen(
+            command,
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    gateway = Gateway(f"http://127.0.0.1:{port}", store, process, log)
-    try:
-        url = gateway.url + ready
-        await asyncio.to_thread(
-            wait_for_http, url, process, log, timeout_s=START_TIMEOUT_S
-        )
-    except BaseException:
-        stop(process)
-        raise
-    return gateway
+
+
+async def until(holds: Callable[[], bool], *, timeout_s: float = START_TIMEOUT_S) -> bool:
+    """Wait until ``holds``; False where it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(POLL_S)
+    return True
 
 
 @contextlib.asynccontextmanager

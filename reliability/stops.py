@@ -16,7 +16,7 @@ from driftgate.testing.engine import stop
 from reliability.agent import Seen, ask, path_of
 from reliability.answers import MODEL, Said, request, say
 from reliability.engine import Engine, serve_engine, well
-from reliability.gateway import Gateway, running, start
+from reliability.gateway import Gateway, running, start, until
 from reliability.kills import SCRIPTS, Load
 from reliability.upstream import Parts
 from reliability.verdict import Call, Row
@@ -30,10 +30,16 @@ ROLLS = 2
 """Restarts of each gateway in one try."""
 
 
-def held(said: Said, stream: bool) -> Parts:
-    """An answer that takes longer than a gateway's start."""
-    yield 6.0
-    yield from well(said, stream)
+class Held:
+    """Answers that come when they are let go."""
+
+    def __init__(self) -> None:
+        self.released = False
+
+    def __call__(self, said: Said, stream: bool) -> Parts:
+        while not self.released:
+            yield 0.02
+        yield from well(said, stream)
 
 
 async def terminated(engine: Engine, folder: Path, tries: int) -> Row:
@@ -171,26 +177,29 @@ def _judge_agents(row: Row, store: Path, agents: list[list[str]]) -> None:
     row.check(not open_calls, f"{open_calls} calls are open in the store")
 
 
-async def neighbours(engine: Engine, folder: Path, tries: int) -> Row:
+async def neighbours(engine: Engine, held: Held, folder: Path, tries: int) -> Row:
     """One of two gateways on a store is killed and starts again: the other's calls stay its own."""
     row, store = Row("kill -9 of one of two gateways on a store"), folder / "neighbours"
     async with running(engine.url, store, "--durability", "strict") as steady:
         for number in range(tries):
+            held.released = False
             other = await start(engine.url, store, "--durability", "strict")
             ours, theirs = f"steady.{number}", f"killed.{number}"
-            held = [
+            calling = [
                 asyncio.create_task(_held(gateway, name))
                 for gateway, name in ((steady, ours), (other, theirs))
             ]
-            while not {ours, theirs} <= set(engine.came):
-                await asyncio.sleep(0.005)
+            pair = {ours, theirs}
+            await until(lambda pair=pair: pair <= set(engine.came))  # type: ignore[misc]
             other.kill()
             again = await start(engine.url, store)
             states = _states(store, ours), _states(store, theirs)
             row.check(states == ("open", "failed"), f"stored as {states}")
-            seen, gone = await asyncio.gather(*held)
+            held.released = True
+            seen, gone = await asyncio.gather(*calling)
             await steady.drained()
-            row.judge(store, [Call(say(n, asked=True), n, _body(n), s) for n, s in ((ours, seen), (theirs, gone))])
+            pairs = ((ours, seen), (theirs, gone))
+            row.judge(store, [Call(say(n, asked=True), n, _body(n), s) for n, s in pairs])
             row.check(seen.answered, f"{ours}: {seen.words}")
             row.tries, row.saw = row.tries + 1, f"{seen.words}; of the killed one: {gone.words}"
             await asyncio.to_thread(stop, again.process)
@@ -215,9 +224,10 @@ def _states(store: Path, trajectory: str) -> str:
 async def run(folder: Path, *, full: bool) -> list[Row]:
     """All of it."""
     tries = 10 if full else 1
+    held = Held()
     async with serve_engine(SCRIPTS | {"held": held}) as engine:
         return [
             await terminated(engine, folder, tries),
             await rolling(engine, folder, tries),
-            await neighbours(engine, folder, tries),
+            await neighbours(engine, held, folder, tries),
         ]

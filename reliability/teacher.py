@@ -20,7 +20,7 @@ from driftgate.storage import Reader, Writer
 from driftgate.testing.engine import process_log, stop
 from reliability.answers import Spell
 from reliability.engine import Engine, serve_engine
-from reliability.gateway import ROOT, start
+from reliability.gateway import ROOT, start, until
 from reliability.kills import SCRIPTS, Load, judge
 from reliability.verdict import Row
 
@@ -29,7 +29,7 @@ __all__ = ["run"]
 LEASE_S = 1.0
 """A killed worker's trajectory is free again after this; users have two minutes."""
 
-AGENTS = 12
+AGENTS = 3
 LOAD_S = 1.0
 LATEST_KILL_S = 1.5
 """After a worker's first score, or its first lease."""
@@ -72,9 +72,9 @@ async def killed_at_work(store: Path, model: Path, number: int, source: random.R
     """One worker, killed some time after it has begun to score."""
     before = scored(store)
     worker = teach(store, model, number)
-    until = time.monotonic() + SCORED_TIMEOUT_S
-    while scored(store) == before and worker.poll() is None and time.monotonic() < until:
-        await asyncio.sleep(0.01)
+    await until(
+        lambda: scored(store) > before or worker.poll() is not None, timeout_s=SCORED_TIMEOUT_S
+    )
     await asyncio.sleep(source.uniform(0, LATEST_KILL_S))
     kill(worker)
 
@@ -89,10 +89,10 @@ def kill(worker: subprocess.Popen[bytes]) -> None:
 async def finish(store: Path, model: Path, row: Row) -> None:
     """The last worker scores what is left."""
     worker = teach(store, model, -1)
-    until = time.monotonic() + SCORED_TIMEOUT_S
     reader = Reader(store)
-    while reader.counts().scored < reader.counts().scorable and time.monotonic() < until:
-        await asyncio.sleep(0.1)
+    await until(
+        lambda: reader.counts().scored >= reader.counts().scorable, timeout_s=SCORED_TIMEOUT_S
+    )
     reader.close()
     await asyncio.to_thread(stop, worker)
     count(store, row)
@@ -139,16 +139,21 @@ async def _load(engine: Engine, store: Path, label: str, seconds: float) -> Load
 
 async def both(engine: Engine, folder: Path, model: Path, tries: int) -> Row:
     """Gateway and worker are killed at the same moment, in the middle of their work."""
-    row, source, store = Row("kill -9 of gateway and worker at once"), random.Random(1), folder / "both"
+    row, source, store = (
+        Row("kill -9 of gateway and worker at once"),
+        random.Random(1),
+        folder / "both",
+    )
     for number in range(tries):
         gateway = await start(engine.url, store, "--durability", "strict")
         worker = teach(store, model, number)
         load = Load(gateway, engine, f"both{number}")
         async with load.running(AGENTS):
             before = scored(store)
-            until = time.monotonic() + SCORED_TIMEOUT_S
-            while scored(store) == before and time.monotonic() < until:
-                await asyncio.sleep(0.01)
+            await until(
+                lambda before=before: scored(store) > before,  # type: ignore[misc]
+                timeout_s=SCORED_TIMEOUT_S,
+            )
             await asyncio.sleep(source.uniform(0, LATEST_KILL_S))
             killed_at = time.monotonic()
             gateway.kill()

@@ -28,8 +28,8 @@ __all__ = ["FAULTS", "Fault", "run"]
 
 Parts = Iterator[bytes | float | End]
 
-PATIENCE_S = 3.0
-"""Of the agent; long enough that only an engine that stays silent meets it."""
+PATIENCE_S, SILENT_PATIENCE_S = 30.0, 0.7
+"""Of the agent; the second where the engine stays silent anyway."""
 
 BIG_BYTES = 10 << 20
 
@@ -175,7 +175,7 @@ def routes(make: Callable[[int], bytes], said: Said, _stream: bool) -> Parts:
 
 def npy(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], **how: bool) -> bytes:
     file = io.BytesIO()
-    np.save(file, array, **how)  # type: ignore[arg-type]
+    np.save(file, array, **how)
     return file.getvalue()
 
 
@@ -192,7 +192,17 @@ def pickled(rows: int) -> bytes:
 
 
 BROKEN = r"the engine (broke off its answer|did not answer)"
+NO_JSON = "not a completion"
 ROUTED = "^routed_experts: "
+
+
+def zeros(rows: int, *rest: int, dtype: type = np.uint8) -> bytes:
+    return npy(np.zeros((rows, *rest), dtype))
+
+
+def npy_of(make: Callable[[int], bytes]) -> Script:
+    return partial(routes, make)
+
 
 FAULTS = {
     "reset-before": Fault("resets before the headers", False, reset_at_once, BROKEN),
@@ -206,29 +216,48 @@ FAULTS = {
     "drip": Fault("one byte at a time, JSON", False, partial(drip, pause_s=0.002, count=150), None),
     "drip-s": Fault("one byte at a time", True, partial(drip, pause_s=0.002, count=150), None),
     "length-short": Fault(
-        "content-length too short", False, short_length, "not a completion|the engine did not answer", garbled=True, unframed=True
+        "content-length too short",
+        False,
+        short_length,
+        f"{NO_JSON}|{BROKEN}",
+        garbled=True,
+        unframed=True,
     ),
     "length-long": Fault("content-length too long", False, long_length, BROKEN),
     "bad-chunk": Fault("bad chunk size", True, bad_chunk, "^end: .*broke"),
     "gzip": Fault("gzip", False, partial(zipped, cut=0), "compressed", garbled=True),
-    "gzip-cut": Fault("gzip, truncated", False, partial(zipped, cut=30), "compressed", garbled=True),
+    "gzip-cut": Fault(
+        "gzip, truncated", False, partial(zipped, cut=30), "compressed", garbled=True
+    ),
     "error-event": Fault("200 with an error event", True, error_event, "out of memory"),
     "no-end": Fault("no terminal event", True, no_end, r"without data: \[DONE\]"),
     "two-ends": Fault("two terminal events", True, two_ends, None),
     "utf8": Fault("UTF-8 split over chunks", True, split_characters, None, changed=accented),
     "big": Fault("10 MB in one event", True, well, None, changed=big),
-    "nan": Fault("NaN logprob", False, well, "logprobs: |not a completion", changed=with_logprob(math.nan)),
-    "nan-s": Fault("NaN logprob in a stream", True, well, "events: 1 cannot be read|logprobs: ", changed=with_logprob(math.nan)),
+    "nan": Fault("NaN logprob", False, well, NO_JSON, changed=with_logprob(math.nan)),
+    "nan-s": Fault(
+        "NaN logprob in a stream",
+        True,
+        well,
+        "events: 1 cannot be read",
+        changed=with_logprob(math.nan),
+    ),
     "floor": Fault("logprob -9999", False, well, None, changed=with_logprob(-9999.0)),
     "null-top": Fault("null top_logprobs", False, null_top_logprobs, None),
     "fewer": Fault("fewer logprobs than ids", False, fewer_logprobs, r"\d rows came for \d ids"),
-    "routes-rows": Fault("routes: a row too few", False, partial(routes, lambda n: npy(np.zeros((n - 1, 2, 2), np.uint8))), ROUTED),
-    "routes-dim": Fault("routes: two dimensions", False, partial(routes, lambda n: npy(np.zeros((n, 2), np.uint8))), ROUTED),
-    "routes-dtype": Fault("routes: floats", False, partial(routes, lambda n: npy(np.zeros((n, 2, 2)))), ROUTED),
-    "routes-pickle": Fault("routes: a pickle in .npy", False, partial(routes, pickled), ROUTED),
-    "routes-raw": Fault("routes: a bare pickle", False, partial(routes, lambda n: pickle.dumps([n])), ROUTED),
-    "routes-lying": Fault("routes: a lying header", False, partial(routes, lying), ROUTED),
-}  # fmt: skip
+    "routes-rows": Fault(
+        "routes: a row too few", False, npy_of(lambda n: zeros(n - 1, 2, 2)), ROUTED
+    ),
+    "routes-dim": Fault("routes: two dimensions", False, npy_of(lambda n: zeros(n, 2)), ROUTED),
+    "routes-dtype": Fault(
+        "routes: floats", False, npy_of(lambda n: zeros(n, 2, 2, dtype=float)), ROUTED
+    ),
+    "routes-pickle": Fault("routes: a pickle in .npy", False, npy_of(pickled), ROUTED),
+    "routes-raw": Fault(
+        "routes: a bare pickle", False, npy_of(lambda n: pickle.dumps([n])), ROUTED
+    ),
+    "routes-lying": Fault("routes: a lying header", False, npy_of(lying), ROUTED),
+}
 
 
 def scripts() -> dict[str, Script]:
@@ -269,8 +298,9 @@ async def one(name: str, number: int, engine: Engine, gateway: Gateway, row: Row
     """One fault, directly and through the gateway, and the next call."""
     fault, call = FAULTS[name], f"{name}.{number}"
     body = request(name, call, stream=fault.stream)
-    direct = await ask(engine.url, body, patience_s=PATIENCE_S)
-    proxied = await ask(gateway.url, body, path=path_of(call), patience_s=PATIENCE_S)
+    patience_s = SILENT_PATIENCE_S if fault.script is never else PATIENCE_S
+    direct = await ask(engine.url, body, patience_s=patience_s)
+    proxied = await ask(gateway.url, body, path=path_of(call), patience_s=patience_s)
     after = await _call(gateway, f"{call}-next", stream=fault.stream)
     row.tries += 1
     row.saw = f"{proxied.words} (direct: {direct.words})"
@@ -336,6 +366,3 @@ async def run(folder: Path, *, full: bool) -> list[Row]:
                 await one(name, number, engine, gateway, row)
             rows.append(row)
     return rows
-
-
-

@@ -99,9 +99,7 @@ class Damage:
 class SegmentFile:
     """A segment that this process writes. Not thread-safe: one writer thread owns it."""
 
-    def __init__(
-        self, root: Path, *, name: str, serial: int, start_ns: int | None = None
-    ) -> None:
+    def __init__(self, root: Path, *, name: str, serial: int, start_ns: int | None = None) -> None:
         """Create, lock and sync a new segment; OSError where the disk refuses.
 
         ``start_ns`` is the writer's start, which its segments share; None: now.
