@@ -129,3 +129,11 @@ def test_uint16_routes_keep_their_type(tmp_path: Path) -> None:
 def test_a_trajectory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="none"):
         exported(tmp_path, make_trajectory(steps=1), trajectory="none")
+
+
+def test_what_an_agent_may_not_have_got_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+    trace = make_trace(trajectory="t", step=0)
+    meta = msgspec.structs.replace(trace.meta, delivery="uncertain")
+    assert not exported(tmp_path / "a", [replace(trace, meta=meta)])
+    (row,) = exported(tmp_path / "b", [replace(trace, meta=meta)], uncertain=True)
+    assert row.delivery == "uncertain"
