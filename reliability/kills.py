@@ -1,4 +1,9 @@
-"""``kill -9`` of the gateway at random moments under concurrent calls; what the next start says."""
+"""``kill -9`` of the gateway at random moments under concurrent calls; what the next start says.
+
+In ``group`` an answer waits for the sync that is under way before its record is handed to the
+operating system: on a disk whose syncs take longer than 25 ms more than the last 50 ms can be lost,
+and the row counts them.
+"""
 
 from __future__ import annotations
 
