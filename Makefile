@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test foreign lint types contracts bench clean
+.PHONY: setup demo test foreign lint types contracts bench faults soak clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,12 @@ contracts: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+faults: setup
+	$(BIN)/python -m reliability $(if $(FULL),--full) $(if $(WRITE),--write)
+
+soak: setup
+	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -31,7 +31,7 @@ from driftgate.gateway.proxy import Proxy
 from driftgate.gateway.recorder import STOPPED, Recorder, Sink
 from driftgate.gateway.restore import restore
 from driftgate.gateway.sessions import Sessions
-from driftgate.gateway.tasks import Calls, Tasks
+from driftgate.gateway.tasks import Calls, Tasks, watch_lag
 from driftgate.gateway.upstream import Upstream
 from driftgate.storage import Reader, Writer
 
@@ -97,6 +97,8 @@ class Gateway:
         """aiohttp cleanup context: from the first to the last request."""
         await self.proxy.start()
         self._tasks.start("upstream", self.upstream.watch())
+        metrics = self.metrics
+        self._tasks.start("lag", watch_lag(metrics.loop_lag.observe, metrics.tasks.set))
         self._tasks.start("restore", self._restore())
         yield
         await self._tasks.close()

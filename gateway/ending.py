@@ -5,6 +5,7 @@ and share this."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -167,11 +168,33 @@ class Ending:
 
 async def chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The body as it comes. UpstreamError where the engine breaks it off."""
+    _end_with_its_connection(answer)
     try:
         async for chunk in answer.content.iter_any():
             yield chunk
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise UpstreamError(f"the engine broke off its answer: {words(error)}") from error
+
+
+def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
+    """aiohttp 3.14 closes the connection at a chunk that is none and leaves the body's reader
+    waiting for ever."""
+    connection, body = answer.connection, answer.content
+    if connection is None or connection.protocol is None:
+        return  # the body is here as a whole
+
+    def gone(closed: asyncio.Future[None] | None) -> None:
+        if closed is not None and not closed.cancelled():
+            closed.exception()  # of the connection; the body's is what matters
+        if not body.is_eof() and body.exception() is None:
+            why = "its connection ended in the middle of the body, or carried what is no HTTP"
+            body.set_exception(aiohttp.ClientPayloadError(why))
+
+    closed = connection.protocol.closed
+    if closed is None:
+        gone(None)  # it has ended already
+    else:
+        closed.add_done_callback(gone)
 
 
 async def read_whole(answer: aiohttp.ClientResponse, limit_bytes: int) -> bytes:

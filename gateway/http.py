@@ -50,6 +50,10 @@ NOT_SENT = HOP_BY_HOP | {
 
 NOT_RETURNED = HOP_BY_HOP | {"content-length"}
 
+RETRY_AFTER_S = 2
+"""Told with a 503: storage is given as long before a call is refused, so a busy one is free by
+then."""
+
 _TYPES = {400: "invalid_request_error", 404: "not_found_error", 502: "upstream_error"}
 
 
@@ -90,6 +94,7 @@ def error_response(error: DriftgateError) -> web.Response:
     """The answer to an agent for one of our errors."""
     return web.Response(
         status=error.status,
+        headers={"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else None,
         body=error_body(error.status, f"driftgate: {error}"),
         content_type="application/json",
     )

@@ -225,6 +225,7 @@ class Recorder:
         self._writes_fail = isinstance(error, StorageError)  # others are the fold's
         self._pressure.settled()
         if error is None:
+            self._pay_owed()  # storage works again; nobody may call for a while
             return
         if kind == "trace":
             self._trace_lost(call_id, error)

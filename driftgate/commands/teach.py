@@ -44,6 +44,9 @@ def teach(
             help="Score a mixture of experts under the rollout's routes too: twice the forwards.",
         ),
     ] = True,
+    lease_s: Annotated[
+        float, typer.Option(help="Seconds after which a dead worker's trajectory is free again.")
+    ] = 120.0,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
     ] = "auto",
@@ -73,6 +76,7 @@ def teach(
             max_tokens=max_tokens,
             device=device,
             replay=replay,
+            lease_s=lease_s,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
