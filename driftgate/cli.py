@@ -14,6 +14,7 @@ import typer
 from driftgate.commands.ask import cells, show, tail
 from driftgate.commands.export import export
 from driftgate.commands.index import index_app
+from driftgate.commands.key import key
 from driftgate.commands.serve import probe, serve
 from driftgate.commands.teach import teach
 from driftgate.errors import DriftgateError
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(serve)
+app.command()(key)
 app.command()(probe)
 app.command()(teach)
 app.command()(tail)

@@ -104,7 +104,7 @@ class Proxy:
         if ".." in request.match_info.get("model", "").split("/"):
             raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
-        headers = http.request_headers(request.headers, self._config.upstream_key)
+        headers = http.request_headers(request.headers, self._config)
         url = self._engine_url(path, request)
         try:
             async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
@@ -194,14 +194,14 @@ class Proxy:
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
         url = self._engine_url(PATHS[plan.api], request)
-        headers = http.request_headers(request.headers, self._config.upstream_key)
+        headers = http.request_headers(request.headers, self._config)
         return call, Asked(
             send=lambda: self._session.post(
                 url, data=_payload(sent), headers=headers, allow_redirects=False
             ),
             call=call,
             plan=plan,
-            body=body,
+            body=self._config.redacted(body),
             history=history,
             started_ns=started_ns,
             expect_routes=self._upstream.has_routes,
