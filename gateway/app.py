@@ -22,11 +22,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import DriftgateError, StorageError
-from driftgate.gateway import http
+from driftgate.gateway import http, limits
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.guard import Guard
-from driftgate.gateway.limits import BODY_TIMEOUT_S, read_body
 from driftgate.gateway.listen import listening, raise_file_limit
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Api
@@ -135,7 +134,7 @@ class Gateway:
     async def call(self, request: web.Request, api: Api) -> web.StreamResponse:
         """One model call; a stop knows of it."""
         with self.calls.running():
-            await read_body(request)
+            await limits.read_body(request)
             return await self.proxy.call(request, api)
 
     async def stop(self, _app: web.Application) -> None:
@@ -239,7 +238,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
                 http.SUPPORTED
             )
         elif error.status == 408:
-            message = f"the request's body took longer than {BODY_TIMEOUT_S:g} s"
+            message = f"the request's body took longer than {limits.BODY_TIMEOUT_S:g} s"
         elif error.status == 413:
             limit = request.app[GATEWAY].config.max_request_bytes
             message = (

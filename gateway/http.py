@@ -9,7 +9,7 @@ from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.keys import minted_key
 from driftgate.gateway.sessions import TRAJECTORY_HEADER
 
-__all__ = ["SUPPORTED", "answer_headers", "error_body", "request_headers"]
+__all__ = ["SUPPORTED", "answer_headers", "error_body", "is_model", "request_headers"]
 
 SUPPORTED = (
     "POST /v1/chat/completions",
@@ -74,6 +74,12 @@ def request_headers(headers: CIMultiDictProxy[str], config: GatewayConfig) -> CI
         out["Authorization"] = f"Bearer {config.upstream_key}"
     out["Accept-Encoding"] = "identity"
     return out
+
+
+def is_model(name: str) -> bool:
+    """``name``, decoded once, can be a model's: nothing in it leads out of ``/v1/models/``,
+    whatever decodes it again or cleans it up behind us."""
+    return name.isprintable() and not any(part in name for part in ("..", "\\", "%", ";", "//"))
 
 
 def answer_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Final
 
 import numpy as np
 from aiohttp import http_exceptions, web
@@ -17,34 +16,38 @@ from driftgate.errors import RequestError
 
 __all__ = ["json_depth", "read_body"]
 
-MAX_CONNECTIONS: Final = 4096
+MAX_CONNECTIONS = 4096
 """At once; what comes then is closed. Four times the largest load that is measured, at some 20 kB
 for an idle one."""
 
-MAX_LINE_BYTES: Final = 8190
+MAX_LINE_BYTES = 8190
 """Of a request line, as nginx and Apache have it: a trajectory's name has 200 characters."""
 
-MAX_HEADER_BYTES: Final = 8190
+MAX_HEADER_BYTES = 8190
 """Of one header; the longest in use, a signed token, has 2 or 3 kB."""
 
-MAX_HEADERS: Final = 100
+MAX_HEADERS = 100
 """In one request, as Apache has it; SDKs send 20."""
 
-HANDSHAKE_TIMEOUT_S: Final = 10.0
+HANDSHAKE_TIMEOUT_S = 10.0
 """For TLS; it takes two round trips."""
 
-IDLE_TIMEOUT_S: Final = 75.0
+IDLE_TIMEOUT_S = 75.0
 """For a request's headers, and between two requests on one connection. Longer than the 60 s after
 which nginx and cloud balancers close what is idle, so that no request runs into a closing one."""
 
-BODY_TIMEOUT_S: Final = 120.0
-"""For a request's whole body: 64 MB in that time are 4 Mbit/s."""
+BODY_TIMEOUT_S = 120.0
+"""For a request's whole body: 64 MB in that time are 4 Mbit/s. aiohttp's parser does not tell the
+reader of a body whose chunks turn bad; it waits this long as well."""
 
-STALLED_TIMEOUT_S: Final = 300.0
+LINGER_TIMEOUT_S = 5.0
+"""For the rest of a body that is not wanted, so that its sender reads the answer first."""
+
+STALLED_TIMEOUT_S = 300.0
 """For an agent that does not read its answer. It may think about a chunk, but not hold an engine's
 stream for ever."""
 
-MAX_JSON_DEPTH: Final = 200
+MAX_JSON_DEPTH = 200
 """Of a request body: tool schemas nest 20 deep, and pydantic's own parser ends here. Python's ends
 at 1,000 frames, whoever's they are."""
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
+from driftgate.errors import DriftgateError
 from driftgate.gateway import limits
 from driftgate.gateway.config import GatewayConfig
 
@@ -122,6 +123,7 @@ async def listening(
         access_log=None,
         logger=http_log,
         keepalive_timeout=idle_timeout_s,
+        lingering_time=limits.LINGER_TIMEOUT_S,
         max_line_size=limits.MAX_LINE_BYTES,
         max_field_size=limits.MAX_HEADER_BYTES,
         max_headers=limits.MAX_HEADERS,
@@ -137,7 +139,7 @@ async def listening(
 
 
 def tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
-    """TLS 1.2 and newer with the configured certificate; None without one. ValueError where it
+    """TLS 1.2 and newer with the configured certificate; None without one. DriftgateError where it
     cannot be used."""
     if config.tls_cert is None:
         return None
@@ -145,8 +147,8 @@ def tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ValueError(
+    except OSError as error:  # ssl.SSLError is one
+        raise DriftgateError(
             f"tls_cert {config.tls_cert} with tls_key {config.tls_key} cannot be used: {error}"
         ) from error
     return context

@@ -101,7 +101,7 @@ class Proxy:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """``GET /v1/models`` and ``/v1/models/{model}``."""
-        if ".." in request.match_info.get("model", "").split("/"):
+        if not http.is_model(request.match_info.get("model", "")):
             raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
         headers = http.request_headers(request.headers, self._config)

@@ -62,7 +62,7 @@ def serve(
         Path | None, typer.Option(help="PEM file with the certificate, to listen with TLS.")
     ] = None,
     tls_key: Annotated[
-        Path | None, typer.Option(help="PEM file with its private key, if it is not beside it.")
+        Path | None, typer.Option(help="PEM file with its private key, if it is not in the same file.")
     ] = None,
 ) -> None:
     """Run the gateway in front of an engine.
@@ -141,13 +141,9 @@ def _warn(settings: GatewayConfig) -> None:
     """What is allowed and still not wise."""
     from driftgate.gateway.keys import is_loopback
 
-    log = logging.getLogger("driftgate")
     if not is_loopback(settings.host) and settings.tls_cert is None:
+        log = logging.getLogger("driftgate")
         log.warning("keys and prompts pass in the clear: set tls_cert, or put TLS in front")
-    if settings.tls_key is not None and settings.tls_key.exists():
-        mode = settings.tls_key.stat().st_mode
-        if mode & 0o077:
-            log.warning("%s can be read by others than its owner", settings.tls_key)
 
 
 def _welcome(url: str, settings: GatewayConfig) -> str:
