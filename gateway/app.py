@@ -280,6 +280,8 @@ def _path(request: web.Request) -> str:
 
 def _open_store(config: GatewayConfig) -> Writer:
     try:
+        # Other users of the machine do not read prompts, unless somebody made the folder for them.
+        config.store.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Writer(config.store, durability=config.durability, queue_bytes=QUEUE_BYTES)
     except OSError as error:
         raise StorageError(

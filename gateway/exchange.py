@@ -65,6 +65,8 @@ class Asked:
     started_ns: int
     expect_routes: bool | None
     max_answer_bytes: int
+    hide_key: Callable[[bytes], bytes]
+    """Takes the engine's key out of an error that repeats it."""
 
 
 class Exchange:
@@ -170,7 +172,8 @@ class Exchange:
                 raise UpstreamError(
                     f"the engine's answer is longer than max_answer_bytes ({limit}); raise it"
                 )
-        return b"".join(parts)
+        whole = b"".join(parts)
+        return whole if answer.status == 200 else self._asked.hide_key(whole)
 
     # A stream.
 

@@ -9,7 +9,14 @@ from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.keys import minted_key
 from driftgate.gateway.sessions import TRAJECTORY_HEADER
 
-__all__ = ["SUPPORTED", "answer_headers", "error_body", "is_model", "request_headers"]
+__all__ = [
+    "SUPPORTED",
+    "answer_headers",
+    "error_body",
+    "is_model",
+    "request_headers",
+    "without_key",
+]
 
 SUPPORTED = (
     "POST /v1/chat/completions",
@@ -74,6 +81,11 @@ def request_headers(headers: CIMultiDictProxy[str], config: GatewayConfig) -> CI
         out["Authorization"] = f"Bearer {config.upstream_key}"
     out["Accept-Encoding"] = "identity"
     return out
+
+
+def without_key(said: bytes, key: str | None) -> bytes:
+    """What an engine said, should it repeat the key that it was given: some do, in a 401."""
+    return said.replace(key.encode(), b"***") if key else said
 
 
 def is_model(name: str) -> bool:

@@ -108,7 +108,7 @@ class Proxy:
         url = self._engine_url(path, request)
         try:
             async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
-                body = await answer.read()
+                body = http.without_key(await answer.read(), self._config.upstream_key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._upstream.lost()
             reason = str(error) or type(error).__name__
@@ -206,6 +206,7 @@ class Proxy:
             started_ns=started_ns,
             expect_routes=self._upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,
+            hide_key=lambda said: http.without_key(said, self._config.upstream_key),
         )
 
     def _engine_url(self, path: str, request: web.Request) -> URL:
