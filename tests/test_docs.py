@@ -61,6 +61,7 @@ def test_the_readmes_configuration_is_valid() -> None:
 def test_the_readme_names_reasons_and_metrics_by_their_names() -> None:
     names = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", README))
     known = {*CODES, *METRICS, *ROUTER_METRICS, "routes_via", "mismatch_kl", "gen_kl_error"}
+    known |= {*GatewayConfig.__struct_fields__}
     assert names <= known, names - known
 
 

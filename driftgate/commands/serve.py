@@ -62,7 +62,8 @@ def serve(
         Path | None, typer.Option(help="PEM file with the certificate, to listen with TLS.")
     ] = None,
     tls_key: Annotated[
-        Path | None, typer.Option(help="PEM file with its private key, if it is not in the same file.")
+        Path | None,
+        typer.Option(help="PEM file with its private key; else it is in the same."),
     ] = None,
 ) -> None:
     """Run the gateway in front of an engine.

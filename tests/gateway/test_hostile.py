@@ -200,17 +200,18 @@ ROUTES = re.compile(r"GET /v1/models(/[^/?#]+)*/?(\?.*)?")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
-@pytest.mark.parametrize("target", TARGETS)
 async def test_nothing_but_model_routes_reaches_the_engine(
-    gateway: str, engine: tuple[Engine, str], method: str, target: str
+    gateway: str, engine: tuple[Engine, str], method: str
 ) -> None:
-    head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    raw = await exchange(gateway, head.encode("latin-1"))
-    assert status(raw) in (200, 400, 404, 405)
+    for target in TARGETS:
+        head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        raw = await exchange(gateway, head.encode("latin-1"))
+        assert status(raw) in (200, 400, 404, 405), target
     for asked in engine[0].asked:
         assert ROUTES.fullmatch(asked), asked
         assert ".." not in asked
-        assert "%2e" not in asked.lower()
+        assert "%2" not in asked
+    assert (method == "GET") == bool(engine[0].asked)  # among the targets are some of good faith
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "HEAD", "GET"])

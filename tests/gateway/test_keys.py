@@ -134,6 +134,21 @@ async def test_every_route_is_in_the_table(agent: Agent) -> None:
     assert access_of("POST", "/healthz/x") == "admin"
 
 
+async def test_openapi_says_which_key_opens_what(agent: Agent) -> None:
+    headers = {"Authorization": f"Bearer {READ}"}
+    async with agent.http.get(agent.url + "/api/openapi.json", headers=headers) as answer:
+        document = await answer.json()
+    assert set(document["components"]["securitySchemes"]) == {"read", "admin", "trajectory"}
+    of_kind = {"read": "read", "admin": "admin", "own": "trajectory"}
+    told = {(method, path): who for method, path, who in TABLE}
+    told["GET", "/api/drift"] = told["GET", "/api/drift?trajectory=own"]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            asked = path.replace("{trajectory}", "own").replace("{step}", "0")
+            opens = {of_kind[who] for who in told[method.upper(), asked]}
+            assert {name for one in operation["security"] for name in one} == opens, path
+
+
 @pytest.mark.parametrize("header", ["Authorization", "x-api-key"])
 async def test_no_key_of_the_gateway_reaches_the_engine(
     agent: Agent, engine: StandIn, header: str
