@@ -74,7 +74,7 @@ def serve(
     the keys themselves in DRIFTGATE_CALL_KEY, DRIFTGATE_READ_KEY and DRIFTGATE_ADMIN_KEY, several
     with commas between. DRIFTGATE_SIGNING_KEY signs the keys of trajectories.
     """
-    given = {
+    given: dict[str, Any] = {
         "upstream": upstream,
         "store": store,
         "host": host,

@@ -165,9 +165,9 @@ async def test_a_trajectorys_key_calls_for_no_other(agent: Agent) -> None:
     path, named = "/v1/chat/completions", {"x-driftgate-trajectory": "other"}
     assert await ask(agent, "POST", path, OWN, json=CHAT, headers=named) == 403
     assert await ask(agent, "POST", path, CALL, json=CHAT, headers=named) == 200
-    for more in ({"headers": {"x-session-id": "other"}}, {}):
-        body = CHAT | {"metadata": {"trajectory_id": "other"}}
-        assert await ask(agent, "POST", path, OWN, json=body, **more) == 200
+    body = CHAT | {"metadata": {"trajectory_id": "other"}}
+    for headers in ({"x-session-id": "other"}, {}):
+        assert await ask(agent, "POST", path, OWN, json=body, headers=headers) == 200
     assert [t.meta.trajectory for t in await agent.traces()].count("own") == 2
 
 
@@ -330,6 +330,6 @@ def test_without_keys_nothing_is_asked_for() -> None:
 
 def test_any_of_several_keys_will_do() -> None:
     keys = Keys(read=[digest_of(READ), digest_of(OWN + "x" * 9)], call=[digest_of(READ)])
-    for access in ("read", "call"):
-        keys.check(access, {"authorization": f"bearer  {READ} "})  # type: ignore[arg-type]
+    keys.check("read", {"authorization": f"bearer  {READ} "})
+    keys.check("call", {"authorization": f"Bearer {READ}"})
     keys.check("read", {"authorization": "Bearer EMPTY", "x-api-key": READ})
