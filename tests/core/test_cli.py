@@ -35,7 +35,8 @@ from driftgate.testing.stores import SLASHED, example_records, write_store
 from driftgate.trace import Trace
 from driftgate.views import Cells, DriftEvent, StepDetail, TrajectoryDetail
 
-COMMANDS = ["serve", "key", "probe", "teach", "tail", "show", "cells", "export", "version", "index"]
+COMMANDS = ["serve", "probe", "teach", "tail", "show", "cells", "export", "version", "index"]
+COMMANDS += ["explain", "verdict", "feedback", "key"]
 
 
 @pytest.fixture(scope="module")
