@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test foreign lint types contracts bench faults soak clean
+.PHONY: setup demo test foreign lint types contracts bench faults soak requirements audit clean
 
 setup: $(STAMP)
 
@@ -51,5 +51,29 @@ faults: setup
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
+# In a virtual environment of its own: these tools would pull our pins about.
+TOOLS := $(VENV)-tools/bin
+
+$(TOOLS)/pip-audit:
+	$(PYTHON) -m venv $(VENV)-tools
+	$(TOOLS)/python -m pip install --quiet pip-tools==7.6.2 pip-audit==2.10.1
+
+# The versions of constraints.txt for the gateway alone, with the hashes of all their files.
+requirements: $(TOOLS)/pip-audit
+	echo "# What the gateway's image is made of, each file by its hash. Made by: make requirements" \
+		> requirements.txt.new
+	$(TOOLS)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
+		--no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+		--build-deps-for wheel -c constraints.txt -o requirements.txt.made pyproject.toml
+	cat requirements.txt.made >> requirements.txt.new
+	rm requirements.txt.made
+	mv requirements.txt.new requirements.txt
+
+# Strict: without it, what could not be looked up counts as sound.
+audit: $(TOOLS)/pip-audit
+	$(TOOLS)/pip-audit --strict --disable-pip --progress-spinner off -r requirements.txt || \
+		(echo "audit: FAILED: a vulnerability is known, or the service could not be asked and" \
+		"nothing is known at all; the lines above say which" >&2; exit 1)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-tools build dist *.egg-info

@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from driftgate.errors import (
+    AccessError,
     DriftgateError,
     NotFoundError,
     RequestError,
@@ -62,6 +63,8 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.1, 5.0
 
 ERRORS: dict[int, type[DriftgateError]] = {
     400: RequestError,
+    401: AccessError,
+    403: AccessError,
     404: NotFoundError,
     502: UpstreamError,
     503: StorageError,
@@ -292,4 +295,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
         message = f"{error.message}; {error.fix}" if error.fix else error.message
     except msgspec.DecodeError:
         message = f"HTTP {response.status_code}: {body[:200].decode(errors='replace')}"
-    raise ERRORS.get(response.status_code, DriftgateError)(message)
+    kind = ERRORS.get(response.status_code, DriftgateError)
+    if kind is AccessError:
+        raise AccessError(message, status=response.status_code)
+    raise kind(message)

@@ -48,6 +48,13 @@ class Metrics:
             ["record"],
             registry=registry,
         )
+        self.refused = Counter(
+            "driftgate_refused",
+            "Requests that may not be made, by why: no_key, wrong_key, foreign_page; and "
+            "connections that were one too many",
+            ["why"],
+            registry=registry,
+        )
         self.ambiguous = Counter(
             "driftgate_ambiguous_calls",
             "Calls that several trajectories could have led to",

@@ -20,6 +20,7 @@ from driftgate.adapters.vllm import Vllm
 from driftgate.errors import UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.gateway import sse
+from driftgate.gateway.http import without_key
 from driftgate.trace import LogprobsMode
 
 __all__ = ["ModelInfo", "ProbeReport", "logprobs_mode", "probe", "sampling_defaults"]
@@ -117,7 +118,7 @@ async def probe(
         headers["Authorization"] = f"Bearer {key}"
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-        return await _Probe(session, url.rstrip("/"), adapter or Vllm()).run(model)
+        return await _Probe(session, url.rstrip("/"), adapter or Vllm(), key).run(model)
 
 
 class _Refused(UpstreamError):
@@ -127,8 +128,11 @@ class _Refused(UpstreamError):
 class _Probe:
     """The requests of one probe."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, adapter: EngineAdapter) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, adapter: EngineAdapter, key: str | None
+    ) -> None:
         self._session = session
+        self._key = key
         self._url = url
         self._adapter = adapter
         self._notes: list[str] = []
@@ -251,7 +255,7 @@ class _Probe:
                 f"no engine answers at {self._url}: {reason}; start it, or correct the upstream URL"
             ) from error
         if status >= 400:
-            said = raw[:300].decode(errors="replace")
+            said = without_key(raw, self._key)[:300].decode(errors="replace")
             kind = _Refused if status < 500 else UpstreamError
             raise kind(f"{method} {self._url}{path} answered {status}: {said}")
         return raw

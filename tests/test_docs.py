@@ -63,6 +63,7 @@ def test_the_readme_names_reasons_and_metrics_by_their_names() -> None:
     names = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", README))
     known = {*CODES, *METRICS, *ROUTER_METRICS, *REPLAY_METRICS}
     known |= {"routes_via", "mismatch_kl", "gen_kl_error"}
+    known |= {*GatewayConfig.__struct_fields__}
     assert names <= known, names - known
 
 
