@@ -27,6 +27,7 @@ from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Api
+from driftgate.gateway.pages import add_pages
 from driftgate.gateway.proxy import Proxy
 from driftgate.gateway.recorder import STOPPED, Recorder, Sink
 from driftgate.gateway.restore import restore
@@ -183,6 +184,7 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
             reader=gateway.reader, submit=gateway.sink.submit, mint=gateway.sessions.mint
         )
         feed = add_api_routes(app, context)
+        add_pages(app)
         gateway.metrics.count_poll_errors(lambda: feed.poll_errors)
     app.on_response_prepare.append(_remember)
     app.on_shutdown.append(gateway.stop)  # after the API's: its followers end at once
