@@ -49,6 +49,7 @@ def alarms(
         at = {"engine_digest": engine, "trainer_digest": trainer, "model": model}
         found += _routes(sums, at)
         found += _drift(sums, at)
+        found += _bad_tokens(sums, at)
     found += _not_comparable(rows)
     found += _capture(activity, trajectories)
     found += _worker(activity, now_ns)
@@ -65,7 +66,7 @@ def _routes(sums: Sequence[Sums], at: dict[str, str]) -> Iterator[Alarm]:
         yield Alarm(
             severity="red",
             code="routes_misaligned",
-            text=f"routes of {at['model']} misaligned: zero overlap {rate:.0%} of "
+            text=f"Routes of {at['model']} misaligned: zero overlap {rate:.0%} of "
             f"{now.all_cells} (token, layer) pairs",
             fix="rows of the two sides do not belong together: check the engine's first route "
             "row and prefix caching, then `driftgate probe`",
@@ -88,7 +89,7 @@ def _drift(sums: Sequence[Sums], at: dict[str, str]) -> Iterator[Alarm]:
             yield Alarm(
                 severity=colour,
                 code=f"drift_{colour}",
-                text=f"drift of {at['model']}: {name} {value:.2g}{UNITS[name]}, the band's "
+                text=f"Drift of {at['model']}: {name} {value:.2g}{UNITS[name]}, the band's "
                 f"{colour} begins at {limit:.2g}; "
                 f"{now.n_tokens} tokens",
                 fix="open the cell: compare with its noise floor, then look at the worst token",
@@ -96,6 +97,21 @@ def _drift(sums: Sequence[Sums], at: dict[str, str]) -> Iterator[Alarm]:
                 **at,
             )
             return
+
+
+def _bad_tokens(sums: Sequence[Sums], at: dict[str, str]) -> Iterator[Alarm]:
+    now = stretch(sums, lambda total: total.n_bad_tokens > 0)
+    if now is not None:
+        yield Alarm(
+            severity="amber",
+            code="bad_tokens",
+            text=f"{at['model']}: {now.n_bad_tokens} of {now.n_tokens + now.n_bad_tokens} tokens "
+            "have a logprob that is none (not finite, <= -9000 or > 1e-6 nats)",
+            fix="they are left out of every number: look at what the engine and the trainer "
+            "report for them",
+            since_ns=now.scored_ns,
+            **at,
+        )
 
 
 def _not_comparable(rows: Sequence[CellRow]) -> Iterator[Alarm]:
@@ -120,14 +136,14 @@ def _capture(activity: Activity, trajectories: int) -> Iterator[Alarm]:
         yield Alarm(
             severity="amber",
             code="capture_gaps",
-            text=f"capture: {activity.with_gaps} of {trajectories} trajectories have a gap",
+            text=f"Capture: {activity.with_gaps} of {trajectories} trajectories have a gap",
             fix="the list of trajectories, filtered by gaps, names each one",
         )
     if activity.stale_calls:
         yield Alarm(
             severity="amber",
             code="stale_calls",
-            text=f"{activity.stale_calls} calls began over an hour ago and never ended",
+            text=f"Calls begun over an hour ago that never ended: {activity.stale_calls}",
             fix="their gateway was most likely killed; its log says when",
         )
 
@@ -137,18 +153,18 @@ def _worker(activity: Activity, now_ns: int) -> Iterator[Alarm]:
     if oldest is None or now_ns - oldest < WORKER_LAG_S * 1e9:
         return
     minutes = (now_ns - oldest) / 60e9
+    words = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     yield Alarm(
         severity="amber",
         code="worker_behind",
-        text=f"{activity.waiting} answers wait to be scored, the oldest for {minutes:.0f} min",
+        text=f"Answers that wait to be scored: {activity.waiting}, the oldest for {words}",
         fix="start a worker: driftgate teach --follow; where one runs, its log says why",
         since_ns=oldest,
     )
 
 
 def _has_colour(total: Sums, *, name: str, colour: str) -> bool:
-    value, bad = total.metrics()[name], total.n_bad_tokens
-    return band(name, value, n_bad_tokens=bad, slack=_slack(total)) == colour
+    return band(name, total.metrics()[name], slack=_slack(total)) == colour
 
 
 def _slack(total: Sums) -> float:

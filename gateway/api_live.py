@@ -45,6 +45,9 @@ SHOWN_WORST = 10
 POINTS = 120
 """Points of a line when the caller does not say: about one for each 5 pixels of a chart."""
 
+MIN_SLOT_S = 0.25
+"""The finest slot: about what a small forward takes."""
+
 MAX_TOKEN = 1 << 24
 """Past any response (``storage.delta.MAX_IDS``)."""
 
@@ -88,7 +91,7 @@ class LiveAnswers:
     def series(self, points: int) -> Series:
         """Drift over time in at most ``points`` slots a cell."""
         self._live.refresh()
-        slot_s = max(1.0, self._live.span_s() / (points - 1))
+        slot_s = max(MIN_SLOT_S, self._live.span_s() / (points - 1))
         return Series(slot_s=slot_s, items=self._live.series(slot_s))
 
     def routes(

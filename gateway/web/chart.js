@@ -94,8 +94,8 @@ export function DriftChart({ times, values, limits, floors, label }) {
     padding: [8, 8, 0, 0],
     scales: { x: { time: true, range: [first - pad, last + pad] }, y: { distr: 3, range: [low, high] } },
     axes: [
-      axis(color, { size: 30 }),
-      axis(color, { size: 48, values: (_, ticks) => ticks.map((t) => (t && /^1e/.test(t.toExponential()) ? num(t, 1) : "")) }),
+      axis(color, { size: 30, space: 90, values: (_, ticks) => timeLabels(ticks, last - first) }),
+      axis(color, { size: 48, splits: () => decades(low, high), filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map((t) => (t ? num(t, 1) : "")) }),
     ],
     series: [
       {},
@@ -109,6 +109,25 @@ export function DriftChart({ times, values, limits, floors, label }) {
     hooks: { drawAxes: [zones(limits, color), ruler(floors, color, [6, 4])] },
   });
   return html`<${Plot} options=${useStable(options, [times, values, limits, floors])} data=${useStable(data, [times, values])} height=${170} label=${label} />`;
+}
+
+function decades(low, high) {
+  const [from, to] = [Math.round(Math.log10(low)), Math.round(Math.log10(high))];
+  const every = Math.ceil((to - from) / 6);
+  const found = [];
+  for (let d = from; d <= to; d += every) found.push(10 ** d);
+  return found;
+}
+
+/** As short as the span allows; a label that only repeats is left out. */
+function timeLabels(ticks, spanS) {
+  const words = ticks.map((t) => {
+    const at = new Date(t * 1000);
+    if (spanS > 2 * 86400) return at.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+    const second = spanS < 900 ? "2-digit" : undefined;
+    return at.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", second });
+  });
+  return words.map((word, i) => (word === words[i - 1] ? "" : word));
 }
 
 /** D of every token along a response, as bars from 0; a click chooses the token. */

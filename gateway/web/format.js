@@ -5,8 +5,9 @@ const EXPONENT = 1e-3;
 /** Three significant digits; small ones as 8.34e-4, as the docs and the command line write them. */
 export function num(value, digits = 3) {
   if (value == null) return "–";
+  if (value < 0) return `−${num(-value, digits)}`;
   if (value === 0) return "0";
-  const size = Math.abs(value);
+  const size = value;
   if (size < EXPONENT || size >= 1e6) return value.toExponential(digits - 1).replace("e+", "e");
   if (Number.isInteger(value)) return value.toLocaleString("en-GB");
   if (size >= 1000) return Math.round(value).toLocaleString("en-GB");

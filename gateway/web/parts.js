@@ -18,10 +18,16 @@ export const routeTo = {
   compare: (a, b) => `#/compare?${new URLSearchParams({ a: a ?? "", b: b ?? "" })}`,
 };
 
+let entered = false;
+
 /** Heading of a page; takes the focus when the page is entered, so that readers start there. */
 export function Title({ children, raw, note }) {
   const ref = useRef(null);
-  useEffect(() => ref.current?.focus({ preventScroll: true }), []);
+  useEffect(() => {
+    // Not on the first page: there the first Tab is the skip link's.
+    if (entered) ref.current?.focus({ preventScroll: true });
+    entered = true;
+  }, []);
   return html`<header class="title">
     <h1 tabindex="-1" ref=${ref}>${children}</h1>
     ${note && html`<p class="muted">${note}</p>`}
@@ -79,7 +85,7 @@ export function Empty({ children }) {
 
 /** A wide table scrolls by itself, by keyboard too, so that the page never does. */
 export function Scroll({ label, children, tall }) {
-  return html`<div class=${tall ? "scroll tall" : "scroll"} role="region" aria-label=${label} tabindex="0">${children}</div>`;
+  return html`<div class=${tall ? "scroll tall" : "scroll"} role="region" aria-label=${`Table: ${label}`} tabindex="0">${children}</div>`;
 }
 
 export function BandMark({ colour, words = false }) {
@@ -123,10 +129,9 @@ export function Time({ ns, seconds }) {
 
 /** The worst token between the words around it. */
 export function InContext({ worst, chars = 44 }) {
-  const before = (worst.before ?? "").slice(-chars);
-  const after = (worst.after ?? "").slice(0, chars);
+  const dim = (text) => text && html`<span class="dim">${visible(text)}</span>`;
   return html`<span class="context"
-    ><span class="dim">${visible(before)}</span><mark>${visible(worst.text)}</mark><span class="dim">${visible(after)}</span></span
+    >${dim((worst.before ?? "").slice(-chars))}<mark>${visible(worst.text)}</mark>${dim((worst.after ?? "").slice(0, chars))}</span
   >`;
 }
 

@@ -7,6 +7,9 @@ import { visible } from "./format.js";
 
 const CHUNK = 128;
 
+/** From here on, chunks out of sight are not laid out. */
+const LONG = 512;
+
 export function Tokens({ tokens, mode, missed, chosen, onChoose, onHover }) {
   const box = useRef(null);
   const text = useMemo(() => chunks(tokens, mode, missed), [tokens, mode, missed]);
@@ -20,7 +23,7 @@ export function Tokens({ tokens, mode, missed, chosen, onChoose, onHover }) {
     onChoose(next);
   };
   return html`<div
-    class="tokens"
+    class=${tokens.length > LONG ? "tokens long" : "tokens"}
     role="listbox"
     tabindex="0"
     aria-label=${`Tokens of the response, coloured by ${MODES[mode].long}. Arrow keys choose a token, n and p the next and previous by size of D.`}

@@ -4,7 +4,7 @@ import { paths, useAnswer } from "../api.js";
 import { ResponseChart } from "../chart.js";
 import { Extras } from "../extras.js";
 import { clock, count, num, percent, plural, side, signed, visible } from "../format.js";
-import { Choice, Empty, Fold, LogRatio, Raw, Reasons, Scroll, Section, Show, Verdict } from "../parts.js";
+import { Choice, Empty, LogRatio, Raw, Reasons, Scroll, Section, Show, Verdict } from "../parts.js";
 import { missShare, MODES } from "../scale.js";
 import { byDrift, Legend, Tokens } from "../tokens.js";
 import { Messages, Reply } from "./messages.js";
@@ -62,10 +62,12 @@ function Response({ trace, name, step, path, token, onToken }) {
     html`<p class="muted small">Coloured by ${MODES[mode].long}.</p>
       <${Legend} mode=${mode} />
       <div class="reading">
-        <${Tokens} tokens=${tokens} mode=${mode} missed=${missed} chosen=${token} onChoose=${onToken} onHover=${setHovered} />
+        <div>
+          <${Tokens} tokens=${tokens} mode=${mode} missed=${missed} chosen=${token} onChoose=${onToken} onHover=${setHovered} />
+          <${ResponseChart} values=${values} unit=${MODES[mode].long} onPick=${onToken} label=${`${MODES[mode].long} of each of ${tokens.length} tokens; the table below has the largest`} />
+        </div>
         <${Facts} token=${shownToken} meta=${trace.meta} missed=${missed} pinned=${hovered == null} />
       </div>
-      <${ResponseChart} values=${values} unit=${MODES[mode].long} onPick=${onToken} label=${`${MODES[mode].long} of each of ${tokens.length} tokens; the table below has the largest`} />
       <div class="two">
         <${Largest} tokens=${tokens} worst=${worst} chosen=${token} onToken=${onToken} raw=${path} />
         ${hasRoutes && token != null && html`<${LayersOf} key=${token} name=${name} step=${step} choice=${trace.meta.choice} token=${token} />`}

@@ -110,7 +110,7 @@ function Metrics({ cell, glossary, moe }) {
               <td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} moe=${moe} /></td>
               <td class="n nowrap">${interval ? `${num(interval.low)} … ${num(interval.high)}` : "–"}</td>
               ${cell.floors.map((f) => html`<td class="n">${num(f.measures.metrics[name] ?? f.router?.metrics[name])}</td>`)}
-              <td class="reads">${known && html`${known.formula}. ${known.reads} ${known.trap && html`<span class="muted">Trap: ${known.trap}.</span>`}`}</td>
+              <td class="reads">${known && html`${known.formula}: ${known.reads}. ${known.trap && html`<span class="muted">Trap: ${known.trap}.</span>`}`}</td>
             </tr>`;
           })}
         </tbody>

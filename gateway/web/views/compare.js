@@ -65,20 +65,21 @@ function Table({ sides, id, raw }) {
     const [x, y] = [a.intervals[name], b.intervals[name]];
     return x && y ? (x.high < y.low || y.high < x.low ? "intervals apart" : "intervals overlap") : "";
   };
+  const dated = SHOWN.some(apart);
   return html`<${Section} id=${id} title="Metrics" raw=${raw}>
     <${Scroll} label="Metrics of both">
       <table class="rows">
-        <thead><tr><th scope="col">metric</th>${sides.map((s, i) => html`<th scope="col" class="n"><a href=${s.href}>${"AB"[i]} ${s.name}</a></th>`)}<th scope="col" class="n">B − A</th><th scope="col">95 % intervals</th></tr></thead>
+        <thead><tr><th scope="col">metric</th>${sides.map((s, i) => html`<th scope="col" class="n"><a href=${s.href}>${"AB"[i]} ${s.name}</a></th>`)}<th scope="col" class="n">B − A</th>${dated && html`<th scope="col">95 % intervals</th>`}</tr></thead>
         <tbody>
-          <tr><th scope="row">comparable</th>${sides.map((s) => html`<td class="n"><${Verdict} verdict=${s.cell.verdict} /></td>`)}<td></td><td></td></tr>
-          <tr><th scope="row">tokens</th>${sides.map((s) => html`<td class="n">${count(s.cell.n_tokens)}</td>`)}<td></td><td></td></tr>
+          <tr><th scope="row">comparable</th>${sides.map((s) => html`<td class="n"><${Verdict} verdict=${s.cell.verdict} /></td>`)}<td></td>${dated && html`<td></td>`}</tr>
+          <tr><th scope="row">tokens</th>${sides.map((s) => html`<td class="n">${count(s.cell.n_tokens)}</td>`)}<td></td>${dated && html`<td></td>`}</tr>
           ${SHOWN.filter((name) => value(a, name) != null || value(b, name) != null).map((name) => {
             const [x, y] = [value(a, name), value(b, name)];
             return html`<tr>
               <th scope="row"><code>${name}</code></th>
               ${[a, b].map((c) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${sourceOf(c, name)} moe=${c.router != null} /></td>`)}
               <td class="n">${x == null || y == null ? "–" : num(y - x)}</td>
-              <td class="muted">${apart(name)}</td>
+              ${dated && html`<td class="muted">${apart(name)}</td>`}
             </tr>`;
           })}
         </tbody>

@@ -45,7 +45,7 @@ export function Meaning({ glossary, metric }) {
   const known = glossary?.metrics[metric] ?? glossary?.router_metrics[metric];
   if (!known) return null;
   return html`<p class="muted small">
-    <code>${metric}</code> = ${known.formula}${known.unit === "1" ? "" : `, ${known.unit}`}. ${known.reads}. ${known.trap && `Trap: ${known.trap}.`}
+    <code>${metric}</code> = ${known.formula}${known.unit === "1" ? "" : ` ${known.unit}`}: ${known.reads}.${known.trap && ` Trap: ${known.trap}.`}
   </p>`;
 }
 
