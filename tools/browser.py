@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 __all__ = ["chromium"]
 
@@ -21,3 +22,10 @@ def chromium() -> str:
             "the path of one"
         )
     return found
+
+
+if __name__ == "__main__":
+    try:
+        print(chromium())
+    except FileNotFoundError as error:
+        sys.exit(str(error))

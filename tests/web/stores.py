@@ -37,7 +37,7 @@ def misaligned(trace: Trace) -> Score:
     """A score whose routes stand one row off, as vLLM's without a bonus row would."""
     score = routed_score(trace, flips=0, seed=0, noise=0.01)
     assert score.routes is not None
-    train = np.roll(score.routes, 1, axis=0)
+    train = np.roll(score.routes, 1, axis=0).astype(np.uint8)
     why = Reason(code="routes_misaligned", detail="shift 1", fix="count rows")
     meta = msgspec.structs.replace(
         score.meta,
