@@ -49,9 +49,6 @@ class WorstTrajectory(msgspec.Struct, frozen=True, kw_only=True):
     trajectory: str
     model: str
     worst: WorstView
-    kl_k3_rollout_train: float | None
-    """Nats per token over its comparable scores."""
-    n_tokens: int
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):

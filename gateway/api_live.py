@@ -25,7 +25,6 @@ from driftgate.gateway.token_routes import step_routes
 from driftgate.gateway.wire import query_of, step_of
 from driftgate.glossary import METRICS, ROUTER_METRICS
 from driftgate.live_views import Glossary, Overview, Series, StepRoutes, WorstTrajectory
-from driftgate.mismatch import Bucket
 from driftgate.storage import Reader
 from driftgate.trace import Score
 
@@ -39,6 +38,10 @@ STALE_S = 3600.0
 
 FRESH_S = 1.0
 """How old a shared overview may be; the page asks every few seconds."""
+
+COST_SHARE = 10.0
+"""In a large store counting takes longer: it is then done so seldom that it takes at most a tenth
+of one thread."""
 
 SHOWN_WORST = 10
 
@@ -78,15 +81,24 @@ class LiveAnswers:
         self._reader, self._answers = reader, answers
         self._live = Live(lambda after, limit: reader.scores(after=after, limit=limit))
         self._lock = threading.Lock()
-        self._shared: tuple[float, Overview] | None = None
+        self._shared: Overview | None = None
+        self._fresh_until = 0.0
 
     def overview(self) -> Overview:
-        """What is live now; at most ``FRESH_S`` old."""
-        with self._lock:
-            now = time.monotonic()
-            if self._shared is None or now - self._shared[0] > FRESH_S:
-                self._shared = (now, self._overview(time.time_ns()))
-            return self._shared[1]
+        """What is live now, shared between all who ask; see ``FRESH_S``."""
+        # While one thread looks, the others give what was there: a slow store holds up one thread.
+        if not self._lock.acquire(blocking=self._shared is None):
+            assert self._shared is not None
+            return self._shared
+        try:
+            started = time.monotonic()
+            if self._shared is None or started > self._fresh_until:
+                self._shared = self._overview(time.time_ns())
+                took = time.monotonic() - started
+                self._fresh_until = started + took + max(FRESH_S, COST_SHARE * took)
+            return self._shared
+        finally:
+            self._lock.release()
 
     def series(self, points: int) -> Series:
         """Drift over time in at most ``points`` slots a cell."""
@@ -140,18 +152,7 @@ class LiveAnswers:
         worst = self._answers.worst_token(found.worst)
         if worst is None:  # its trace is damaged or lost
             return None
-        bucket = Bucket()
-        for row in self._reader.scores(found.trajectory, kind="drift"):
-            if row.meta.bucket is not None and row.meta.comparable.verdict != "no":
-                bucket = bucket.merge(row.meta.bucket)
-        k3 = bucket.metrics()["kl_k3_rollout_train"]
-        return WorstTrajectory(
-            trajectory=found.trajectory,
-            model=found.model,
-            worst=worst,
-            kl_k3_rollout_train=None if k3 is None else float(k3),
-            n_tokens=bucket.n_tokens,
-        )
+        return WorstTrajectory(trajectory=found.trajectory, model=found.model, worst=worst)
 
     def _score(self, trace_id: str, trainer: str | None) -> Score | None:
         try:

@@ -97,7 +97,8 @@ def locked_url(root: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
+# Not for the session: the driver keeps a loop running on this thread, and other tests have theirs.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has no user namespaces
     with sync_playwright() as playwright:

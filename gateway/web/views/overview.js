@@ -179,7 +179,7 @@ function Worst({ now }) {
           <table class="rows">
             <thead>
               <tr>
-                <th scope="col">token</th><th scope="col" class="n">D</th><th scope="col" class="n">p engine</th><th scope="col" class="n">p trainer</th><th scope="col">where</th><th scope="col">model</th><th scope="col" class="n">k3 of trajectory</th>
+                <th scope="col">token</th><th scope="col" class="n">D</th><th scope="col" class="n">p engine</th><th scope="col" class="n">p trainer</th><th scope="col">where</th><th scope="col">model</th>
               </tr>
             </thead>
             <tbody>
@@ -191,7 +191,6 @@ function Worst({ now }) {
                   <td class="n">${num(Math.exp(w.worst.train_logprob))}</td>
                   <td class="nowrap"><a href=${routeTo.trajectory(w.trajectory)}>${w.trajectory}</a> step ${w.worst.step}, token ${w.worst.token_index}</td>
                   <td>${w.model}</td>
-                  <td class="n">${num(w.kl_k3_rollout_train)} <span class="unit">nats</span></td>
                 </tr>`,
               )}
             </tbody>
