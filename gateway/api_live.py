@@ -166,29 +166,29 @@ class LiveHandlers:
 
     live: LiveAnswers
 
-    async def _answer(self, ask: Callable[[], msgspec.Struct]) -> web.Response:
+    async def answer(self, ask: Callable[[], msgspec.Struct]) -> web.Response:
         raise NotImplementedError
 
     async def get_overview(self, request: web.Request) -> web.StreamResponse:
         """What is live now: rates, coverage, lag, alarms in words, the worst trajectories."""
-        return await self._answer(self.live.overview)
+        return await self.answer(self.live.overview)
 
     async def get_series(self, request: web.Request) -> web.StreamResponse:
         """Drift over time: every cell's scores merged by slots of the time of scoring."""
         query = query_of(request, SeriesQuery)
-        return await self._answer(lambda: self.live.series(query.points))
+        return await self.answer(lambda: self.live.series(query.points))
 
     async def get_routes(self, request: web.Request) -> web.StreamResponse:
         """Where engine and trainer chose other experts, token by token and layer by layer."""
         name, step = request.match_info["trajectory"], step_of(request)
         query = query_of(request, RoutesQuery)
-        return await self._answer(
+        return await self.answer(
             lambda: self.live.routes(name, step, query.choice, query.trainer, query.token)
         )
 
     async def get_glossary(self, request: web.Request) -> web.StreamResponse:
         """Every metric, colour band and reason code: what it is and how it misleads."""
-        return await self._answer(lambda: GLOSSARY)
+        return await self.answer(lambda: GLOSSARY)
 
 
 GLOSSARY = Glossary(

@@ -44,6 +44,8 @@ export const paths = {
   trajectory: (name) => `/api/trajectories/${encodeURIComponent(name)}`,
   mismatch: (name) => `/api/trajectories/${encodeURIComponent(name)}/mismatch`,
   step: (name, step) => `/api/trajectories/${encodeURIComponent(name)}/steps/${step}`,
+  verdict: (name, profile) => `/api/trajectories/${encodeURIComponent(name)}/verdict?profile=${profile}`,
+  explain: (name) => `/api/trajectories/${encodeURIComponent(name)}/explain`,
   routes: (name, step, choice, token) =>
     `/api/trajectories/${encodeURIComponent(name)}/steps/${step}/routes?choice=${choice}` +
     (token == null ? "" : `&token=${token}`),

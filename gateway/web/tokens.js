@@ -68,6 +68,9 @@ function useMark(box, chosen, text) {
     token.classList.add("chosen");
     token.setAttribute("aria-selected", "true");
     keepInSight(box.current, token);
+    // Chosen from elsewhere on the page, or by its address: show where it stands.
+    const { top, bottom } = box.current.getBoundingClientRect();
+    if (bottom < 80 || top > innerHeight - 80) box.current.scrollIntoView({ block: "center" });
     return () => {
       token.classList.remove("chosen");
       token.setAttribute("aria-selected", "false");

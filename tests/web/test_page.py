@@ -88,6 +88,7 @@ def test_the_worst_token_is_within_three_clicks(make_page: MakePage, url: str) -
     shown = page.get_by_role("complementary", name="Token")
     expect(shown).to_contain_text(f"{abs(worst['worst']['log_ratio']):.3g}")
     expect(shown).to_contain_text("experts differ")
+    expect(chosen).to_be_in_viewport()
 
 
 def test_overview_says_what_is_wrong_in_words(make_page: MakePage) -> None:
@@ -133,6 +134,18 @@ def test_the_first_tab_skips_to_the_content(make_page: MakePage) -> None:
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
     assert page.url.endswith("#/matrix")
+
+
+def test_a_trajectory_says_whether_to_train_on_it_and_why_not(make_page: MakePage) -> None:
+    page = make_page().open("t/dense-0")
+    verdict = page.get_by_role("region", name="Train on it?")
+    expect(verdict).to_contain_text("quarantine")
+    expect(verdict).to_contain_text("1 of 3 scores: grammar_masked")
+    expect(verdict.get_by_role("row").filter(has_text="unexplained")).to_contain_text("%")
+    verdict.get_by_role("radio", name="observatory").check()
+    expect(verdict.get_by_role("link", name="JSON").first).to_have_attribute(
+        "href", re.compile("profile=observatory")
+    )
 
 
 def test_the_scheme_can_be_chosen_and_stays(make_page: MakePage) -> None:

@@ -2,7 +2,7 @@
 import { html, useMemo, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
 import { ResponseChart } from "../chart.js";
-import { Extras } from "../extras.js";
+import { Replay } from "../replay.js";
 import { clock, count, num, percent, plural, side, signed, visible } from "../format.js";
 import { Choice, Empty, LogRatio, Raw, Reasons, Scroll, Section, Show, Verdict } from "../parts.js";
 import { missShare, MODES } from "../scale.js";
@@ -20,7 +20,7 @@ export function Answer({ name, step, choice, token, onToken }) {
       const trace = all.find((c) => c.meta.choice === choice) ?? all[0];
       return html`<${Asked} trace=${trace} path=${path} />
         <${Response} key=${trace.meta.trace_id} trace=${trace} name=${name} step=${step} path=${path} token=${token} onToken=${onToken} />
-        <${Extras} of=${trace.score} />`;
+        <${Replay} of=${trace.score} raw=${path} />`;
     }}
   <//>`;
 }

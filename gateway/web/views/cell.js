@@ -1,7 +1,7 @@
 // One pair (engine, trainer) in full: every metric with interval and floor, reasons, layers.
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
-import { Extras } from "../extras.js";
+import { Replay } from "../replay.js";
 import { count, num, plural, side, sideDetail } from "../format.js";
 import {
   Empty, Fold, InContext, LogRatio, Metric, Reasons, routeTo, Scroll, Section, Show, Title, Verdict,
@@ -47,7 +47,7 @@ function Whole({ cell, glossary }) {
       </dl>
       <p><a href=${routeTo.compare(`c:${routeTo.cell(cell).slice(7)}`, null)}>Compare with another cell</a></p>
     </section>
-    <${Extras} of=${cell} />
+    <${Replay} of=${cell} raw=${paths.cells} />
     <${Why} cell=${cell} />
     <${Layers} cells=${moe ? [cell] : []} />
     <${ByPosition} cell=${cell} />

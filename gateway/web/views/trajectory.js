@@ -1,11 +1,11 @@
 // One agent run: its steps as a tree, how far each drifts, and the answer that is looked at.
 import { html, useMemo } from "../html.js";
 import { paths, useAnswer } from "../api.js";
-import { Extras } from "../extras.js";
 import { count, duration, num, plural, side } from "../format.js";
 import { BandMark, Empty, Metric, Raw, routeTo, Scroll, Section, Show, Time, Title, Verdict } from "../parts.js";
 import { band } from "../scale.js";
 import { Answer } from "./answer.js";
+import { Judgement } from "./judgement.js";
 import { Capture } from "./trajectories.js";
 
 export function Trajectory({ name, query, go }) {
@@ -39,6 +39,7 @@ function Whole({ name, data, mismatch, glossary, query, go, path }) {
       <a class="button" href=${routeTo.compare(`t:${name}`, null)}>Compare</a>
     </nav>
     <${Cells} mismatch=${mismatch} glossary=${glossary} name=${name} />
+    <${Judgement} name=${name} />
     <div class="split">
       <${Steps} steps=${steps} step=${step} choice=${choice} name=${name} />
       <div class="main-column">
@@ -68,8 +69,7 @@ function Jump({ to, children }) {
 /** The whole trajectory under each (engine, trainer), and what else the gateway says of it. */
 function Cells({ mismatch, glossary, name }) {
   return html`<${Show} answer=${mismatch} what="drift of the whole">
-    ${(data) => html`<${Extras} of=${data} />
-      <${Section} id="whole" title="As a whole" raw=${paths.mismatch(name)}>
+    ${(data) => html`<${Section} id="whole" title="As a whole" raw=${paths.mismatch(name)}>
         ${!data.cells.length
           ? html`<${Empty}>Not scored yet.<//>`
           : html`<${Scroll} label="Drift of the whole trajectory, by trainer">
