@@ -1,4 +1,4 @@
-"""Serves the dashboard: the files of ``gateway/web`` at ``/`` and ``/ui/``, from memory.
+"""Serves the dashboard: the files of ``gateway/web`` at ``/`` and ``/static/``, from memory.
 
 Only what was in that folder at the start is served, by exact name: a request is never a path on
 disk. The page carries no data; what it shows it asks of ``/api``, with the reader's key where the
@@ -46,7 +46,7 @@ INDEX = "index.html"
 def add_pages(app: web.Application) -> None:
     """Mount every file of the dashboard on ``app``."""
     for name, body in _assets(files("driftgate.gateway") / "web"):
-        path = "/" if name == INDEX else f"/ui/{name}"
+        path = "/" if name == INDEX else f"/static/{name}"
         app.router.add_get(path, _handler(body, TYPES[_ending(name)]))
 
 

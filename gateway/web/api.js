@@ -27,7 +27,9 @@ async function ask(path, signal) {
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   const error = body.error ?? {};
-  if (response.status === 401) window.dispatchEvent(new Event("driftgate-key"));
+  // 401: no key, or none that it knows; 403: one that opens something else.
+  const refused = response.status === 401 || (response.status === 403 && readKey());
+  if (refused) window.dispatchEvent(new Event("driftgate-key"));
   throw new ApiFailure(response.status, error.message ?? `HTTP ${response.status}`, error.fix ?? "");
 }
 
@@ -121,7 +123,7 @@ async function follow({ back, onEvent, onState, signal }) {
       }
     } catch (error) {
       if (signal.aborted) return;
-      onState(error.status === 401 ? "key" : "lost");
+      onState(error.status === 401 || error.status === 403 ? "key" : "lost");
     }
     await new Promise((resolve) => setTimeout(resolve, wait));
     wait = Math.min(2 * wait, LAST_RETRY_MS);

@@ -97,7 +97,7 @@ function App() {
   useEffect(() => window.scrollTo(0, 0), [at.view, at.parts.join("/")]);
   const current = IN_NAV[at.view] ?? at.view;
   return html`<header class="top">
-      <a class="brand" href="#/"><img src="/ui/favicon.svg" alt="" width="20" height="20" />driftgate</a>
+      <a class="brand" href="#/"><img src="/static/favicon.svg" alt="" width="20" height="20" />driftgate</a>
       <nav aria-label="Views">
         ${NAV.map(([key, text]) => html`<a href=${`#/${key}`} aria-current=${current === key ? "page" : undefined}>${text}</a>`)}
       </nav>

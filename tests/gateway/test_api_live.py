@@ -141,10 +141,10 @@ async def test_the_glossary_names_every_metric(http: Http) -> None:
     ("path", "kind"),
     [
         ("/", "text/html"),
-        ("/ui/app.js", "text/javascript"),
-        ("/ui/css/base.css", "text/css"),
-        ("/ui/favicon.svg", "image/svg+xml"),
-        ("/ui/vendor/preact/LICENSE.txt", "text/plain"),
+        ("/static/app.js", "text/javascript"),
+        ("/static/css/base.css", "text/css"),
+        ("/static/favicon.svg", "image/svg+xml"),
+        ("/static/vendor/preact/LICENSE.txt", "text/plain"),
     ],
 )
 async def test_files_have_their_type_a_policy_and_a_tag(http: Http, path: str, kind: str) -> None:
@@ -157,7 +157,9 @@ async def test_files_have_their_type_a_policy_and_a_tag(http: Http, path: str, k
         assert response.headers["etag"] == tag
 
 
-@pytest.mark.parametrize("path", ["/ui/", "/ui/../app.py", "/ui/%2e%2e/app.py", "/ui/nothing.js"])
+@pytest.mark.parametrize(
+    "path", ["/static/", "/static/../app.py", "/static/%2e%2e/app.py", "/static/nothing.js"]
+)
 async def test_nothing_else_is_served(http: Http, path: str) -> None:
     async with http.get(path) as response:
         assert response.status == 404

@@ -85,7 +85,8 @@ def locked_url(root: Path) -> Iterator[str]:
         wanted = request.path.startswith("/api/")
         if wanted and request.headers.get("authorization") != "Bearer right":
             error = {"code": "unauthorized", "message": "a read key is needed", "fix": "send it"}
-            return web.json_response({"error": error}, status=401)
+            status = 403 if "authorization" in request.headers else 401
+            return web.json_response({"error": error}, status=status)
         return await handler(request)
 
     def make() -> web.Application:

@@ -217,7 +217,7 @@ def test_compare_says_where_two_runs_part(make_page: MakePage) -> None:
 
 def test_a_read_key_is_asked_for_and_sent(make_page: MakePage, locked_url: str) -> None:
     watched = make_page(at=locked_url)
-    watched.allowed = ("401",)
+    watched.allowed = ("401", "403")
     page = watched.page
     page.goto(f"{locked_url}/#/live")
     expect(page.get_by_role("heading", name="Read key")).to_be_visible()
