@@ -28,6 +28,9 @@ WIDTH, HEIGHT = 1280, 900
 SCALE = 1.5
 """Device pixels for one of CSS: sharp enough, and half the bytes of 2."""
 
+SHOW = {"trajectory": ".split"}
+"""What is brought to the top of a picture; the others begin with the page."""
+
 NO_ENGINE = "http://127.0.0.1:9"
 """Looking at a store needs none."""
 
@@ -70,6 +73,8 @@ async def draw(browser: Browser, url: str, folder: Path) -> None:
             await page.locator("main h1").first.wait_for()
             await page.locator("main table").first.wait_for()
             await page.locator(".waiting").first.wait_for(state="detached")
+            if name in SHOW:
+                await page.locator(SHOW[name]).evaluate("e => e.scrollIntoView()")
             path = folder / f"{name}-{scheme}.png"
             await page.screenshot(path=path, animations="disabled")
             print(path)
