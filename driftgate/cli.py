@@ -13,6 +13,7 @@ import typer
 
 from driftgate.commands.ask import cells, show, tail
 from driftgate.commands.export import export
+from driftgate.commands.floor import floor
 from driftgate.commands.index import index_app
 from driftgate.commands.judge import explain, feedback, verdict
 from driftgate.commands.serve import probe, serve
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(probe)
 app.command()(teach)
+app.command()(floor)
 app.command()(tail)
 app.command()(show)
 app.command()(cells)

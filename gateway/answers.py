@@ -17,10 +17,12 @@ import msgspec
 from driftgate.bootstrap import FEW_TRAJECTORIES
 from driftgate.comparable import CODES
 from driftgate.errors import FormatError, NotFoundError
+from driftgate.floor import label_of
 from driftgate.gateway import shape
 from driftgate.gateway.spread import Spread
 from driftgate.gateway.verdicts import Verdicts, of_response
 from driftgate.mismatch import Worst
+from driftgate.replay import ReplayPair
 from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
 from driftgate.storage.cells import CellFold
 from driftgate.trace import Score, ScoreMeta, Trace
@@ -204,6 +206,8 @@ class Answers:
             at_requested_temperature=shape.measures(meta.at_requested_temperature),
             router=shape.router(meta.router),
             router_reason=meta.router_reason,
+            replay=shape.replay(ReplayPair.of(meta), comparable=meta.comparable.verdict != "no"),
+            replay_reason=meta.replay_reason,
             worst=self._in_context(worst) if worst and text else worst,
             one_pass=meta.one_pass,
             forward_s=meta.forward_s,
@@ -302,6 +306,7 @@ class Answers:
             few=row.trajectories < FEW_TRAJECTORIES,
             scored=row.scored,
             captured=row.captured,
+            partial=row.kind == "drift" and row.scored < row.captured,
             comparable=row.comparable,
             reasons=[
                 ReasonCount(code=code, meaning=CODES.get(code, ""), scores=count)
@@ -310,6 +315,7 @@ class Answers:
             measures=shape.measures(row.comparable_bucket),
             all_measures=shape.measures(row.bucket),
             router=shape.router(row.router),
+            replay=shape.replay(row.replay),
             worst=self.worst_token(row.worst),
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),
@@ -366,6 +372,7 @@ def _floors(row: CellRow, rows: Sequence[CellRow]) -> Iterator[FloorView]:
             continue
         yield FloorView(
             side="engine" if floor.engine.digest == row.engine.digest else "trainer",
+            label=label_of(floor.trainer),
             n_tokens=floor.bucket.n_tokens,
             n_seqs=floor.bucket.n_seqs,
             measures=Measures(metrics=floor.bucket.metrics(), undefined=floor.bucket.undefined()),

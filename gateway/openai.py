@@ -19,6 +19,7 @@ from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import RequestError
 from driftgate.gateway import sse
 from driftgate.gateway.pieces import Pieces, take_apart
+from driftgate.gateway.reading import UNREADABLE
 from driftgate.trace import Sampling
 
 __all__ = [
@@ -106,7 +107,7 @@ def read_request(body: bytes) -> Fields:
         if not body.isascii():
             body.decode()  # msgspec looks at a text's bytes only where it is read
         return _FIELDS.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise RequestError(f"the request body is not a JSON object: {error}") from error
 
 
@@ -117,7 +118,7 @@ def read(fields: Fields, name: str, type_: type[T]) -> T | None:
         return None
     try:
         return msgspec.json.decode(raw, type=type_)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
 
 
@@ -296,7 +297,7 @@ def strip_answer(body: bytes, plan: Plan) -> Stripped:
     try:
         answer = _FIELDS.decode(body)
         choices = _CHOICES.decode(answer.get("choices", b"[]"))
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return Stripped(body, [])
     messages = [choice["message"] for choice in choices if "message" in choice]
     if plan.uncaptured is not None:
@@ -328,7 +329,7 @@ def strip_event(event: bytes, plan: Plan) -> bytes | None:
         if plan.mark in chunk:
             return None
         choices = _CHOICES.decode(chunk.get("choices", b"[]"))
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return event
     if plan.api == "chat" and not plan.ids_asked and _is_filler(choices):
         return None

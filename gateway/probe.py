@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 
 from driftgate.adapters.base import EngineAdapter
+from driftgate.adapters.hf_texts import text_digests
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
@@ -81,6 +82,9 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     sampling_defaults: dict[str, float] | None = None
     """What the engine takes for each of `NEUTRAL_DEFAULTS` where a request does not say, by the
     model's ``generation_config.json``; None where ``root`` is not readable here."""
+    texts: dict[str, str] = {}
+    """Digests of the model's tokenizer and chat template; empty where ``root`` is not readable
+    here."""
     answered: bool = True
     """The question for all of this was answered: what did not come is not there."""
     refusal: str | None = None
@@ -90,9 +94,9 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def default_settings(self) -> dict[str, str]:
-        """``sampling_defaults`` as settings of an engine's fingerprint."""
+        """``sampling_defaults`` and ``texts`` as settings of an engine's fingerprint."""
         known = self.sampling_defaults or {}
-        return {f"default_{name}": f"{value:g}" for name, value in known.items()}
+        return {f"default_{name}": f"{value:g}" for name, value in known.items()} | self.texts
 
     @property
     def captures(self) -> bool:
@@ -159,6 +163,7 @@ class _Probe:
             streaming_routes=any(self._adapter.routes_chunk_mark in chunk for chunk in streamed),
             logprobs_mode=mode,
             sampling_defaults=await asyncio.to_thread(_defaults, engine, models),
+            texts=await asyncio.to_thread(_texts, models),
             answered=bool(warm),
             refusal=await self._refusal(asked),
         )
@@ -269,6 +274,12 @@ class _Probe:
                 "The logprobs mode could not be told from the answers: declare logprobs_mode."
             )
         return notes
+
+
+def _texts(models: list[ModelInfo]) -> dict[str, str]:
+    """Of the base model, which comes first; a chat template from elsewhere is to be declared."""
+    root = models[0].root
+    return text_digests(root) if root is not None else {}
 
 
 def _defaults(engine: str, models: list[ModelInfo]) -> dict[str, float] | None:

@@ -23,7 +23,8 @@ from driftgate.errors import NotFoundError, RequestError, StorageError, Upstream
 from driftgate.gateway import http, openai
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import MAX_SEEN, Seen
-from driftgate.gateway.exchange import Asked, Exchange
+from driftgate.gateway.ending import Asked
+from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import History, continues, read_history
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Api, Fields, Plan

@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from driftgate.errors import RequestError
@@ -97,7 +97,13 @@ class Call:
 class _Known:
     """Trajectories that gave one and the same answer to the same conversation."""
 
-    givers: dict[tuple[str, frozenset[str]], None] = field(default_factory=dict)
+    givers: tuple[tuple[str, frozenset[str]], ...] = ()
+    """Nearly always one, of which a hundred thousand are kept: a tuple is the smallest."""
+
+    def add(self, giver: tuple[str, frozenset[str]]) -> None:
+        """One more, where it is none of them yet; the oldest makes room."""
+        if giver not in self.givers:
+            self.givers = (*self.givers, giver)[-MAX_CANDIDATES:]
 
     def trajectories(self, tool_ids: frozenset[str]) -> list[str]:
         """Those that could be meant by a history with these tool-call ids."""
@@ -241,9 +247,7 @@ class Sessions:
             return  # broken off with an error: no agent goes on from there
         for turn in turns:
             known = self._turns.get(turn.key) or _Known()
-            known.givers[call.place.trajectory, _tool_ids(turn)] = None
-            if len(known.givers) > MAX_CANDIDATES:
-                del known.givers[next(iter(known.givers))]
+            known.add((call.place.trajectory, _tool_ids(turn)))
             self._turns.put(turn.key, known)
             if isinstance(turn, End):
                 lengths = self._lengths.get(turn.block) or set()
@@ -270,7 +274,7 @@ class Sessions:
         for turn in turns:
             known = self._turns.peek(turn.key) or _Known()
             if len(known.givers) < MAX_CANDIDATES:
-                known.givers.setdefault((trajectory, _tool_ids(turn)))
+                known.add((trajectory, _tool_ids(turn)))
             self._turns.put_oldest(turn.key, known)
             if isinstance(turn, End):
                 lengths = self._lengths.peek(turn.block) or set()

@@ -50,11 +50,11 @@ SEGMENT_BYTES = 256 << 20
 """A segment that has grown past this is closed: small enough to copy and scan, large enough that a
 million agent-typical traces are a few hundred files."""
 
-CACHE_BYTES = 64 << 20
-"""Decoded traces kept as bases: about 14 with 4.4 MB of routes, 600 without. Others are read back
-from disk, in 5 ms at worst."""
+CACHE_BYTES = 24 << 20
+"""Decoded traces kept as bases: about 5 with 4.4 MB of routes, 240 without. Others are read back
+from disk, in 5 ms at worst; most of a larger cache would be trajectories that have ended."""
 
-CACHE_TRACES = 1024
+CACHE_TRACES = 512
 """As many as agents that are thought of as running at once: small traces stay few as well."""
 
 LAST_TRACES = 4096

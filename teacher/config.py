@@ -47,6 +47,12 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     model's own limit."""
     noise_floor_trajectories: int = 2
     """The trainer scores the first so many trajectories twice, as its own noise floor."""
+    floor_traces: int = 0
+    """Not 0: score nothing, and run the trainer twice over so many of the newest traces."""
+    replay: bool = True
+    """Score a mixture of experts a second time under the rollout's routes, where it has them. It
+    costs a forward more for each one, and a dense model nothing. On unless switched off: a score is
+    taken once, and what routing contributes to its drift cannot be told later without this."""
     lease_s: float = 120.0
     """A trajectory leased by a worker that died is free again after this many seconds."""
 
@@ -55,6 +61,8 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"model={self.model!r} is no checkpoint directory (no config.json)")
         if self.nproc < 1 or (self.backend == "reference" and self.nproc != 1):
             raise ValueError(f"nproc={self.nproc}: reference is one process, fsdp at least one")
+        if self.floor_traces < 0 or (self.floor_traces and self.follow):
+            raise ValueError(f"floor_traces={self.floor_traces}: at least 0, and not with follow")
         if self.lease_s < 1 or self.noise_floor_trajectories < 0:
             raise ValueError("lease_s must be at least 1 and noise_floor_trajectories at least 0")
         if self.max_tokens is not None and self.max_tokens < 2:

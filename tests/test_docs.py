@@ -14,6 +14,7 @@ from driftgate.cli import app
 from driftgate.codes import CODES
 from driftgate.gateway.config import GatewayConfig
 from driftgate.glossary import METRICS, ROUTER_METRICS
+from driftgate.replay import REPLAY_METRICS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(
@@ -60,7 +61,8 @@ def test_the_readmes_configuration_is_valid() -> None:
 
 def test_the_readme_names_reasons_and_metrics_by_their_names() -> None:
     names = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", README))
-    known = {*CODES, *METRICS, *ROUTER_METRICS, "routes_via", "mismatch_kl", "gen_kl_error"}
+    known = {*CODES, *METRICS, *ROUTER_METRICS, *REPLAY_METRICS}
+    known |= {"routes_via", "mismatch_kl", "gen_kl_error"}
     assert names <= known, names - known
 
 

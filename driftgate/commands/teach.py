@@ -37,6 +37,13 @@ def teach(
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest sequence that fits this machine.")
     ] = None,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay/--no-replay",
+            help="Score a mixture of experts under the rollout's routes too: twice the forwards.",
+        ),
+    ] = True,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
     ] = "auto",
@@ -65,6 +72,7 @@ def teach(
             train_dtype=train_dtype,
             max_tokens=max_tokens,
             device=device,
+            replay=replay,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
