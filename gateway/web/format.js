@@ -61,6 +61,10 @@ export function side(value) {
     : `${value.backend}${value.world_size > 1 ? ` ×${value.world_size}` : ""} ${value.dtype}`;
 }
 
+/** A noise floor by its side, and how its second run was made where that is not plain repetition. */
+export const floorName = (floor) =>
+  floor.label && floor.label !== "repeat" ? `${floor.side}, ${floor.label.replaceAll("_", " ")}` : floor.side;
+
 /** What else changes a side's numbers, in words. */
 export function sideDetail(value, digest) {
   const set = Object.entries(value.settings ?? {}).filter(([name]) => !name.startsWith("default_"));

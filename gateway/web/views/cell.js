@@ -2,7 +2,7 @@
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
 import { Replay } from "../replay.js";
-import { count, num, plural, side, sideDetail } from "../format.js";
+import { count, floorName, num, plural, side, sideDetail } from "../format.js";
 import {
   Empty, Fold, InContext, LogRatio, Metric, Reasons, routeTo, Scroll, Section, Show, Title, Verdict,
 } from "../parts.js";
@@ -99,7 +99,7 @@ function Metrics({ cell, glossary, moe }) {
     <${Scroll} label="Metrics">
       <table class="rows metrics">
         <thead>
-          <tr><th scope="col">metric</th><th scope="col" class="n">value</th><th scope="col" class="n">95 % interval</th>${cell.floors.map((f) => html`<th scope="col" class="n">${f.side} floor</th>`)}<th scope="col">how to read it</th></tr>
+          <tr><th scope="col">metric</th><th scope="col" class="n">value</th><th scope="col" class="n">95 % interval</th>${cell.floors.map((f) => html`<th scope="col" class="n">${floorName(f)} floor</th>`)}<th scope="col">how to read it</th></tr>
         </thead>
         <tbody>
           ${[...names.map((n) => [n, measures]), ...routed.map((n) => [n, cell.router])].map(([name, from]) => {

@@ -1,7 +1,7 @@
 // Engine by trainer: the value that matters, how much stands behind it, and whether it is valid.
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
-import { count, num, plural, side, sideDetail } from "../format.js";
+import { count, floorName, num, plural, side, sideDetail } from "../format.js";
 import { Choice, Empty, Metric, routeTo, Scroll, Section, Show, Title, Verdict } from "../parts.js";
 import { rateClass } from "../scale.js";
 
@@ -80,7 +80,7 @@ function Grid({ cells, metric, glossary }) {
 function Cell({ cell, metric, glossary }) {
   const interval = cell.verdict === "no" ? null : cell.intervals[metric];
   const floors = cell.floors
-    .map((f) => [f.side, f.measures.metrics[metric] ?? f.router?.metrics[metric]])
+    .map((f) => [floorName(f), f.measures.metrics[metric] ?? f.router?.metrics[metric]])
     .filter(([, v]) => v != null);
   return html`<a class="cell" href=${routeTo.cell(cell)}>
     <span class="cell-value"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(cell, metric)} moe=${cell.router != null} /></span>

@@ -2,7 +2,7 @@
 import { html, useMemo, useState } from "../html.js";
 import { paths, useAnswer, useScores } from "../api.js";
 import { DriftChart } from "../chart.js";
-import { ago, count, duration, num, percent, plural, side } from "../format.js";
+import { ago, count, duration, floorName, num, percent, plural, side } from "../format.js";
 import {
   BandMark,
   Choice,
@@ -135,7 +135,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
   const of = glossary?.bands[metric];
   const limits = of && { green: of.green * wide, red: of.red * wide };
   const floors = (cell?.floors ?? [])
-    .map((f) => [f.side, f.measures.metrics[metric] ?? f.router?.metrics[metric]])
+    .map((f) => [floorName(f), f.measures.metrics[metric] ?? f.router?.metrics[metric]])
     .filter(([, v]) => v != null);
   const source = metric.startsWith("router") ? cell?.router : (cell?.measures ?? cell?.all_measures);
   const zero = values.filter((v) => v === 0).length;
