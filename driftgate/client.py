@@ -26,6 +26,7 @@ from driftgate.errors import (
 )
 from driftgate.explain import TrajectoryExplanation
 from driftgate.judgements import Feedback, TrajectoryVerdicts
+from driftgate.live_views import Overview, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
 from driftgate.views import (
@@ -137,6 +138,21 @@ class Client:
     async def cells(self) -> Cells:
         """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""
         return await self._get("/api/cells", Cells)
+
+    async def overview(self) -> Overview:
+        """What is live now: rates, coverage, lag, alarms in words, the worst trajectories."""
+        return await self._get("/api/overview", Overview)
+
+    async def series(self, *, points: int | None = None) -> Series:
+        """Drift over time, per cell, in at most ``points`` slots."""
+        return await self._get("/api/series", Series, _query(points=points))
+
+    async def step_routes(
+        self, trajectory: str, step: int, *, choice: int = 0, token: int | None = None
+    ) -> StepRoutes:
+        """Experts that the trainer missed, token by token; ``token``: with its experts."""
+        path = f"/api/trajectories/{_segment(trajectory)}/steps/{step}/routes"
+        return await self._get(path, StepRoutes, _query(choice=choice, token=token))
 
     async def explain(
         self, trajectory: str, *, trainer: str | None = None

@@ -29,6 +29,7 @@ from driftgate.gateway.guard import Guard
 from driftgate.gateway.listen import listening, raise_file_limit
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Api
+from driftgate.gateway.pages import add_pages
 from driftgate.gateway.proxy import Proxy
 from driftgate.gateway.recorder import STOPPED, Recorder, Sink
 from driftgate.gateway.restore import restore
@@ -199,6 +200,7 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
             reader=gateway.reader, submit=gateway.sink.submit, mint=gateway.sessions.mint
         )
         feed = add_api_routes(app, context)
+        add_pages(app)
         gateway.metrics.count_poll_errors(lambda: feed.poll_errors)
     app.on_response_prepare.append(_remember)
     app.on_shutdown.append(gateway.stop)  # after the API's: its followers end at once

@@ -152,7 +152,8 @@ def _welcome(url: str, settings: GatewayConfig) -> str:
         f"driftgate at {url}, in front of {settings.upstream}, store {settings.store}\n"
         f"  agents:  OPENAI_BASE_URL={url}/v1\n"
         f"  teacher: driftgate teach --follow --store {settings.store} --model DIR\n"
-        f"  drift:   driftgate tail --url {url}"
+        f"  drift:   driftgate tail --url {url}\n"
+        f"  look:    {url}/"
     )
 
 
