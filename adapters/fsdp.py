@@ -108,8 +108,8 @@ class FsdpModel:
         """See ``TrainerAdapter``: the model's own logits, whole."""
         with _undisturbed(self._model):
             logits_TV = self._model(input_ids=ids_T[None].to(self.device), use_cache=False).logits
-        picked = logits_TV[0].float().log_softmax(-1)
-        return picked.gather(-1, targets_T.to(self.device)[:, None])[:, 0]
+        full: Tensor = logits_TV[0].float().log_softmax(-1)
+        return full.gather(-1, targets_T.to(self.device)[:, None])[:, 0]
 
     def _run(
         self, ids_T: Tensor, rows_N: Tensor, reduce: Callable[[Head], R]

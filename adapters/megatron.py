@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from driftgate.trace import Reason, Routes
 __all__ = ["MegatronModel", "attach"]
 
 R = TypeVar("R")
+Inputs: TypeAlias = dict[str, Tensor | None]
+"""Of the model's forward, by name."""
 
 FIXES = {
     "context_parallel_size": "attach to a model without context parallelism",
@@ -105,7 +107,7 @@ class MegatronModel:
         labels = torch.zeros_like(padded)
         labels[: len(targets_T)] = targets_T
 
-        def loss(inputs: dict[str, Tensor]) -> Tensor:
+        def loss(inputs: Inputs) -> Tensor:
             whole: Tensor = self._model(**inputs, labels=labels[None])
             return whole[0, : len(targets_T)]
 
@@ -137,7 +139,7 @@ class MegatronModel:
         padded[: len(ids_T)] = ids_T
         return padded
 
-    def _through(self, ids_T: Tensor, last: Callable[[dict[str, Tensor]], R]) -> R | None:
+    def _through(self, ids_T: Tensor, last: Callable[[Inputs], R]) -> R | None:
         """One forward through all pipeline stages; ``last`` makes the last one's."""
         stages, stage = dist.get_process_group_ranks(self._pp), dist.get_rank(self._pp)
         ids_1T = ids_T[None]
@@ -176,9 +178,7 @@ class MegatronModel:
         ones = torch.ones((1, 1, tokens, tokens), dtype=torch.bool, device=self.device)
         return ones.triu_(1)
 
-    def _reduced(
-        self, inputs: dict[str, Tensor], rows_N: Tensor, reduce: Callable[[Head], R]
-    ) -> R | None:
+    def _reduced(self, inputs: Inputs, rows_N: Tensor, reduce: Callable[[Head], R]) -> R | None:
         """The last stage: hidden states, gathered where they are in chunks, and then the head."""
         with _until_hidden(self._model):
             hidden_S1H = self._model(**inputs)
@@ -262,7 +262,7 @@ class MegatronModel:
         return seen[rows_N]
 
 
-class _Tap(RouterReplay):
+class _Tap(RouterReplay):  # type: ignore[misc]
     """One router's ``RouterReplay`` for one forward, kept off the class's process-wide list."""
 
     def __init__(self, router: TopKRouter) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -273,7 +274,7 @@ class AttachedBackend:
         return _Probed(seen[0], (own - scored.logprobs).abs().max().item(), ordered)
 
 
-def _scoring(targets_N: Tensor, temperature_N: Tensor | None) -> Any:
+def _scoring(targets_N: Tensor, temperature_N: Tensor | None) -> Callable[[Head], Scored]:
     """Score ``targets_N`` by whatever part of the vocabulary a head has."""
 
     def reduce(head: Head) -> Scored:
@@ -289,9 +290,7 @@ def _on_cpu(scored: Scored | None) -> Scored | None:
     if scored is None:
         return None
     warm = scored.at_temperature
-    return Scored(
-        scored.logprobs.cpu(), scored.entropy.cpu(), None if warm is None else warm.cpu()
-    )
+    return Scored(scored.logprobs.cpu(), scored.entropy.cpu(), None if warm is None else warm.cpu())
 
 
 def _all_layers(parts: list[Routed]) -> Routed | None:

@@ -28,7 +28,7 @@ from driftgate.teacher.attached import AttachedBackend
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.reference import load_model, model_limit
 
-__all__ = ["MegatronBackend", "build_model", "layout_of"]
+__all__ = ["MegatronBackend", "layout_of", "start"]
 
 
 class MegatronBackend(AttachedBackend):
@@ -44,10 +44,12 @@ class MegatronBackend(AttachedBackend):
         _pick_device(config)
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         root = Path(config.model)
+        start(config)
+        model = load_model(config)
         digest = [checkpoint_digest(root) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(digest, src=0)
         return cls(
-            attach(build_model(config)),
+            attach(build(model, layout_of(config), model_limit(model))),
             name=root.resolve().name,
             checkpoint=digest[0],
             train_dtype=config.train_dtype,
@@ -62,8 +64,8 @@ class MegatronBackend(AttachedBackend):
         dist.destroy_process_group()
 
 
-def build_model(config: TeacherConfig) -> Any:
-    """Megatron's process groups, and this rank's part of the checkpoint in them."""
+def start(config: TeacherConfig) -> None:
+    """Megatron's process groups for the layout of ``config``; nothing is random in scoring."""
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel,
@@ -71,8 +73,6 @@ def build_model(config: TeacherConfig) -> Any:
         expert_model_parallel_size=config.expert_parallel,
         expert_tensor_parallel_size=1,
     )
-    model = load_model(config)
-    return build(model, layout_of(config), model_limit(model))
 
 
 def layout_of(config: TeacherConfig) -> dict[str, Any]:

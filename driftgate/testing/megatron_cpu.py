@@ -48,6 +48,7 @@ def megatron_on_cpu() -> Iterator[None]:
     stream = _Stream()
     with (
         patch.object(torch.cuda, "current_device", lambda: "cpu"),
+        patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
         patch.object(torch.cuda, "Stream", _Stream),
         patch.object(torch.cuda, "current_stream", lambda: stream),
         patch.object(torch.cuda, "stream", lambda _stream: nullcontext()),
