@@ -111,7 +111,7 @@ class MegatronModel:
             whole: Tensor = self._model(**inputs, labels=labels[None])
             return whole[0, : len(targets_T)]
 
-        with _undisturbed(self._model):
+        with _undisturbed(self._model), self._tapped(len(padded), None):
             found = self._through(padded, loss)
         return -found if found is not None and self.place.has_head else None
 

@@ -48,9 +48,10 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 ALL_FOUR = {TP: 2, PP: 2, EP: 2, **SP}
 
 MIXTURE = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+RENORMED = {**MIXTURE, "norm_topk_prob": True}
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dense": (Qwen3Config, {"num_hidden_layers": 4}),
-    "moe": (Qwen3MoeConfig, {"num_hidden_layers": 4, "mlp_only_layers": [0], **MIXTURE}),
+    "moe": (Qwen3MoeConfig, {"num_hidden_layers": 4, "mlp_only_layers": [0], **RENORMED}),
     "unnormed": (Qwen3MoeConfig, {"norm_topk_prob": False, **MIXTURE}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama": (LlamaConfig, {}),
@@ -96,7 +97,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model = AutoModelForCausalLM.from_config(config)
         for weight, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data = 1.0 + 0.3 * noise if "norm" in weight else 0.2 * noise
+            parameter.data = 1.0 + 0.3 * noise if "norm" in weight else 0.1 * noise
         model.save_pretrained(root / name)
     return {name: root / name for name in CONFIGS}
 
