@@ -7,7 +7,7 @@ again. Deterministic for a given seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -54,10 +54,10 @@ def intervals(
     m = _column(rows, lambda b: b.n_seqs)
     for name, value in _TOKEN_SUMS.items():
         columns[name] = (_column(rows, value), n)
-    for name in sorted({key for b in rows for key in b.token_hits}):
-        columns[name] = (np.array([b.token_hits.get(name, 0) for b in rows], dtype=np.float64), n)
-    for name in sorted({key for b in rows for key in b.seq_hits}):
-        columns[name] = (np.array([b.seq_hits.get(name, 0) for b in rows], dtype=np.float64), m)
+    for name in _counted([b.token_hits for b in rows]):
+        columns[name] = (np.array([b.token_hits[name] for b in rows], dtype=np.float64), n)
+    for name in _counted([b.seq_hits for b in rows]):
+        columns[name] = (np.array([b.seq_hits[name] for b in rows], dtype=np.float64), m)
     columns["ess_kish_response"] = (_column(rows, lambda b: b.kish_response), m)
     if rows and all(b.linear is not None for b in rows):
         for name, linear in _LINEAR_SUMS.items():
@@ -73,6 +73,11 @@ def intervals(
             m,
         )
     return _resample(len(rows), columns, kish, seed, resamples)
+
+
+def _counted(hits: Sequence[Mapping[str, int]]) -> list[str]:
+    """What every row counted: an older one lacks what was added since."""
+    return sorted(set[str]().union(*hits).intersection(*hits)) if hits else []
 
 
 def router_intervals(

@@ -14,6 +14,7 @@ import typer
 from driftgate.commands.ask import cells, show, tail
 from driftgate.commands.export import export
 from driftgate.commands.index import index_app
+from driftgate.commands.judge import explain, feedback, verdict
 from driftgate.commands.serve import probe, serve
 from driftgate.commands.teach import teach
 from driftgate.errors import DriftgateError
@@ -35,6 +36,9 @@ app.command()(teach)
 app.command()(tail)
 app.command()(show)
 app.command()(cells)
+app.command()(explain)
+app.command()(verdict)
+app.command()(feedback)
 app.command()(export)
 app.add_typer(index_app, name="index")
 

@@ -23,6 +23,9 @@ from driftgate.errors import (
     StorageError,
     UpstreamError,
 )
+from driftgate.explain import TrajectoryExplanation
+from driftgate.judgements import Feedback, TrajectoryVerdicts
+from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
 from driftgate.views import (
     ApiError,
@@ -131,6 +134,24 @@ class Client:
     async def cells(self) -> Cells:
         """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""
         return await self._get("/api/cells", Cells)
+
+    async def explain(
+        self, trajectory: str, *, trainer: str | None = None
+    ) -> TrajectoryExplanation:
+        """Why trainer and engine differ on it, by cause; ``trainer``: only of this digest."""
+        path = f"/api/trajectories/{_segment(trajectory)}/explain"
+        return await self._get(path, TrajectoryExplanation, _query(trainer=trainer))
+
+    async def verdict(
+        self, trajectory: str, *, profile: ProfileName = "default"
+    ) -> TrajectoryVerdicts:
+        """May it be trained on under this budget, and if not, why not; with its prompt group."""
+        path = f"/api/trajectories/{_segment(trajectory)}/verdict"
+        return await self._get(path, TrajectoryVerdicts, _query(profile=profile))
+
+    async def feedback(self, *, profile: ProfileName = "default", limit: int = 200) -> Feedback:
+        """Verdicts on the newest ``limit`` trajectories by engine and weight version."""
+        return await self._get("/api/feedback", Feedback, _query(profile=profile, limit=limit))
 
     async def mint(self, trajectory: str | None = None) -> Minted:
         """A trajectory to run an agent in, named by you or by the gateway."""

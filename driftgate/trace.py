@@ -300,6 +300,8 @@ class ScoreMeta(msgspec.Struct, kw_only=True):
     """The trainer side; for a noise floor the same side again."""
     sampling: Sampling | None = None
     """What the trace was asked with; None in scores from before this was kept."""
+    trainer_weight_version: str | None = None
+    """Policy version of the weights that scored; None where it was not given to the teacher."""
     temperature: float = 1.0
     """Transform of the trainer's logits that the headline numbers were computed under."""
     bucket: Bucket | None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from driftgate.judgements import PairVerdict
 from driftgate.listings import (
     ApiError,
     ErrorBody,
@@ -33,6 +34,7 @@ from driftgate.trace import (
     TraceMeta,
     Trainer,
 )
+from driftgate.verdict import Brief
 
 __all__ = [
     "ApiError",
@@ -140,6 +142,9 @@ class DriftEvent(msgspec.Struct, frozen=True, kw_only=True):
     cursor: int
     """Pass it as ``after`` (or ``Last-Event-ID``) to go on behind this event."""
     score: ScoreView
+    verdict: Brief | None = None
+    """On this response alone, under the default profile; null for a noise floor. The run's own is
+    in its ``/verdict``."""
 
 
 class RoutesView(msgspec.Struct, frozen=True, kw_only=True):
@@ -236,6 +241,8 @@ class TrajectoryDetail(msgspec.Struct, frozen=True, kw_only=True):
     trajectory: TrajectoryRow
     steps: list[StepView]
     reward: Reward | None = None
+    verdicts: list[PairVerdict] = []
+    """Under the default profile, one for each (engine, trainer)."""
 
 
 class Coverage(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from driftgate.comparable import CODES
 from driftgate.errors import FormatError, NotFoundError
 from driftgate.gateway import shape
 from driftgate.gateway.spread import Spread
+from driftgate.gateway.verdicts import Verdicts, of_response
 from driftgate.mismatch import Worst
 from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
 from driftgate.storage.cells import CellFold
@@ -102,6 +103,7 @@ class Answers:
         return TrajectoryDetail(
             trajectory=row,
             reward=self.reader.reward(trajectory),
+            verdicts=Verdicts(self.reader).briefs(trajectory),
             steps=[
                 StepView(step=step, calls=calls[step], choices=choices[step])
                 for step in sorted(calls.keys() | choices.keys())
@@ -158,7 +160,14 @@ class Answers:
     ) -> list[DriftEvent]:
         """Scores with a cursor above ``after``, in order, with their worst token in its text."""
         rows = self.reader.scores(trajectory, after=after, limit=limit, kind=kind)
-        return [DriftEvent(cursor=row.seq, score=self._score(row.meta, text=True)) for row in rows]
+        return [
+            DriftEvent(
+                cursor=row.seq,
+                score=self._score(row.meta, text=True),
+                verdict=of_response(row.meta),
+            )
+            for row in rows
+        ]
 
     def _scores(self, trajectory: str, kind: Kind | None = None) -> Iterator[ScoreRow]:
         after, page = 0, SCORES_PAGE

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
-from driftgate.gateway import openapi
+from driftgate.gateway import api_judge, openapi
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
 from driftgate.gateway.openapi import Route
@@ -123,6 +123,7 @@ class Api:
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
+        self.reader = context.reader
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="driftgate-api")
         self._answers = Answers(context.reader)
         self.feed = Feed(
@@ -143,7 +144,7 @@ class Api:
         """A page of trajectories, newest first."""
         query = query_of(request, TrajectoriesQuery)
         options = msgspec.structs.asdict(query)
-        return await self._answer(lambda: self._answers.trajectories(**options))
+        return await self.answer(lambda: self._answers.trajectories(**options))
 
     async def mint_trajectory(self, request: web.Request) -> web.StreamResponse:
         """Mint a trajectory to run an agent in.
@@ -160,18 +161,18 @@ class Api:
     async def get_trajectory(self, request: web.Request) -> web.StreamResponse:
         """One agent run: its steps, their answers and scores, gaps and reward."""
         name = request.match_info["trajectory"]
-        return await self._answer(lambda: self._answers.trajectory(name))
+        return await self.answer(lambda: self._answers.trajectory(name))
 
     async def get_step(self, request: web.Request) -> web.StreamResponse:
         """One step's answers in full, token by token."""
         name, step = request.match_info["trajectory"], step_of(request)
         query = query_of(request, StepQuery)
-        return await self._answer(lambda: self._answers.step(name, step, routes=query.routes))
+        return await self.answer(lambda: self._answers.step(name, step, routes=query.routes))
 
     async def get_mismatch(self, request: web.Request) -> web.StreamResponse:
         """Would the trainer see the policy that produced this trajectory, and if not, where?"""
         name, query = request.match_info["trajectory"], query_of(request, MismatchQuery)
-        return await self._answer(
+        return await self.answer(
             lambda: self._answers.mismatch(name, tokens=query.tokens, trainer=query.trainer)
         )
 
@@ -190,7 +191,7 @@ class Api:
 
     async def get_cells(self, request: web.Request) -> web.StreamResponse:
         """The matrix: every (engine, trainer) with metrics, intervals and noise floor."""
-        return await self._answer(self._answers.cells)
+        return await self.answer(self._answers.cells)
 
     async def get_openapi(self, request: web.Request) -> web.StreamResponse:
         """This document."""
@@ -275,7 +276,8 @@ class Api:
             for event in self._answers.drift(after, limit, trajectory, kind)
         ]
 
-    async def _answer(self, ask: Callable[[], msgspec.Struct]) -> web.Response:
+    async def answer(self, ask: Callable[[], msgspec.Struct]) -> web.Response:
+        """``ask()`` on a thread, as JSON."""
         return json_answer(await self._thread(lambda: msgspec.json.encode(ask())))
 
     async def _thread(self, work: Callable[[], T]) -> T:
@@ -324,6 +326,7 @@ ROUTES: tuple[Route, ...] = (
         body=RewardRequest,
         answer=Reward,
     ),
+    *api_judge.ROUTES,
     Route(method="GET", path="/api/cells", handler=Api.get_cells, answer=Cells),
     Route(
         method="GET",

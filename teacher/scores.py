@@ -75,6 +75,7 @@ def drift(
             **_names(trace.meta),
             engine=trace.meta.engine,
             trainer=trainer,
+            trainer_weight_version=weight_version,
             temperature=temperature,
             bucket=at_one if temperature == 1.0 else at_asked,
             at_requested_temperature=at_asked,
