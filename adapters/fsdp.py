@@ -54,6 +54,7 @@ class FsdpModel:
 
     backend = "fsdp"
     shared_length = False
+    no_replay: str | None = "an attached FSDP model is scored under its own routes only"
 
     def __init__(self, model: Any, head: nn.Module) -> None:
         self._model, self._head = model, head
@@ -89,7 +90,7 @@ class FsdpModel:
         """See ``TrainerAdapter``. Raises ``TeacherError`` if the model changes its logits after
         the head."""
         if forced is not None:
-            raise TeacherError("an attached FSDP model cannot be made to use given routes")
+            raise TeacherError(self.no_replay)
         padded = torch.zeros(max(length, len(ids_T)), dtype=torch.int64, device=self.device)
         padded[: len(ids_T)] = ids_T
         rows_N = rows_N.to(self.device)

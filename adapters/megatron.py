@@ -82,6 +82,7 @@ class MegatronModel:
         self.max_tokens = int(model.max_sequence_length)
         self.place = self._find_place()
         self.shared_length = int(self._config.expert_model_parallel_size) > 1
+        self.no_replay = None if self._layer_ids() else "the trainer's model has no routers"
         self.findings: list[Reason] = []
         self.settings = _settings(model)
 
@@ -219,6 +220,8 @@ class MegatronModel:
     def _layer_ids(self) -> tuple[int, ...]:
         """Absolute numbers of the model's MoE layers, those of other stages among them."""
         count, every = self._config.num_layers, self._config.moe_layer_freq
+        if not self._config.num_moe_experts:
+            return ()
         if isinstance(every, int):
             return tuple(range(0, count, every))
         return tuple(layer for layer in range(count) if every[layer])

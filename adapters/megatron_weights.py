@@ -27,7 +27,7 @@ from torch import Tensor
 
 from driftgate.errors import TeacherError
 
-__all__ = ["FAMILIES", "build", "settings_of"]
+__all__ = ["FAMILIES", "build", "check_divides", "settings_of"]
 
 FAMILIES = {"qwen2": False, "qwen3": True, "qwen3_moe": True, "mixtral": False, "llama": False}
 """transformers' ``model_type``, and whether queries and keys are normed per head."""
@@ -106,7 +106,7 @@ def build(model: Any, layout: Mapping[str, Any], max_tokens: int) -> GPTModel:
 
     described = model.config
     dtype = next(model.parameters()).dtype
-    _check_divides(described, layout)
+    check_divides(described, layout)
     config = TransformerConfig(**settings_of(described, dtype, layout))
     with torch.device(torch.cuda.current_device()):
         made = GPTModel(
@@ -147,7 +147,7 @@ def _refuse(described: Any) -> None:
             raise TeacherError(f"the megatron backend has no mapping for {what}; use fsdp")
 
 
-def _check_divides(described: Any, layout: Mapping[str, Any]) -> None:
+def check_divides(described: Any, layout: Mapping[str, Any]) -> None:
     """Raises ``TeacherError`` where Megatron would pad, or assert without words."""
     tp, pp = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
     ep = layout["expert_model_parallel_size"]

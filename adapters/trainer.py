@@ -78,6 +78,8 @@ class TrainerAdapter(Protocol):
     """Positions that it was made for."""
     shared_length: bool
     """All copies must feed the same number of positions at once."""
+    no_replay: str | None
+    """Why ``forward`` takes no ``forced``; None where it does."""
     findings: list[Reason]
     settings: dict[str, str]
     """What of the model and its libraries changes its numbers; for the fingerprint."""

@@ -89,6 +89,7 @@ class AttachedBackend:
         self.parallel = adapter.place.replicas
         self.vocab_size, self.max_tokens = adapter.vocab_size, adapter.max_tokens
         self.findings = adapter.findings
+        self.no_replay = adapter.no_replay
         self._places: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(self._places, adapter.place, group=self._control)
         self.trainer = self._fingerprint(name, checkpoint, train_dtype)

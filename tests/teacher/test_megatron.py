@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -20,6 +22,12 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from driftgate.storage import Reader
+from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.launch import launch
+from driftgate.testing.traces import make_trajectory
+from tests.teacher.support import store
 
 RANKS = "tests.teacher.megatron_ranks"
 
@@ -63,7 +71,9 @@ sum, biases, other families, weights that the two ends share."""
 OTHERS = [name for name in CONFIGS if name not in ("dense", "moe")]
 
 
-def launch(out: Path, processes: int, work: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def torchrun(
+    out: Path, processes: int, work: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     given = {name: {"nproc": processes, "dtype": "float32", **one} for name, one in work.items()}
@@ -120,7 +130,7 @@ def found(
     work["replay pp2"] = {**moe, PP: 2, "what": "replay"}
     noisy = {"hidden_dropout": 0.1, "moe_enable_routing_replay": True}
     work["leave"] = {**moe, TP: 2, **SP, "also": noisy, "what": "leave"}
-    return launch(tmp_path_factory.mktemp("megatron") / "found.json", 2, work)
+    return torchrun(tmp_path_factory.mktemp("megatron") / "found.json", 2, work)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +139,7 @@ def found_by_four(
 ) -> dict[str, dict[str, Any]]:
     moe = {"model": str(families["moe"]), **ALL_FOUR}
     work = {"moe all": moe, "replay all": {**moe, "what": "replay"}}
-    return launch(tmp_path_factory.mktemp("four") / "found.json", 4, work)
+    return torchrun(tmp_path_factory.mktemp("four") / "found.json", 4, work)
 
 
 def check(seen: dict[str, Any], *, is_moe: bool) -> None:
@@ -192,3 +202,33 @@ def test_a_training_job_is_left_as_it_was(found: dict[str, Any]) -> None:
     assert found["leave"]["slices"] == 10
     assert found["leave"]["facts"] > 100
     assert found["leave"]["changed"] == []
+
+
+@pytest.mark.timeout(180)
+def test_a_store_scored_by_megatron_has_the_references_buckets(
+    families: dict[str, Path], tmp_path: Path
+) -> None:
+    """The worker's whole way: torchrun, a store, leases, scores."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, layout in (("reference", {}), ("megatron", {"nproc": 2, TP: 2, EP: 2, **SP})):
+        settings = {"backend": name, "model": str(families["moe"]), "dtype": "float32", **layout}
+        config = msgspec.convert({"store": str(tmp_path / name), **settings}, TeacherConfig)
+        store(config, *make_trajectory(steps=3, k=4, layers=4, experts=16))
+        assert launch(config, rank_module="driftgate.testing.megatron_rank") == 0
+        reader = Reader(Path(config.store))
+        rows = reader.scores(kind="drift")
+        found[name] = {row.meta.trace_id: reader.score(row.meta.trace_id) for row in rows}
+        reader.close()
+    assert set(found["megatron"]) == set(found["reference"]) == {f"t1-{n}.0" for n in range(3)}
+    for trace_id, wanted in found["reference"].items():
+        ours = found["megatron"][trace_id]
+        assert ours.meta.trainer.backend == "megatron"
+        assert np.abs(ours.logprobs - wanted.logprobs).max() < EXACT
+        assert np.array_equal(ours.routes, wanted.routes)
+        same = pytest.approx(numbers(wanted.meta.bucket), rel=EXACT, abs=EXACT)
+        assert numbers(ours.meta.bucket) == same
+        assert ours.meta.bucket.n_tokens == wanted.meta.bucket.n_tokens == 5
+
+
+def numbers(bucket: Any) -> dict[str, float]:
+    return {key: value for key, value in bucket.metrics().items() if isinstance(value, float)}
