@@ -3,8 +3,11 @@ afterwards. Megatron-Core's part is in test_megatron."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import nn
 from driftgate.adapters.fsdp import attach
 from driftgate.errors import TeacherError
 from driftgate.storage import Reader, Writer
+from driftgate.teacher.attached import AttachedBackend
 from driftgate.testing.checkpoints import CheckpointKind
 from tests.teacher.support import MakeTrace
 
@@ -94,3 +98,22 @@ def test_the_fingerprint_says_what_computed(found: dict[str, Any]) -> None:
 def test_another_module_is_refused_in_words() -> None:
     with pytest.raises(TeacherError, match="Linear is not a causal language model"):
         attach(nn.Linear(2, 2))
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "trainer.md"
+
+
+def test_the_documented_calls_are_the_real_ones() -> None:
+    text = DOCUMENT.read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
+    calls = [node for block in blocks for node in ast.walk(ast.parse(block))]
+    given = {
+        node.func.attr: [keyword.arg for keyword in node.keywords]
+        for node in calls
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert set(given) == {"attach", "score_store", "close"}
+    known = inspect.signature(AttachedBackend.score_store).parameters
+    assert {*given["score_store"]} <= {*known}
+    assert "score_batch" in dir(AttachedBackend)
