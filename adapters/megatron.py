@@ -3,10 +3,7 @@ of the visit.
 
 What is undone here, so that nobody after it has to know: rows are sequence-major, a rank holds its
 chunk of them under sequence parallelism and its layers under pipeline parallelism, and
-``layer_number`` counts all layers from 1. Routes come from Megatron's own ``RouterReplay``, as a
-private instance per router for the time of one forward: the process-wide list that the class keeps
-(where an actor and a reference model get mixed), and whatever a training job has recorded in it,
-stay untouched, and the model need not have been built with ``moe_enable_routing_replay``.
+``layer_number`` counts all layers from 1.
 
 Refused, with words: fewer than Megatron-Core 0.16, context parallelism, virtual pipeline stages,
 fused routers (which bypass ``RouterReplay`` silently), and routers that draw random numbers.
@@ -28,11 +25,10 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor, nn
 
 from driftgate.adapters.hf import UINT8_EXPERTS, Routed
+from driftgate.adapters.megatron_tap import RouterTap, routers
 from driftgate.adapters.trainer import Forced, Head, Place
 from driftgate.errors import TeacherError
 from driftgate.trace import Reason, Routes
@@ -76,7 +72,7 @@ class MegatronModel:
         self._tp, self._pp = groups.tp, groups.pp
         self._first = dist.get_rank(self._pp) == 0
         self._last = dist.get_rank(self._pp) == dist.get_world_size(self._pp) - 1
-        self._routers = _routers(model)
+        self._routers = routers(model)
         self.device = next(model.parameters()).device
         self.vocab_size = int(model.vocab_size)
         self.max_tokens = int(model.max_sequence_length)
@@ -200,15 +196,15 @@ class MegatronModel:
         return reduced if self.place.has_head else None
 
     @contextmanager
-    def _tapped(self, tokens: int, forced: Forced | None) -> Iterator[dict[int, _Tap]]:
+    def _tapped(self, tokens: int, forced: Forced | None) -> Iterator[dict[int, RouterTap]]:
         """Record what every router of this rank chooses, by absolute layer, or force it."""
         mine = self._chunk(tokens)
         ids = self._layer_ids() if forced is not None else ()
-        taps: dict[int, _Tap] = {}
+        taps: dict[int, RouterTap] = {}
         before = {layer: router.router_replay for layer, router in self._routers.items()}
         try:
             for layer, router in self._routers.items():
-                taps[layer] = tap = _Tap(router)
+                taps[layer] = tap = RouterTap(router)
                 if forced is not None:
                     tap.force(forced, ids.index(layer), mine, tokens)
                 router.router_replay = tap
@@ -233,7 +229,7 @@ class MegatronModel:
         size = tokens // dist.get_world_size(self._tp)
         return slice(size * (rank := dist.get_rank(self._tp)), size * (rank + 1))
 
-    def _routed(self, taps: dict[int, _Tap], rows_N: Tensor) -> Routed | None:
+    def _routed(self, taps: dict[int, RouterTap], rows_N: Tensor) -> Routed | None:
         """What the routers of this stage chose at ``rows_N``; every rank of its group calls."""
         if not taps:
             return None
@@ -265,71 +261,6 @@ class MegatronModel:
         return seen[rows_N]
 
 
-class _Tap(RouterReplay):  # type: ignore[misc]
-    """One router's ``RouterReplay`` for one forward, kept off the class's process-wide list."""
-
-    def __init__(self, router: TopKRouter) -> None:
-        self.clear_indices()
-        self.clear_router_replay_action()
-        self.by_softmax = router.score_function == "softmax" and not (
-            router.config.moe_router_group_topk
-        )
-        self._are_logits = not router.config.moe_router_pre_softmax
-        self.ordered = True
-        self.margin: Tensor | None = None
-        """[S] as in ``Routed``, before anything is forced; of no meaning without ``by_softmax``."""
-        self._forced_SK: Tensor | None = None
-        self._given_S: Tensor | None = None
-
-    @property
-    def chosen(self) -> Tensor | None:
-        """[S, K] int64 the experts that were used."""
-        return self.recorded_topk_idx if self._forced_SK is None else self.target_topk_idx
-
-    def force(self, forced: Forced, slot: int, mine: slice, tokens: int) -> None:
-        """Use ``forced`` of MoE layer number ``slot`` at the positions ``mine`` of ``tokens``."""
-        fed, _, k = forced.routes.shape
-        routes = np.zeros((tokens, k), np.int64)
-        given = np.zeros(tokens, np.bool_)
-        routes[:fed], given[:fed] = forced.routes[:, slot], forced.given[:, slot]
-        self._forced_SK = torch.from_numpy(routes[mine])
-        self._given_S = torch.from_numpy(given[mine])
-
-    def get_replay_topk(
-        self,
-        scores: Tensor,
-        topk: int,
-        num_groups: int | None = None,
-        group_topk: int | None = None,
-        default_compute_topk: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``RouterReplay``'s RECORD, and its REPLAY_FORWARD where routes are forced."""
-        how = (scores, topk, num_groups, group_topk, default_compute_topk)
-        self.router_replay_action = RouterReplayAction.RECORD
-        probs_SK, own_SK = super().get_replay_topk(*how)
-        self._look(scores, own_SK)
-        if self._forced_SK is None or self._given_S is None:
-            return probs_SK, own_SK
-        if self._forced_SK.shape != own_SK.shape:
-            raise TeacherError(
-                f"routes of shape {tuple(self._forced_SK.shape)} do not fit a router that chooses "
-                f"{tuple(own_SK.shape)}"
-            )
-        given_S1 = self._given_S.to(own_SK.device)[:, None]
-        self.target_topk_idx = torch.where(given_S1, self._forced_SK.to(own_SK.device), own_SK)
-        self.router_replay_action = RouterReplayAction.REPLAY_FORWARD
-        return cast(tuple[Tensor, Tensor], super().get_replay_topk(*how))
-
-    def _look(self, scores_SE: Tensor, own_SK: Tensor) -> None:
-        chosen_SK = scores_SE.gather(-1, own_SK).float()
-        others_S = scores_SE.scatter(-1, own_SK, float("-inf")).float().amax(-1)
-        self.ordered &= bool((chosen_SK[:, :-1] >= chosen_SK[:, 1:]).all())
-        last_S = chosen_SK.amin(-1)
-        # The gap of the logits is that of the log-probabilities.
-        gap_S = last_S - others_S if self._are_logits else last_S.log() - others_S.log()
-        self.margin = gap_S.clamp_min(0.0)
-
-
 def _unwrapped(model: Any) -> GPTModel:
     """The ``GPTModel`` of this rank, out of lists and wrappers."""
     if isinstance(model, list | nn.ModuleList):
@@ -355,17 +286,6 @@ def _refuse(config: Any) -> None:
             raise TeacherError(f"the model has {name}={value!r}; {fix}")
     if config.num_moe_experts and not hasattr(config, "moe_enable_routing_replay"):
         raise TeacherError(f"megatron-core {version('megatron-core')} is older than 0.16")
-
-
-def _routers(model: GPTModel) -> dict[int, TopKRouter]:
-    """This rank's routers by absolute layer, ascending; those of multi-token prediction are not
-    part of the policy."""
-    found = {
-        int(module.layer_number) - 1: module
-        for module in model.decoder.modules()
-        if isinstance(module, TopKRouter)
-    }
-    return dict(sorted(found.items()))
 
 
 @contextmanager
@@ -433,4 +353,5 @@ def _settings(model: GPTModel) -> dict[str, str]:
     if config.num_moe_experts:
         said["ep"] = str(config.expert_model_parallel_size)
         said["dispatcher"] = str(config.moe_token_dispatcher_type)
+        said["router_dtype"] = str(config.moe_router_dtype or "that of the model")
     return said

@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     # Said several times, and known: the local spec is used on purpose.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.moe import moe_utils
 
     from driftgate.adapters.megatron import attach
     from driftgate.adapters.megatron_weights import build
@@ -26,7 +27,7 @@ from driftgate.adapters.hf import checkpoint_digest
 from driftgate.errors import TeacherError
 from driftgate.teacher.attached import AttachedBackend
 from driftgate.teacher.config import TeacherConfig
-from driftgate.teacher.reference import load_model, model_limit
+from driftgate.teacher.reference import is_moe, load_model, model_limit
 
 __all__ = ["MegatronBackend", "layout_of", "start"]
 
@@ -46,6 +47,11 @@ class MegatronBackend(AttachedBackend):
         root = Path(config.model)
         start(config)
         model = load_model(config)
+        if is_moe(model.config) and not hasattr(moe_utils, "te_general_gemm"):
+            raise TeacherError(
+                "megatron-core routes a mixture of experts by TransformerEngine, which is not "
+                "installed: pip install 'transformer-engine[pytorch]', or use --backend fsdp"
+            )
         digest = [checkpoint_digest(root) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(digest, src=0)
         return cls(
