@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types contracts bench clean
+.PHONY: setup demo test foreign lint types contracts bench clean
 
 setup: $(STAMP)
 
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt \
-		-e ".[teacher,megatron,engine,demo]" --group dev
+		-e ".[teacher,megatron,engine,demo,export]" --group dev
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -23,6 +23,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Exports loaded by the trainers' own classes. Their packages go into a folder of their own, without the
+# versions of torch and transformers that they would pull in.
+foreign: setup
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/foreign \
+		-r tests/foreign/requirements.txt
+	PYTHONPATH=build/foreign HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 \
+		$(BIN)/python -m pytest -W ignore --timeout 300 tests/foreign/real_classes.py
 
 lint: setup
 	$(BIN)/ruff check .

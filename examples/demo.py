@@ -172,7 +172,7 @@ def keep_running(console: Console, urls: dict[str, str], store: Path) -> None:
     for kind, url in urls.items():
         console.print(f"  {kind:5}  export OPENAI_BASE_URL={url}/v1   [dim]{url}/api/cells[/]")
     console.print(f"  driftgate tail --url {urls['moe']}")
-    console.print(f"  driftgate export --jsonl --store {store}")
+    console.print(f"  driftgate export --store {store}")
     with contextlib.suppress(KeyboardInterrupt):
         signal.pause()
 

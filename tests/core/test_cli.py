@@ -155,7 +155,7 @@ async def test_tail_json_is_the_event(url: str) -> None:
 
 def test_export_writes_one_whole_row_for_each_trace(store: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    assert output("export", "--jsonl", "--store", store, "-o", file) == ""
+    assert output("export", "--store", store, "-o", file) == ""
     lines = file.read_text().splitlines()
     assert output("export", "--store", store).splitlines() == lines
     rows = [json.loads(line) for line in lines]
