@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from transformers import (
 )
 
 from driftgate.errors import TeacherError
+from driftgate.teacher.config import TeacherConfig
 
 with warnings.catch_warnings():  # several, about what is not installed
     warnings.simplefilter("ignore")
     from driftgate.adapters.megatron import attach
     from driftgate.adapters.megatron_weights import check_divides, settings_of
+    from driftgate.teacher.megatron import MegatronBackend
 
 LAYOUT = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
 LAYOUT |= {"expert_model_parallel_size": 1}
@@ -87,3 +90,10 @@ def test_only_megatron_models_can_be_attached_to() -> None:
         attach(nn.Linear(2, 2))
     with pytest.raises(TeacherError, match="2 virtual pipeline stages"):
         attach([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+
+def test_a_machine_without_a_device_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = TeacherConfig(store="unused", model=str(tmp_path), backend="megatron", device="cpu")
+    with pytest.raises(TeacherError, match=r"CUDA devices only .* use --backend fsdp here"):
+        MegatronBackend.load(config)

@@ -160,18 +160,6 @@ def test_a_checkpoint_without_weights_is_one_clear_line(
     assert "cannot load the checkpoint" in caplog.text
 
 
-def test_megatron_without_a_device_is_one_clear_line(
-    checkpoints: dict[CheckpointKind, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = TeacherConfig(
-        store=str(tmp_path), model=str(checkpoints["dense"]), backend="megatron", device="cpu"
-    )
-    with caplog.at_level(logging.ERROR, logger="driftgate.teacher"):
-        assert launch(config) == 1
-    assert "megatron-core runs on CUDA devices only" in caplog.text
-    assert "use --backend fsdp" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
