@@ -33,8 +33,6 @@ RANKS = "tests.teacher.megatron_ranks"
 
 EXACT = 1e-5
 """Nats, float32, on tokens that the model samples; swapped norms are 1e4 times as far off."""
-MARGIN = 1e-4
-"""Of two router logits in float32, which go up to 30 in these checkpoints."""
 BF16 = {"dense": 0.1, "moe": 0.5}
 """Nats, the largest of 500 tokens. The two sides round at other places, and some tokens of the MoE
 go to other experts."""
@@ -149,7 +147,7 @@ def check(seen: dict[str, Any], *, is_moe: bool) -> None:
     assert seen["entropy"] < EXACT
     assert seen["at_temperature"] < EXACT
     assert seen["routes"] == 0
-    assert seen["margins"] < MARGIN
+    assert seen["margins"] < EXACT
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -193,7 +191,7 @@ def test_given_routes_are_used_and_give_hugging_faces_numbers(
 ) -> None:
     seen = (found | found_by_four)[f"replay {layout}"]
     assert seen["used"]
-    assert seen["moved"] > 0.1, "the given routes make a difference"
+    assert seen["moved"] > 0.05, "the given routes make a difference"
     assert seen["logprobs"] < EXACT
 
 
