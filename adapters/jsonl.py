@@ -19,6 +19,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from driftgate.adapters.export_select import trajectories
+from driftgate.errors import NotFoundError, StorageError
 from driftgate.storage import Reader
 from driftgate.trace import (
     F32,
@@ -33,9 +35,6 @@ from driftgate.trace import (
 )
 
 __all__ = ["Row", "rows", "trace_of"]
-
-PAGE = 500
-"""Trajectories named per question to the index."""
 
 I32 = npt.NDArray[np.int32]
 
@@ -122,11 +121,17 @@ class Row(msgspec.Struct, frozen=True):
     meta: TraceMeta
 
 
-def rows(reader: Reader, trajectory: str | None = None) -> Iterator[Row]:
-    """Every trace of the store, or of one trajectory. NotFoundError where that does not exist."""
+def rows(
+    reader: Reader, trajectory: str | None = None, *, damaged: list[str] | None = None
+) -> Iterator[Row]:
+    """Every trace of the store, or of one trajectory. NotFoundError where that does not exist.
+
+    A trace that cannot be read is named in ``damaged`` and left out; StorageError without that
+    list.
+    """
     if trajectory is not None:
         reader.trajectory(trajectory)
-    for name in [trajectory] if trajectory is not None else _trajectories(reader):
+    for name in [trajectory] if trajectory is not None else trajectories(reader):
         reward = reader.reward(name)
         scored = _scored_by(reader, name)
         traces = sorted(
@@ -135,11 +140,16 @@ def rows(reader: Reader, trajectory: str | None = None) -> Iterator[Row]:
         )
         for row in traces:
             trace_id = row.meta.trace_id
-            yield _row(
-                reader.trace(trace_id),
-                reward=None if reward is None else reward.value,
-                scores=[_scored(reader, meta) for meta in scored.get(trace_id, [])],
-            )
+            try:
+                yield _row(
+                    reader.trace(trace_id),
+                    reward=None if reward is None else reward.value,
+                    scores=[_scored(reader, meta) for meta in scored.get(trace_id, [])],
+                )
+            except (StorageError, NotFoundError) as error:
+                if damaged is None:
+                    raise
+                damaged.append(f"trace {trace_id}: {error}")
 
 
 def trace_of(row: Row) -> Trace:
@@ -156,14 +166,6 @@ def trace_of(row: Row) -> Trace:
         request=bytes(row.state.request),
         response=bytes(action.response),
     )
-
-
-def _trajectories(reader: Reader) -> list[str]:
-    """Every trajectory, the first that began first."""
-    names: list[str] = []
-    while page := reader.trajectories(limit=PAGE, before=names[-1] if names else None):
-        names.extend(row.trajectory for row in page)
-    return names[::-1]
 
 
 def _scored_by(reader: Reader, trajectory: str) -> dict[str, list[ScoreMeta]]:

@@ -7,7 +7,7 @@ again. Deterministic for a given seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -15,9 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from driftgate.mismatch import Bucket
+from driftgate.replay import REPLAY_METRICS, ReplayPair
 from driftgate.router import RouterBucket
 
-__all__ = ["FEW_TRAJECTORIES", "RESAMPLES", "Intervals", "intervals", "router_intervals"]
+__all__ = [
+    "FEW_TRAJECTORIES",
+    "RESAMPLES",
+    "Intervals",
+    "intervals",
+    "replay_intervals",
+    "router_intervals",
+]
 
 F64 = npt.NDArray[np.float64]
 
@@ -54,10 +62,10 @@ def intervals(
     m = _column(rows, lambda b: b.n_seqs)
     for name, value in _TOKEN_SUMS.items():
         columns[name] = (_column(rows, value), n)
-    for name in sorted({key for b in rows for key in b.token_hits}):
-        columns[name] = (np.array([b.token_hits.get(name, 0) for b in rows], dtype=np.float64), n)
-    for name in sorted({key for b in rows for key in b.seq_hits}):
-        columns[name] = (np.array([b.seq_hits.get(name, 0) for b in rows], dtype=np.float64), m)
+    for name in _counted([b.token_hits for b in rows]):
+        columns[name] = (np.array([b.token_hits[name] for b in rows], dtype=np.float64), n)
+    for name in _counted([b.seq_hits for b in rows]):
+        columns[name] = (np.array([b.seq_hits[name] for b in rows], dtype=np.float64), m)
     columns["ess_kish_response"] = (_column(rows, lambda b: b.kish_response), m)
     if rows and all(b.linear is not None for b in rows):
         for name, linear in _LINEAR_SUMS.items():
@@ -73,6 +81,11 @@ def intervals(
             m,
         )
     return _resample(len(rows), columns, kish, seed, resamples)
+
+
+def _counted(hits: Sequence[Mapping[str, int]]) -> list[str]:
+    """What every row counted: an older one lacks what was added since."""
+    return sorted(set[str]().union(*hits).intersection(*hits)) if hits else []
 
 
 def router_intervals(
@@ -93,6 +106,27 @@ def router_intervals(
             "router_zero_overlap_rate": (shared[:, 0], cells),
             "router_layers_disagree_per_token": (differing, tokens),
         }
+    return _resample(len(rows), columns, {}, seed, resamples)
+
+
+def replay_intervals(
+    pairs: Mapping[str, ReplayPair], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Intervals:
+    """Intervals of the shares that replay removes, from one pair of buckets per trajectory.
+
+    A ratio of sums, resampled as such: numerator and denominator come from the same draw. Where a
+    share of the whole is undefined, it has no interval.
+    """
+    rows = [pair for _, pair in sorted(pairs.items()) if pair.under.n_tokens]
+    columns: dict[str, tuple[F64, F64]] = {}
+    for name in REPLAY_METRICS if rows else ():
+        sums = [pair.sums()[name] for pair in rows]
+        known = [(n, u) for n, u in sums if n is not None and u is not None]
+        native = np.array([n for n, _ in known], dtype=np.float64)
+        under = np.array([u for _, u in known], dtype=np.float64)
+        # A resample of trajectories without drift would divide 0 by 0.
+        if len(known) == len(rows) and native.all():
+            columns[name] = (native - under, native)
     return _resample(len(rows), columns, {}, seed, resamples)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from driftgate.gates import GATES
+
 __all__ = ["METRICS", "ROUTER_METRICS", "Metric"]
 
 
@@ -144,26 +146,9 @@ METRICS: dict[str, Metric] = _table(
         "0 in expectation",
         "dominated by one response when long",
     ),
-    ("gate_verl_tis_clip_frac", "P(rho > 2)", "verl token TIS, slime --tis-clip"),
-    ("gate_icepop_drop_frac", "P(rho outside [.5, 5])", "IcePop"),
-    (
-        "gate_dppo_drop_frac",
-        "P(|p_train - p_rollout| > .2)",
-        "prime-rl's default loss",
-        "prime-rl drops one side by the advantage's sign: an upper bound",
-    ),
-    ("gate_verl_seqtis_clip_frac", "P_seq(e^L > 2)", "verl sequence TIS, of responses"),
-    ("gate_trl_seqmask_drop_frac", "P_seq(e^L > 3)", "TRL sequence_mask, of responses"),
-    (
-        "gate_geo_drop_frac",
-        "P_seq(e^mean(D) outside [1/1.001, 1.001])",
-        "verl geo_rs preset",
-        "very tight",
-    ),
-    (
-        "gate_veto_drop_frac",
-        "P_seq(min rho < 1e-4)",
-        "verl's token veto (off by default), of responses",
+    *(
+        (gate.metric, f"share of {gate.of}: {gate.rule}", gate.source, "the shipped threshold")
+        for gate in GATES.values()
     ),
     (
         "ess_inv_second_moment_seq",

@@ -20,8 +20,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from driftgate import gates
 from driftgate.readout import Value, read, reasons
-from driftgate.sums import CoMoments, LogSum, Moments, Sketch, add_counts
+from driftgate.sums import CoMoments, LogSum, Moments, Sketch
 
 __all__ = ["Bucket", "Value", "Worst", "worst"]
 
@@ -51,21 +52,6 @@ infinite."""
 
 EXTREME_TAUS = {"1.25": 1.25, "2": 2.0, "5": 5.0, "10": 10.0}
 """F(tau) of the R3 paper (arXiv 2510.11370), by how the name spells tau."""
-VERL_TIS_CAP = 2.0
-"""verl RolloutCorrectionConfig.rollout_is_threshold = 2.0; slime --tis-clip 2.0 (--tis-clip-low
-0)."""
-ICEPOP_LOW, ICEPOP_HIGH = 0.5, 5.0
-"""IcePop [alpha, beta], Ring-1T (arXiv 2510.18855). slime's and miles' recipes narrow it to [.5,
-2]."""
-DPPO_BOUND = 0.2
-"""prime-rl dppo_mask_low = dppo_mask_high = 0.2, in probability. prime-rl drops only the side that
-the advantage pushes further out; without advantages both sides are counted: an upper bound."""
-TRL_SEQ_CAP = 3.0
-"""TRL GRPOConfig vllm_importance_sampling_clip_max = 3.0 (was ..._cap), mode sequence_mask."""
-VERL_GEO_BOUND = 1.001
-"""verl's geo_rs preset: rollout_rs = geometric, threshold 1.001, lower bound its reciprocal."""
-VERL_VETO = 1e-4
-"""verl's presets: rollout_token_veto_threshold 1e-4 (the bare default is off)."""
 
 
 class Worst(msgspec.Struct, frozen=True):
@@ -164,13 +150,13 @@ class Bucket(msgspec.Struct, kw_only=True):
         ``token_ids`` [R] and ``trace_id`` only locate the worst token. ValueError on shapes that
         do not agree.
         """
-        keep, n_bad = _comparable(train, rollout, mask)
+        keep, n_bad = good_tokens(train, rollout, mask)
         t, r = _f64(train)[keep], _f64(rollout)[keep]
         if not t.size:
             return cls(n_bad_tokens=n_bad)
         d = t - r
         n, total, mean = d.size, float(d.sum()), float(d.mean())
-        prob_diff = np.abs(np.exp(t) - np.exp(r))
+        prob_diff = np.exp(t) - np.exp(r)
         trunc = np.clip(np.exp(_clip(d, VERL_SAFETY_BOUND)), 1 / VERL_TRUNCATION, VERL_TRUNCATION)
         bound = math.exp(max(-VERL_SAFETY_BOUND, min(VERL_SAFETY_BOUND, total)))
         trunc_seq = max(1 / VERL_TRUNCATION, min(VERL_TRUNCATION, bound))
@@ -186,8 +172,8 @@ class Bucket(msgspec.Struct, kw_only=True):
             weight=LogSum.of(d),
             weight_sq=LogSum.of(2.0 * d),
             mult=LogSum.of(np.abs(d)),
-            prob_abs_diff=Moments.of(prob_diff),
-            prob_abs_diff_max=float(prob_diff.max()),
+            prob_abs_diff=Moments.of(np.abs(prob_diff)),
+            prob_abs_diff_max=float(np.abs(prob_diff).max()),
             probs=CoMoments.of(np.exp(r), np.exp(t)),
             logits=_logits(t, r),
             trunc_token=float(trunc.sum()),
@@ -206,7 +192,7 @@ class Bucket(msgspec.Struct, kw_only=True):
             log_ppl_diff=0.0 - mean,
             log_ppl_abs_diff=abs(mean),
             token_hits=_token_hits(d, prob_diff),
-            seq_hits=_seq_hits(d, total, mean),
+            seq_hits=gates.seq_hits(d),
             sketch=Sketch.of(np.abs(d)),
             worst=_worst(t, r, np.flatnonzero(keep), token_ids, trace_id),
         )
@@ -216,11 +202,13 @@ class Bucket(msgspec.Struct, kw_only=True):
         merged = {
             name: _merged(getattr(self, name), getattr(other, name))
             for name in self.__struct_fields__
-            if name not in ("linear", "prob_abs_diff_max", "worst")
+            if name not in ("linear", "prob_abs_diff_max", "token_hits", "seq_hits", "worst")
         }
         both = self.linear is not None and other.linear is not None
         return Bucket(
             **merged,
+            token_hits=_merged_hits(self, other, "token_hits"),
+            seq_hits=_merged_hits(self, other, "seq_hits"),
             linear=_merged(self.linear, other.linear) if both else None,
             prob_abs_diff_max=max(self.prob_abs_diff_max, other.prob_abs_diff_max),
             worst=_worse(self.worst, other.worst),
@@ -246,7 +234,7 @@ def worst(
 
     All arrays [R] of one response, as in `Bucket.of`.
     """
-    keep, _ = _comparable(train, rollout, mask)
+    keep, _ = good_tokens(train, rollout, mask)
     if not keep.any():
         return None
     t, r = _f64(train)[keep], _f64(rollout)[keep]
@@ -265,7 +253,7 @@ def _one(exponent: float) -> LogSum:
     return LogSum.of(np.array([exponent]))
 
 
-def _comparable(
+def good_tokens(
     train: Array, rollout: Array, mask: Array | None
 ) -> tuple[npt.NDArray[np.bool_], int]:
     """([R] tokens to compare, how many tokens of the mask were bad on either side)."""
@@ -321,19 +309,8 @@ def _token_hits(d: F64, prob_diff: F64) -> dict[str, int]:
     caught = {
         f"extreme_frac_tau{name}": np.abs(d) > math.log(tau) for name, tau in EXTREME_TAUS.items()
     }
-    caught["gate_verl_tis_clip_frac"] = d > math.log(VERL_TIS_CAP)
-    caught["gate_icepop_drop_frac"] = (d < math.log(ICEPOP_LOW)) | (d > math.log(ICEPOP_HIGH))
-    caught["gate_dppo_drop_frac"] = prob_diff > DPPO_BOUND
-    return {name: int(hit.sum()) for name, hit in caught.items()}
-
-
-def _seq_hits(d: F64, total: float, mean: float) -> dict[str, int]:
-    return {
-        "gate_verl_seqtis_clip_frac": int(total > math.log(VERL_TIS_CAP)),
-        "gate_trl_seqmask_drop_frac": int(total > math.log(TRL_SEQ_CAP)),
-        "gate_geo_drop_frac": int(abs(mean) > math.log(VERL_GEO_BOUND)),
-        "gate_veto_drop_frac": int(float(d.min()) < math.log(VERL_VETO)),
-    }
+    hits = {name: int(hit.sum()) for name, hit in caught.items()}
+    return hits | gates.token_hits(d, prob_diff)
 
 
 def _worst(
@@ -359,6 +336,12 @@ def _worse(a: Worst | None, b: Worst | None) -> Worst | None:
 
 
 def _merged(a: Any, b: Any) -> Any:
-    if isinstance(a, (int, float)):
-        return a + b
-    return add_counts(a, b) if isinstance(a, dict) else a.merge(b)
+    return a + b if isinstance(a, (int, float)) else a.merge(b)
+
+
+def _merged_hits(a: Bucket, b: Bucket, field: str) -> dict[str, int]:
+    """Counts of what both sides counted: a gate that one of them is older than has no sum."""
+    mine, theirs = getattr(a, field), getattr(b, field)
+    if not a.n_tokens or not b.n_tokens:
+        return dict(mine or theirs)
+    return {name: count + theirs[name] for name, count in mine.items() if name in theirs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from driftgate.gates import SEQ_GATES, TOKEN_GATES
 from driftgate.sums import MAX_EXPONENT, LogSum, kish
 
 if TYPE_CHECKING:
@@ -20,15 +21,7 @@ TOKEN_HITS = (
     "extreme_frac_tau2",
     "extreme_frac_tau5",
     "extreme_frac_tau10",
-    "gate_verl_tis_clip_frac",
-    "gate_icepop_drop_frac",
-    "gate_dppo_drop_frac",
-)
-SEQ_HITS = (
-    "gate_verl_seqtis_clip_frac",
-    "gate_trl_seqmask_drop_frac",
-    "gate_geo_drop_frac",
-    "gate_veto_drop_frac",
+    *TOKEN_GATES,
 )
 NEEDS_TWO_SEQS = ("log_ratio_sum_std", "ess_kish_seq", "ess_kish_geo")
 NEEDS_TWO_TOKENS = ("log_ratio_std", "prob_abs_diff_std", "mean_weight_token_se")
@@ -57,9 +50,15 @@ def _why(b: Bucket, name: str) -> str:
         return "needs two sequences, has 1"
     if name in NEEDS_TWO_TOKENS and b.n_tokens < 2:
         return "needs two tokens, has 1"
+    if name in TOKEN_HITS or name in SEQ_GATES:
+        return "some of these were scored before this was counted: score them again"
     if name in NEEDS_VARIATION:
         return "one side does not vary over these tokens"
     return "beyond float64 for so large a log ratio: read the log_ form or the worst token"
+
+
+def _share(hits: dict[str, int], name: str, n: int) -> float | None:
+    return _over(hits[name], n) if name in hits else None
 
 
 def _over(total: float, n: int) -> float | None:
@@ -93,8 +92,8 @@ def _ratios(b: Bucket) -> dict[str, Value]:
         capped = value if value is None or largest is None else min(value, largest)
         out[f"abs_log_ratio_{name}"] = capped
     out["abs_log_ratio_max"] = largest
-    out |= {name: _over(b.token_hits.get(name, 0), n) for name in TOKEN_HITS}
-    out |= {name: _over(b.seq_hits.get(name, 0), m) for name in SEQ_HITS}
+    out |= {name: _share(b.token_hits, name, n) for name in TOKEN_HITS}
+    out |= {name: _share(b.seq_hits, name, m) for name in SEQ_GATES}
     out["mult_prob_error"] = b.mult.mean(n) if n else None
     return out
 

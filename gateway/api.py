@@ -24,8 +24,9 @@ from aiohttp import web
 
 from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
-from driftgate.gateway import openapi
+from driftgate.gateway import api_judge, openapi
 from driftgate.gateway.answers import Answers
+from driftgate.gateway.api_live import LIVE_ROUTES, LiveAnswers, LiveHandlers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
 from driftgate.gateway.openapi import Route
 from driftgate.gateway.wire import (
@@ -118,13 +119,15 @@ class DriftQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["drift", "noise_floor"] | None = None
 
 
-class Api:
+class Api(LiveHandlers):
     """The handlers, over one store."""
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
+        self.reader = context.reader
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="driftgate-api")
         self._answers = Answers(context.reader)
+        self.live = LiveAnswers(context.reader, self._answers)
         self.feed = Feed(
             Source(context.reader.last_seq, self._events),
             executor=self._threads,
@@ -143,7 +146,7 @@ class Api:
         """A page of trajectories, newest first."""
         query = query_of(request, TrajectoriesQuery)
         options = msgspec.structs.asdict(query)
-        return await self._answer(lambda: self._answers.trajectories(**options))
+        return await self.answer(lambda: self._answers.trajectories(**options))
 
     async def mint_trajectory(self, request: web.Request) -> web.StreamResponse:
         """Mint a trajectory to run an agent in.
@@ -160,18 +163,18 @@ class Api:
     async def get_trajectory(self, request: web.Request) -> web.StreamResponse:
         """One agent run: its steps, their answers and scores, gaps and reward."""
         name = request.match_info["trajectory"]
-        return await self._answer(lambda: self._answers.trajectory(name))
+        return await self.answer(lambda: self._answers.trajectory(name))
 
     async def get_step(self, request: web.Request) -> web.StreamResponse:
         """One step's answers in full, token by token."""
         name, step = request.match_info["trajectory"], step_of(request)
         query = query_of(request, StepQuery)
-        return await self._answer(lambda: self._answers.step(name, step, routes=query.routes))
+        return await self.answer(lambda: self._answers.step(name, step, routes=query.routes))
 
     async def get_mismatch(self, request: web.Request) -> web.StreamResponse:
         """Would the trainer see the policy that produced this trajectory, and if not, where?"""
         name, query = request.match_info["trajectory"], query_of(request, MismatchQuery)
-        return await self._answer(
+        return await self.answer(
             lambda: self._answers.mismatch(name, tokens=query.tokens, trainer=query.trainer)
         )
 
@@ -190,7 +193,7 @@ class Api:
 
     async def get_cells(self, request: web.Request) -> web.StreamResponse:
         """The matrix: every (engine, trainer) with metrics, intervals and noise floor."""
-        return await self._answer(self._answers.cells)
+        return await self.answer(self._answers.cells)
 
     async def get_openapi(self, request: web.Request) -> web.StreamResponse:
         """This document."""
@@ -275,7 +278,8 @@ class Api:
             for event in self._answers.drift(after, limit, trajectory, kind)
         ]
 
-    async def _answer(self, ask: Callable[[], msgspec.Struct]) -> web.Response:
+    async def answer(self, ask: Callable[[], msgspec.Struct]) -> web.Response:
+        """``ask()`` on a thread, as JSON."""
         return json_answer(await self._thread(lambda: msgspec.json.encode(ask())))
 
     async def _thread(self, work: Callable[[], T]) -> T:
@@ -324,6 +328,7 @@ ROUTES: tuple[Route, ...] = (
         body=RewardRequest,
         answer=Reward,
     ),
+    *api_judge.ROUTES,
     Route(method="GET", path="/api/cells", handler=Api.get_cells, answer=Cells),
     Route(
         method="GET",
@@ -333,6 +338,7 @@ ROUTES: tuple[Route, ...] = (
         answer=DriftEvent,
         stream=True,
     ),
+    *LIVE_ROUTES,
     Route(method="GET", path="/api/openapi.json", handler=Api.get_openapi, answer=dict),
 )
 

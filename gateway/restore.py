@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from driftgate.errors import JSON_ERRORS, DriftgateError
+from driftgate.errors import UNREADABLE, DriftgateError
 from driftgate.gateway import openai
 from driftgate.gateway.conversation import Conversation, Turn
 from driftgate.gateway.history import History, Output, ends, read_history
@@ -36,8 +36,8 @@ RESTORED_AGE_S = 24 * 3600
 PAGE = 100
 """Trajectories read from the index at once. A whole page that is too old ends the search."""
 
-GONE = ("failed", "cancelled", "open")
-"""States of a call that can be repeated; one that was open lost its gateway."""
+GONE = ("failed", "cancelled")
+"""States of a call that can be repeated; an open one is served by another gateway."""
 
 log = logging.getLogger("driftgate.gateway")
 
@@ -117,7 +117,7 @@ def _read(reader: Reader, trajectory: str, ask_ids: str, now_ns: int) -> _Earlie
 def _turns(trace: Trace, history: History, plan: Plan) -> Iterator[Turn | End]:
     try:
         choice = msgspec.json.decode(trace.response, type=dict[str, Any])
-    except JSON_ERRORS:
+    except UNREADABLE:
         return  # what is no choice was not continued before either
     message, text = choice.get("message"), choice.get("text")
     if isinstance(history, Conversation) and isinstance(message, dict):

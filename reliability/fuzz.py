@@ -133,6 +133,7 @@ def main() -> int:
     section = Section(
         name="fuzz",
         title="Fuzzing",
+        command="make fuzz",
         how="Coverage-guided (atheris), each target in a process of its own, inputs up to "
         f"{MAX_INPUT_BYTES} bytes, from real answers, streams and the golden segment. A crash, an "
         f"error that is not the documented one, a broken invariant, a case over {CASE_TIMEOUT_S} s "

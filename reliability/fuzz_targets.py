@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ import msgspec
 import numpy as np
 
 from driftgate.adapters.vllm import Vllm
-from driftgate.errors import JSON_ERRORS, FormatError, RequestError, UpstreamError
+from driftgate.errors import UNREADABLE, FormatError, RequestError, UpstreamError
 from driftgate.gateway import sse
 from driftgate.gateway.capture import Folded, fold_answer, fold_stream
 from driftgate.gateway.conversation import read_conversation
@@ -39,6 +40,7 @@ from driftgate.gateway.openai import (
 from driftgate.gateway.pieces import Pieces, take_apart
 from driftgate.gateway.prompts import read_prompt
 from driftgate.gateway.synthesis import error_event, stream_of
+from driftgate.gateway.tape import Tape
 from driftgate.storage.codec import (
     HEADER_BYTES,
     MARKER,
@@ -56,6 +58,7 @@ from driftgate.trace import Trace
 __all__ = ["CANARY", "TARGETS", "Target"]
 
 ADAPTER = Vllm()
+LIMIT_BYTES = 1 << 20
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 
 ANSWER: dict[str, object] = {
@@ -143,15 +146,24 @@ def _answers() -> list[bytes]:
 
 
 def _stream() -> bytes:
-    choice = {
-        "index": 0,
-        "delta": {"role": "assistant", "content": "hé"},
-        "logprobs": ANSWER["choices"][0]["logprobs"],  # type: ignore[index]
-        "token_ids": [7, 8],
-        "finish_reason": "stop",
-    }
-    chunks: list[object] = [
-        {"object": "chat.completion.chunk", "prompt_token_ids": [1, 2, 3], "choices": [choice]},
+    """A stream in vLLM's usual form, with what may come between and after."""
+    rows = [{"token": "h", "logprob": -0.5, "bytes": [104], "top_logprobs": []}]
+    start: dict[str, object] = {"id": "c", "object": "chat.completion.chunk", "model": "tiny"}
+    deltas: list[dict[str, object]] = [{"content": "h"}, {"reasoning": "h"}, {"content": "h"}]
+    usual = [
+        {
+            "index": 0,
+            "delta": delta,
+            "logprobs": {"content": rows},
+            "finish_reason": None,
+            "token_ids": [7],
+        }
+        for delta in deltas
+    ]
+    chunks = [
+        start | {"prompt_token_ids": [1, 2, 3], "choices": []},
+        *(start | {"choices": [choice]} for choice in usual),
+        start | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
         {"choices": [], "usage": ANSWER["usage"]},
         {"driftgate": 1, "choices": [{"index": 0, "routed_experts": _routes()}]},
     ]
@@ -206,12 +218,22 @@ def splitter(data: bytes) -> None:
 
 
 def events(data: bytes) -> None:
-    """A stream is stripped and folded."""
-    parts = sse.Splitter().feed(data)
+    """A stream is stripped and folded; the pattern and the parser give the agent the same."""
     plan = _plan(data)
-    for event in parts:
-        assert isinstance(strip_event(event, plan), bytes | None)
-    _whole(fold_stream(parts, plan, ADAPTER, expect_routes=None))
+    tape = Tape(plan, limit_bytes=LIMIT_BYTES)
+    for event in sse.Splitter().feed(data):
+        passed = tape.take(event)
+        if passed != strip_event(event, plan):
+            assert not _is_json(sse.event_data(event))
+    _whole(fold_stream(tape, ADAPTER, expect_routes=None, end=None))
+
+
+def _is_json(data: bytes | None) -> bool:
+    try:
+        json.loads(data or b"-")
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def answer(data: bytes) -> None:
@@ -287,7 +309,7 @@ def ids(data: bytes) -> None:
     """Ids read from digits are those that a JSON parser reads, or none."""
     try:
         array = msgspec.json.decode(data, type=list[msgspec.Raw])
-    except JSON_ERRORS:
+    except UNREADABLE:
         return  # it is only asked for arrays
     found = read_ids(msgspec.json.encode(array))
     if found is not None:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from driftgate.errors import NotFoundError
 from driftgate.storage.cells import Cells
+from driftgate.storage.glance import Activity, AnswerText, read_activity, read_text
 from driftgate.storage.index import Connections
 from driftgate.storage.load import TraceCache, load_payload, load_trace
 from driftgate.storage.records import Kind, decode_score
 from driftgate.storage.rows import CallRow, CellRow, Counts, ScoreRow, TraceRow, TrajectoryRow
-from driftgate.trace import CallIntent, CallOutcome, Reward, Score, ScoreMeta, Trace, TraceMeta
+from driftgate.trace import I32, CallIntent, CallOutcome, Reward, Score, ScoreMeta, Trace, TraceMeta
 
 __all__ = ["Reader"]
 
@@ -26,6 +28,10 @@ CACHE_BYTES = 64 << 20
 
 MAX_PAGE = 10_000
 """Rows of one answer, whatever the caller asks for."""
+
+GROUP_WINDOW = 512
+"""Trajectories on either side among which a prompt group is looked for: a batch of 64 prompts with
+16 samples each."""
 
 _CALLS = (
     "SELECT call_id, trajectory, step, model, retry, "
@@ -56,6 +62,16 @@ class Reader:
     def trace(self, trace_id: str) -> Trace:
         """A whole trace; its arrays are read-only (copy what you change). NotFoundError."""
         return load_trace(self._connections.get(), self._root, trace_id, self._cache).trace
+
+    def answer_text(self, trace_id: str) -> AnswerText:
+        """What an answer says, from its own record alone: cheap where ``trace`` reads its whole
+        chain. NotFoundError."""
+        return read_text(self._connections.get(), self._root, trace_id)
+
+    def activity(self, *, now_ns: int, window_s: float, stale_s: float) -> Activity:
+        """What happened within the last ``window_s`` seconds, and what waits to be scored."""
+        connection = self._connections.get()
+        return read_activity(connection, now_ns=now_ns, window_s=window_s, stale_s=stale_s)
 
     def score(self, trace_id: str, trainer: str | None = None, *, kind: str = "drift") -> Score:
         """The score of a trace by the trainer of that digest (None: the latest). NotFoundError."""
@@ -204,6 +220,23 @@ class Reader:
         )
         return [(first, second) for first, second in rows]
 
+    def prompt_group(self, trajectory: str) -> list[str]:
+        """Trajectories whose first step has the same model and prompt ids, oldest first.
+
+        Itself among them; empty where its own first prompt is not stored. Looked for among the
+        `GROUP_WINDOW` trajectories that started before it and as many after it: the samples of one
+        prompt are asked for together. NotFoundError.
+        """
+        (started,) = self._known(trajectory)
+        found = self._all(_FIRSTS + "WHERE trajectory = ? AND step = 0 LIMIT 1", trajectory)
+        if not found or found[0][2] is None:
+            return []
+        first, _, prompt_len, model = found[0]
+        ids = self.trace(first).prompt_ids
+        near = self._all(_NEAR, started, GROUP_WINDOW, model, prompt_len)
+        same = [other for trace, other in near if _equal(self.trace(trace).prompt_ids, ids)]
+        return list(dict.fromkeys(same))
+
     def reward(self, trajectory: str) -> Reward | None:
         """The reward given last."""
         row = self._one("SELECT reward FROM rewards WHERE trajectory = ?", trajectory)
@@ -258,6 +291,16 @@ _TWINS = (
 _NOT_A_FLOOR = (
     "AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.trace_id = second AND s.kind = 'noise_floor')"
 )
+_FIRSTS = "SELECT trace_id, trajectory, prompt_len, model FROM traces "
+_NEAR = (
+    "SELECT t.trace_id, t.trajectory FROM traces t JOIN ("
+    "SELECT * FROM (SELECT trajectory, started_ns FROM trajectories WHERE started_ns <= ?1 "
+    "ORDER BY started_ns DESC LIMIT ?2) UNION ALL "
+    "SELECT * FROM (SELECT trajectory, started_ns FROM trajectories WHERE started_ns > ?1 "
+    "ORDER BY started_ns LIMIT ?2)) near ON near.trajectory = t.trajectory "
+    "WHERE t.step = 0 AND t.model = ?3 AND t.prompt_len = ?4 "
+    "ORDER BY near.started_ns, t.trajectory"
+)
 _HAS_GAP = "EXISTS (SELECT 1 FROM calls c WHERE c.trajectory = t.trajectory AND c.gap)"
 _IS_SCORED = (
     "NOT EXISTS (SELECT 1 FROM traces u "
@@ -283,6 +326,10 @@ _COUNTS = (
     "(SELECT COUNT(*) FROM traces WHERE scorable), (SELECT COUNT(*) FROM traces WHERE scored), "
     "(SELECT COUNT(*) FROM scores)"
 )
+
+
+def _equal(a: I32 | None, b: I32 | None) -> bool:
+    return a is not None and b is not None and np.array_equal(a, b)
 
 
 def _decode(text: str, type_: type[T]) -> T:

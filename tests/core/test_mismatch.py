@@ -92,6 +92,7 @@ def token_formulas(data: Sequences) -> dict[str, float]:
         "gate_verl_tis_clip_frac": mean(x > 2.0 for x in w),
         "gate_icepop_drop_frac": mean(x < 0.5 or x > 5.0 for x in w),
         "gate_dppo_drop_frac": mean(x > 0.2 for x in dp),
+        "gate_areal_drop_frac": mean(x > 5.0 for x in w),
     }
     for name, tau in (("1.25", 1.25), ("2", 2.0), ("5", 5.0), ("10", 10.0)):
         out[f"extreme_frac_tau{name}"] = mean(max(x, 1 / x) > tau for x in w)
@@ -127,7 +128,11 @@ def sequence_formulas(data: Sequences) -> dict[str, float]:
         "ess_verl_sequence_trunc2": kish(truncated),
         "gate_verl_seqtis_clip_frac": mean(math.exp(s) > 2 for s in sums),
         "gate_trl_seqmask_drop_frac": mean(math.exp(s) > 3 for s in sums),
-        "gate_geo_drop_frac": mean(not 1 / 1.001 <= math.exp(x) <= 1.001 for x in means),
+        "gate_verl_seqrs_drop_frac": mean(not 0.5 <= math.exp(s) <= 2 for s in sums),
+        "gate_geo_drop_frac": mean(not 0.999 <= math.exp(x) <= 1.001 for x in means),
+        "gate_skyrl_geo_drop_frac": mean(not 0.99 <= math.exp(x) <= 1.01 for x in means),
+        "gate_verl_k3rs_drop_frac": mean(mean(math.exp(x) - 1 - x for x in q) > 0.01 for q in d),
+        "gate_opsm_drop_frac": mean(-x > 1e-4 for x in means),
         "gate_veto_drop_frac": mean(min(math.exp(x) for x in seq) < 1e-4 for seq in d),
     }
 

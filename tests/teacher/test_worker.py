@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from tests.teacher.support import Say, store, teach, tokens
 def test_a_trajectory_is_scored_in_one_pass_and_once(
     config: TeacherConfig, backend: ReferenceBackend, say: Say
 ) -> None:
+    config = msgspec.structs.replace(config, weight_version="1")
     ids = tokens(0, 60)
     store(config, say("a", ids[:20], ids[20:30]), say("b", ids[:40], ids[40:60], step=1))
     report = teach(config, backend)
@@ -37,6 +39,7 @@ def test_a_trajectory_is_scored_in_one_pass_and_once(
     assert last.meta.bucket is not None
     assert last.meta.bucket.metrics()["abs_log_ratio_max"] == 0.0
     assert last.meta.comparable.verdict == "yes"
+    assert last.meta.trainer_weight_version == "1"
     assert last.logprobs.shape == last.entropy.shape == (20,)
     assert last.routes is not None
     assert last.routes.shape == (20, 4, 4)

@@ -1,0 +1,156 @@
+"""Which traces of a store are trained on, and why the others are not.
+
+A trainer that learns from a half-captured answer learns something that no policy did. So a trace is
+left out, and counted under its reason, unless it is whole, reached its agent, belongs to a
+trajectory without gaps, has logprobs that are numbers, and no trainer's comparison refutes it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from driftgate.errors import NotFoundError, StorageError
+from driftgate.mismatch import BAD_FLOOR
+from driftgate.samples import Sample, assemble, lines
+from driftgate.storage import Reader, TraceRow
+from driftgate.trace import I32, Comparable, Trace
+
+__all__ = ["REASONS", "Selection", "trajectories"]
+
+PAGE = 500
+"""Trajectories named per question to the index."""
+
+REASONS = {
+    "no_tokens": "no prompt ids, sampled ids or logprobs: nothing to train on, never exported",
+    "damaged": "could not be read: see the list",
+    "incomplete_capture": "the answer did not end, or something the engine owed is missing",
+    "trajectory_gap": "another call of its trajectory was not captured whole",
+    "delivery_uncertain": "the agent left before the end of the answer was written to it",
+    "not_comparable": "every trainer that scored it says that the numbers are not comparable",
+    "bad_logprobs": "logprobs that are NaN, infinite or the engine's floor; never exported",
+}
+"""Why a trace is left out, in words."""
+
+FINAL = ("no_tokens", "damaged", "bad_logprobs")
+"""These are left out whatever is asked for."""
+
+
+@dataclass(slots=True)
+class Selection:
+    """Reads samples out of a store, and keeps count of what it leaves out."""
+
+    reader: Reader
+    include_incomplete: bool = False
+    """Keep what can be trained on at all, with its reasons in ``SampleMeta.flags``."""
+    per_trace: bool = False
+    """A sample for each trace instead of one for each line of a trajectory."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Traces by reason; a trace with several counts once under each."""
+    damaged: list[str] = field(default_factory=list)
+    """Traces and trajectories that could not be read, and why."""
+
+    def samples(self, trajectory: str | None = None) -> Iterator[Sample]:
+        """Of the whole store, or of one trajectory. NotFoundError where that does not exist."""
+        if trajectory is not None:
+            self.reader.trajectory(trajectory)
+        for name in [trajectory] if trajectory is not None else trajectories(self.reader):
+            yield from self._trajectory(name)
+
+    def _trajectory(self, name: str) -> Iterator[Sample]:
+        row = self.reader.trajectory(name)
+        gap = [] if row.complete else ["trajectory_gap"]
+        verdicts = _verdicts(self.reader, name)
+        flags: dict[str, list[str]] = {}
+        models: dict[str, list[tuple[str, tuple[I32, I32]]]] = {}
+        for trace_row in sorted(self.reader.traces(name), key=_order):
+            trace = self._load(trace_row.meta.trace_id)
+            if trace is None:
+                continue
+            reasons = [*_reasons(trace, verdicts.get(trace.meta.trace_id, [])), *gap]
+            if (set(reasons) & set(FINAL)) if self.include_incomplete else reasons:
+                self.left_out.update(reasons)
+                continue
+            assert trace.prompt_ids is not None
+            assert trace.response_ids is not None
+            flags[trace.meta.trace_id] = reasons
+            pair = (trace.prompt_ids, trace.response_ids)
+            models.setdefault(trace.meta.model, []).append((trace.meta.trace_id, pair))
+        for found in models.values():
+            pairs = [pair for _, pair in found]
+            joined = [[n] for n in range(len(pairs))] if self.per_trace else lines(pairs)
+            for line in joined:
+                yield from self._sample([found[n][0] for n in line], row.reward, flags)
+
+    def _sample(
+        self, trace_ids: list[str], reward: float | None, flags: dict[str, list[str]]
+    ) -> Iterator[Sample]:
+        """One sample, or none where its traces do not join."""
+        try:
+            yield assemble(
+                (self.reader.trace(trace_id) for trace_id in trace_ids),
+                reward=reward,
+                flags=lambda trace: flags[trace.meta.trace_id],
+            )
+        except (StorageError, NotFoundError, ValueError) as error:
+            self.left_out["damaged"] += len(trace_ids)
+            self.damaged.append(f"line of {trace_ids[-1]}: {error}")
+
+    def _load(self, trace_id: str) -> Trace | None:
+        try:
+            return self.reader.trace(trace_id)
+        except (StorageError, NotFoundError) as error:
+            self.left_out["damaged"] += 1
+            self.damaged.append(f"trace {trace_id}: {error}")
+            return None
+
+
+def trajectories(reader: Reader) -> list[str]:
+    """Every trajectory, the first that began first."""
+    names: list[str] = []
+    while page := reader.trajectories(limit=PAGE, before=names[-1] if names else None):
+        names.extend(row.trajectory for row in page)
+    return names[::-1]
+
+
+def _order(row: TraceRow) -> tuple[int, int, int, str]:
+    meta = row.meta
+    return meta.step, meta.choice, meta.retry, meta.trace_id
+
+
+def _verdicts(reader: Reader, trajectory: str) -> dict[str, list[Comparable]]:
+    """What each trainer's latest score says, by trace."""
+    latest: dict[tuple[str, str], Comparable] = {}
+    after = 0
+    while page := reader.scores(trajectory, after=after, kind="drift"):
+        for row in page:
+            latest[row.meta.trace_id, row.meta.trainer.digest] = row.meta.comparable
+        after = page[-1].seq
+    found: dict[str, list[Comparable]] = {}
+    for (trace_id, _), comparable in latest.items():
+        found.setdefault(trace_id, []).append(comparable)
+    return found
+
+
+def _reasons(trace: Trace, verdicts: list[Comparable]) -> list[str]:
+    """Codes of `REASONS` that hold for this trace alone."""
+    meta, logprobs = trace.meta, trace.logprobs
+    if (
+        trace.prompt_ids is None
+        or trace.response_ids is None
+        or logprobs is None
+        or not len(trace.prompt_ids)
+        or not len(logprobs)
+        or len(logprobs) != len(trace.response_ids)
+    ):
+        return ["no_tokens"]
+    holds = {
+        "incomplete_capture": meta.status != "complete" or bool(meta.missing),
+        "delivery_uncertain": meta.delivery != "delivered",
+        "not_comparable": bool(verdicts) and all(v.verdict == "no" for v in verdicts),
+        "bad_logprobs": not bool(np.all(np.isfinite(logprobs) & (logprobs > BAD_FLOOR))),
+    }
+    return [code for code, holding in holds.items() if holding]

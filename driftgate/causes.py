@@ -1,0 +1,380 @@
+"""Each possible cause of drift as one test: undo it, and see how much drift falls away. Pure.
+
+A test takes the log ratios as they stand, after the causes before it were undone, and gives them
+as they would be without its own cause, with its evidence. It never adds drift: where undoing a
+cause does not lower the sum of |D|, it is not the cause. `driftgate.explain` runs them in order,
+so that the shares telescope to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from driftgate.anatomy import Response
+from driftgate.bands import BANDS
+from driftgate.evidence import SLOPE_MIN_CORRELATION, SLOPE_TOLERANCE, SLOPE_Z, TEST_MIN_TOKENS
+from driftgate.mismatch import LOGIT_EDGE, Bucket
+from driftgate.sums import CoMoments
+
+__all__ = ["CAUSES", "Evidence", "Floor", "Found", "Run", "Undone"]
+
+F64 = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+Found = Literal["measured", "inferred", "suspected", "absent", "untested"]
+"""``measured``: undone by a second set of numbers, or against a baseline. ``inferred``: by the
+shape of the numbers alone. ``suspected``: there is a sign of it, but nothing to measure its share
+with, which stays unexplained. ``absent``: tested, and not there. ``untested``: what the test needs
+is not stored."""
+
+Evidence = dict[str, float | int | str | None]
+
+DUAL_T_FACTOR = 0.5
+"""The other temperature fits when its mean|D| is at most half; as in `driftgate.comparable`."""
+DUAL_T_MIN_TOKENS = 16
+EXCESS_Z = 6.0
+"""z of one group's mean|D| above another's. Tokens of a run are not independent and the largest of
+many boundaries is looked at: 4 would fire on noise."""
+EXCESS_FACTOR = 1.5
+"""A group of tokens is worse only where its mean|D| is at least this much of the other's."""
+BASELINE_MIN_TOKENS = 32
+"""Below this a baseline is no baseline."""
+CORE_SIGMAS = 4.0
+"""Robust standard deviations that symmetric rounding noise stays within."""
+SYMMETRY_Z = 4.0
+"""z of mean D up to which noise counts as symmetric."""
+CONVENTION_CODES = (
+    "logprob_convention_mismatch",
+    "logprobs_mode_unknown",
+    "not_sampling_density",
+    "grammar_masked",
+    "processed_truncation",
+    "processed_penalties",
+    "processed_logit_bias",
+    "processed_min_tokens",
+    "logits_not_logprobs",
+    "not_scored_at_temperature",
+)
+
+
+class Floor(NamedTuple):
+    """A side against itself."""
+
+    abs_log_ratio_mean: float
+    side: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """The compared tokens of one run under one engine and one trainer, end to end."""
+
+    responses: Sequence[Response]
+    """In order of step and choice."""
+    floor: Floor | None
+    """The larger of the two sides' measured noise floors."""
+    at: npt.NDArray[np.intp] = field(init=False)
+    """[n] index into ``responses``."""
+
+    def __post_init__(self) -> None:
+        sizes = [response.index.size for response in self.responses]
+        object.__setattr__(self, "at", np.repeat(np.arange(len(sizes)), sizes))
+
+    def of(self, parts: Iterable[F64]) -> F64:
+        """[n] from one array for each response."""
+        return np.concatenate([*parts])
+
+    @property
+    def d(self) -> F64:
+        """[n] nats."""
+        return self.of(response.d for response in self.responses)
+
+    def where(self, chosen: Sequence[bool]) -> Mask:
+        """[n] tokens of the responses that are chosen."""
+        return np.asarray(np.array(chosen, dtype=np.bool_)[self.at])
+
+    def codes(self) -> set[str]:
+        """Of every score's comparability."""
+        return {reason.code for r in self.responses for reason in r.score.comparable.reasons}
+
+
+class Undone(NamedTuple):
+    """What a test found."""
+
+    d: F64 | None
+    """[n] nats, the log ratios without this cause; None where nothing was undone."""
+    found: Found
+    detail: str
+    evidence: Evidence
+    fix: str
+
+
+def _mean_abs(d: F64) -> float:
+    return float(np.abs(d).mean())
+
+
+def transform(run: Run, d: F64) -> Undone:
+    """Another temperature: by the trainer's second temperature, else by the slope of log-odds."""
+    buckets = [Bucket.of(r.train, r.rollout) for r in run.responses]
+    whole = buckets[0]
+    for bucket in buckets[1:]:
+        whole = whole.merge(bucket)
+    values = whole.metrics()
+    evidence: Evidence = {
+        "logodds_slope": values["logodds_slope"],
+        "logodds_slope_se": whole.logits.slope_se(),
+        "logodds_correlation": whole.logits.correlation(),
+        "mean_weight_token": values["mean_weight_token"],
+        "mean_weight_token_se": values["mean_weight_token_se"],
+    }
+    fix = (
+        "declare the engine's logprobs_mode and default sampling as they are (SGLang scales by T "
+        "unless told otherwise), then score again"
+    )
+    both = run.where([r.other is not None for r in run.responses])
+    if int(both.sum()) >= DUAL_T_MIN_TOKENS:
+        other = run.of(r.d if r.other is None else r.other - r.rollout for r in run.responses)
+        here, there = _mean_abs(d[both]), _mean_abs(other[both])
+        evidence |= {"abs_log_ratio_mean_here": here, "abs_log_ratio_mean_other_T": there}
+        if there <= DUAL_T_FACTOR * here:
+            detail = f"mean|D| {here:.3g} falls to {there:.3g} with the logits at the other T"
+            return Undone(other, "measured", detail, evidence, fix)
+    if _slope_is_off(whole.logits):
+        detail = f"log-odds slope {whole.logits.slope():.3f}, not 1: one side is scaled"
+        return Undone(_calibrated(run, whole.logits), "inferred", detail, evidence, fix)
+    if signs := sorted(run.codes() & set(CONVENTION_CODES)):
+        return Undone(None, "suspected", ", ".join(signs), evidence, fix)
+    tested = whole.logits.n >= TEST_MIN_TOKENS or int(both.sum()) >= DUAL_T_MIN_TOKENS
+    if not tested:
+        detail = f"{whole.logits.n} uncertain tokens of {TEST_MIN_TOKENS}, and one temperature"
+        return Undone(None, "untested", detail, evidence, "score more tokens")
+    return Undone(None, "absent", "both sides are at one temperature", evidence, "nothing")
+
+
+def _slope_is_off(logits: CoMoments) -> bool:
+    slope, error, correlation = logits.slope(), logits.slope_se(), logits.correlation()
+    if logits.n < TEST_MIN_TOKENS or slope is None or error is None or correlation is None:
+        return False
+    off = abs(slope - 1.0) > max(SLOPE_TOLERANCE, SLOPE_Z * error)
+    return off and correlation >= SLOPE_MIN_CORRELATION
+
+
+def _calibrated(run: Run, logits: CoMoments) -> F64:
+    """Log ratios against the engine's log-odds moved onto the fitted line."""
+    slope = logits.slope()
+    assert slope is not None
+    out = []
+    for r in run.responses:
+        inside = r.rollout < math.log1p(-LOGIT_EDGE)
+        x = r.rollout[inside]
+        line = logits.mean_y + slope * (x - np.log(-np.expm1(x)) - logits.mean_x)
+        moved = r.rollout.copy()
+        moved[inside] = -np.logaddexp(0.0, -line)
+        out.append(r.train - moved)
+    return run.of(out)
+
+
+class _Excess(NamedTuple):
+    d: F64 | None
+    evidence: Evidence
+
+
+def _excess(d: F64, group: Mask, base: Mask, floor: Floor | None) -> _Excess:
+    """``group`` scaled down to the baseline where it is clearly worse: tokens of ``base``, else the
+    measured floor."""
+    here = np.abs(d[group])
+    evidence: Evidence = {"tokens": int(group.sum()), "abs_log_ratio_mean": float(here.mean())}
+    level, error = None, 0.0
+    if int(base.sum()) >= BASELINE_MIN_TOKENS:
+        there = np.abs(d[base])
+        level, error = float(there.mean()), _standard_error(there)
+        evidence |= {"baseline": level, "baseline_is": f"{base.sum()} other tokens of this run"}
+    elif floor is not None:
+        level = floor.abs_log_ratio_mean
+        evidence |= {"baseline": level, "baseline_is": f"noise floor of the {floor.side}"}
+    if level is None or here.size < BASELINE_MIN_TOKENS:
+        return _Excess(None, evidence | {"baseline": None})
+    mean = float(here.mean())
+    spread = math.hypot(error, _standard_error(here))
+    z = (mean - level) / spread if spread else math.inf
+    evidence["z"] = z if math.isfinite(z) else None
+    if mean <= level or z < EXCESS_Z or mean < EXCESS_FACTOR * level:
+        return _Excess(None, evidence)
+    return _Excess(np.where(group, d * (level / mean), d), evidence)
+
+
+def _standard_error(x: F64) -> float:
+    return float(x.std(ddof=1)) / math.sqrt(x.size) if x.size > 1 else 0.0
+
+
+def _broken_prefix(run: Run) -> list[bool]:
+    return [r.trace.parent is not None and not r.trace.prefix_exact for r in run.responses]
+
+
+def template(run: Run, d: F64) -> Undone:
+    """Steps whose prompt does not extend the tokens before it, against the other steps."""
+    broken = _broken_prefix(run)
+    signs = sorted(run.codes() & {"tokenizer_mismatch", "template_mismatch"})
+    fix = (
+        "keep reasoning and tool calls verbatim in the history, and take tokenizer and template "
+        "from one folder"
+    )
+    evidence: Evidence = {"responses_with_broken_prefix": sum(broken), "codes": ", ".join(signs)}
+    if not any(broken):
+        if signs:
+            return Undone(None, "suspected", ", ".join(signs), evidence, fix)
+        return Undone(None, "absent", "every prompt extends the tokens before", evidence, "nothing")
+    group = run.where(broken)
+    found = _excess(d, group, ~group, run.floor)
+    evidence |= found.evidence
+    if found.d is not None:
+        steps = sorted({r.trace.step for r, b in zip(run.responses, broken, strict=True) if b})
+        detail = f"drift is higher where the prefix breaks, steps {_listed(steps)}"
+        return Undone(found.d, "measured", detail, evidence, fix)
+    if evidence["baseline"] is None:
+        detail = "prefixes break, and there is nothing to compare their steps with"
+        return Undone(None, "suspected", detail, evidence, fix)
+    detail = "prefixes break, but those steps drift no more than the others"
+    return Undone(None, "absent", detail, evidence, "nothing")
+
+
+def stale_weights(run: Run, d: F64) -> Undone:
+    """Tokens of another weight version than the one that scored; else a jump between two steps."""
+    pairs = [(r.trace.weight_version, r.score.trainer_weight_version) for r in run.responses]
+    lagging = [b is not None and "unknown" not in (a, b) and a != b for a, b in pairs]
+    clean = [
+        not lag and not broken for lag, broken in zip(lagging, _broken_prefix(run), strict=True)
+    ]
+    evidence: Evidence = {
+        "sampled_under": _listed(sorted({a for a, _ in pairs})),
+        "scored_under": _listed(sorted({b or "unknown" for _, b in pairs})),
+    }
+    fix = "sample and score under one version; reset the prefix cache when weights change"
+    if any(lagging):
+        found = _excess(d, run.where(lagging), run.where(clean), run.floor)
+        evidence |= found.evidence
+        if found.d is not None:
+            detail = "drift is higher where the tokens are of another weight version"
+            return Undone(found.d, "measured", detail, evidence, fix)
+        if evidence["baseline"] is None:
+            detail = "the tokens are of another weight version, and nothing shows drift without"
+            return Undone(None, "suspected", detail, evidence, fix)
+    jump = _jump(run, d)
+    if jump is not None:
+        undone, more = jump
+        detail = f"drift jumps at step {more['jump_at_step']}: weights or cache changed there"
+        return Undone(undone, "inferred", detail, evidence | more, fix)
+    if "prefix_cache_stale" in run.codes():
+        return Undone(None, "suspected", "prefix_cache_stale", evidence, fix)
+    if any(lagging):
+        return Undone(None, "absent", "versions differ, without more drift", evidence, "nothing")
+    if all("unknown" in (a, b or "unknown") for a, b in pairs):
+        detail = "weight versions are not known, and drift does not jump between steps"
+        return Undone(None, "untested", detail, evidence, "pass the policy version to both sides")
+    return Undone(None, "absent", "one version, and no jump between steps", evidence, "nothing")
+
+
+def _jump(run: Run, d: F64) -> tuple[F64, Evidence] | None:
+    """The step boundary with the clearest change of mean|D|, the worse side scaled to the other."""
+    best: tuple[float, F64, Evidence] | None = None
+    steps = np.array([r.trace.step for r in run.responses])[run.at]
+    for step in np.unique(steps)[1:]:
+        after = steps >= step
+        rises = _mean_abs(d[after]) > _mean_abs(d[~after])
+        worse = after if rises else ~after
+        found = _excess(d, worse, ~worse, None)
+        z = found.evidence.get("z")
+        if found.d is None or int((~worse).sum()) < BASELINE_MIN_TOKENS:
+            continue
+        score = z if isinstance(z, float) else math.inf
+        if best is None or score > best[0]:
+            more: Evidence = {"jump_at_step": int(step), "jump": "up" if rises else "down"}
+            best = (score, found.d, found.evidence | more)
+    return None if best is None else (best[1], best[2])
+
+
+def routing(run: Run, d: F64) -> Undone:
+    """The trainer's numbers under the rollout's routes, where they are stored."""
+    routers = [r.score.router for r in run.responses if r.score.router is not None]
+    disagree: float | None = None
+    if routers:
+        whole = routers[0]
+        for router in routers[1:]:
+            whole = whole.merge(router)
+        rate = whole.metrics()["router_set_disagree_rate"]
+        disagree = float(rate) if isinstance(rate, (int, float)) else None
+    evidence: Evidence = {"router_set_disagree_rate": disagree}
+    replayed = [r.replayed is not None for r in run.responses]
+    fix = "train under the rollout's routes (routing replay, R3)"
+    if any(replayed):
+        effect = run.of(
+            np.zeros(r.index.size) if r.replayed is None else r.train - r.replayed
+            for r in run.responses
+        )
+        chosen = run.where(replayed)
+        evidence |= {
+            "tokens_replayed": int(chosen.sum()),
+            "abs_log_ratio_mean": _mean_abs(d[chosen]),
+            "abs_log_ratio_mean_replay": _mean_abs((d - effect)[chosen]),
+        }
+        return Undone(d - effect, "measured", "scored under the rollout's routes", evidence, fix)
+    if disagree is None:
+        reason = next((r.score.router_reason for r in run.responses if r.score.router_reason), None)
+        known = reason == "the trainer's model has no routers"
+        detail = reason or "no routes are stored"
+        return Undone(None, "absent" if known else "untested", detail, evidence, "nothing")
+    detail = f"{disagree:.1%} of (token, layer) choose other experts; nothing was replayed"
+    limit = BANDS["router_set_disagree_rate"].green
+    found: Found = "suspected" if disagree >= limit else "untested"
+    return Undone(None, found, detail, evidence, "score with routing replay to measure its share")
+
+
+def precision(run: Run, d: F64) -> Undone:
+    """Noise as large as a side has against itself; else symmetric noise where precisions differ."""
+    differs = bool(run.codes() & {"precision_class_differs", "scored_at_wrong_precision"})
+    error = float(d.std(ddof=1)) / math.sqrt(d.size) if d.size > 1 else 0.0
+    z = float(d.mean()) / error if error else None
+    sigma = 1.4826 * float(np.median(np.abs(d - np.median(d))))
+    evidence: Evidence = {
+        "remaining_abs_log_ratio_mean": _mean_abs(d),
+        "noise_floor": run.floor.abs_log_ratio_mean if run.floor else None,
+        "mean_z": z,
+        "robust_sigma": sigma,
+    }
+    fix = "score in the engine's precision as well, to see what the precision alone does"
+    symmetric = z is not None and abs(z) <= SYMMETRY_Z and d.size >= BASELINE_MIN_TOKENS
+    if differs and symmetric:
+        core = np.abs(d) <= CORE_SIGMAS * sigma
+        evidence["tokens_within_core"] = int(core.sum())
+        detail = f"precisions differ; symmetric noise of sigma {sigma:.3g} around 0"
+        return Undone(np.where(core, 0.0, d), "inferred", detail, evidence, fix)
+    if run.floor is not None:
+        level, mean = run.floor.abs_log_ratio_mean, _mean_abs(d)
+        left = max(0.0, 1.0 - level / mean) if mean else 0.0
+        detail = f"the {run.floor.side} differs from itself by mean|D| {level:.3g}"
+        fix = "nothing: drift below the noise floor says nothing"
+        return Undone(d * left, "measured", detail, evidence, fix)
+    if differs:
+        detail = "precisions differ, but the noise is not symmetric around 0"
+        return Undone(None, "suspected", detail, evidence, fix)
+    detail = "no noise floor is stored for either side"
+    return Undone(None, "untested", detail, evidence, "measure one: the same requests twice")
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items[:8])) + (", …" if len(items) > 8 else "")
+
+
+CAUSES = {
+    "transform": transform,
+    "template": template,
+    "stale_weights": stale_weights,
+    "routing": routing,
+    "precision": precision,
+}
+"""In the order that they are undone: what makes numbers incomparable first, noise last."""

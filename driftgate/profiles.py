@@ -1,0 +1,149 @@
+"""Off-policy budgets by name: how far from the trainer's policy a rollout may be for what use.
+
+A profile is a list of limits, each on one measured number, each with the verdict that it asks for
+when it is broken. The mildest verdict that no limit forbids is given. Profiles are data: printed
+with every verdict, compared in a review, replaced by your own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from driftgate.bands import BANDS
+
+__all__ = ["PROFILES", "TIERS", "Code", "Limit", "Profile", "ProfileName", "Tier"]
+
+Tier = Literal["train", "train_with_correction", "replay", "quarantine"]
+"""``train``: on policy. ``train_with_correction``: with importance weights, or with the rollout's
+routes replayed. ``replay``: off-policy data only. ``quarantine``: for nothing until explained."""
+
+TIERS: tuple[Tier, ...] = ("train", "train_with_correction", "replay", "quarantine")
+"""Mild to severe."""
+
+Code = Literal[
+    "WITHIN_BUDGET",
+    "HIGH_CLIPPED_FRACTION",
+    "LOW_ESS",
+    "STALE_POLICY_LAG",
+    "REPLAY_TIER_LAG",
+    "REPLAY_TIER_ESS",
+    "VETO_THRESHOLD_EXCEEDED",
+    "NOT_COMPARABLE",
+    "INCOMPLETE_CAPTURE",
+    "ROUTER_FLIP",
+]
+
+ProfileName = Literal["default", "observatory"]
+
+NARROW, WIDE = "extreme_frac_tau2", "extreme_frac_tau5"
+"""Share of tokens whose ratio leaves [.5, 2] and [.2, 5]."""
+
+CLAMPED = "clamped_frac_20"
+"""Share of tokens with |D| > 20 nats, the original observatory's clamp."""
+
+
+class Limit(msgspec.Struct, frozen=True, kw_only=True):
+    """Broken where ``metric`` is above ``above``, or below ``below``."""
+
+    code: Code
+    metric: str
+    """A metric of METRICS 2 or 3, ``policy_lag``, or one that the profile's module names."""
+    verdict: Tier
+    above: float | None = None
+    below: float | None = None
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """A named off-policy budget."""
+
+    name: str
+    about: str
+    limits: tuple[Limit, ...]
+
+
+OBSERVATORY = Profile(
+    name="observatory",
+    about=(
+        "The original observatory's numbers: min ESS .30 (replay .60), clipped fraction .10 at a "
+        "clamp of 20 nats, lag 8 (replay 4), veto 30 nats, slot-0 flips .15. Clamp and veto never "
+        "fire on real data. That any lag or clamped token asks for the correction is ours."
+    ),
+    limits=(
+        Limit(code="LOW_ESS", metric="ess_kish_response", verdict="quarantine", below=0.30),
+        Limit(code="HIGH_CLIPPED_FRACTION", metric=CLAMPED, verdict="quarantine", above=0.10),
+        Limit(code="STALE_POLICY_LAG", metric="policy_lag", verdict="quarantine", above=8),
+        Limit(
+            code="VETO_THRESHOLD_EXCEEDED",
+            metric="abs_log_ratio_max",
+            verdict="quarantine",
+            above=30.0,
+        ),
+        Limit(code="REPLAY_TIER_ESS", metric="ess_kish_response", verdict="replay", below=0.60),
+        Limit(code="REPLAY_TIER_LAG", metric="policy_lag", verdict="replay", above=4),
+        Limit(
+            code="HIGH_CLIPPED_FRACTION", metric=CLAMPED, verdict="train_with_correction", above=0
+        ),
+        Limit(
+            code="STALE_POLICY_LAG", metric="policy_lag", verdict="train_with_correction", above=0
+        ),
+        Limit(
+            code="ROUTER_FLIP",
+            metric="router_slot0_flip_rate",
+            verdict="train_with_correction",
+            above=0.15,
+        ),
+    ),
+)
+
+DEFAULT = Profile(
+    name="default",
+    about=(
+        "Limits that fire on real data: ratios outside [.5, 2] and [.2, 5], any ratio below 1e-4, "
+        "token ESS, lag, and routing by expert sets."
+    ),
+    limits=(
+        # verl's veto: a token that the trainer thinks ten thousand times less likely.
+        Limit(
+            code="VETO_THRESHOLD_EXCEEDED",
+            metric="gate_veto_drop_frac",
+            verdict="quarantine",
+            above=0,
+        ),
+        # F(2) > .1 precedes collapse (R3 paper, arXiv 2510.11370); F(5) of 1 % is as far out.
+        Limit(
+            code="HIGH_CLIPPED_FRACTION",
+            metric=NARROW,
+            verdict="quarantine",
+            above=BANDS[NARROW].red,
+        ),
+        Limit(code="HIGH_CLIPPED_FRACTION", metric=WIDE, verdict="quarantine", above=0.01),
+        # Token ESS is about e^-(sigma^2): .8 is sigma = .47, k3 of .11, ten times the red band.
+        Limit(code="LOW_ESS", metric="ess_kish_token", verdict="quarantine", below=0.80),
+        Limit(code="STALE_POLICY_LAG", metric="policy_lag", verdict="quarantine", above=8),
+        # .95 is sigma = .23, k3 of .025: red, and still usable with another objective.
+        Limit(code="REPLAY_TIER_ESS", metric="ess_kish_token", verdict="replay", below=0.95),
+        Limit(code="REPLAY_TIER_LAG", metric="policy_lag", verdict="replay", above=4),
+        # The ends of the green bands.
+        Limit(
+            code="HIGH_CLIPPED_FRACTION",
+            metric=NARROW,
+            verdict="train_with_correction",
+            above=BANDS[NARROW].green,
+        ),
+        Limit(code="LOW_ESS", metric="ess_kish_token", verdict="train_with_correction", below=0.99),
+        Limit(
+            code="STALE_POLICY_LAG", metric="policy_lag", verdict="train_with_correction", above=0
+        ),
+        Limit(
+            code="ROUTER_FLIP",
+            metric="router_set_disagree_rate",
+            verdict="train_with_correction",
+            above=BANDS["router_set_disagree_rate"].red,
+        ),
+    ),
+)
+
+PROFILES: dict[ProfileName, Profile] = {"default": DEFAULT, "observatory": OBSERVATORY}
+"""Profiles by name."""

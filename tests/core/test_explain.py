@@ -1,0 +1,253 @@
+"""Planted causes: each is named, with the share that the planted numbers give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from driftgate.anatomy import Response
+from driftgate.causes import Floor, Run
+from driftgate.codes import reason
+from driftgate.explain import Cause, attribute, explain
+from driftgate.router import RouterBucket
+from driftgate.trace import Comparable
+from tests.core.planted import F64, drift, noise, responses, run, scored, with_meta
+
+FLOOR = Floor(0.01, "engine")
+
+
+def causes(found: Sequence[Response], floor: Floor | None = None) -> dict[str, Cause]:
+    listed = attribute(Run(found, floor))
+    assert sum(cause.share for cause in listed) == pytest.approx(1.0, abs=1e-12)
+    assert all(0.0 <= cause.share <= 1.0 for cause in listed)
+    assert all(cause.share == 0.0 or cause.found in ("measured", "inferred") for cause in listed)
+    return {cause.name: cause for cause in listed}
+
+
+def of_words(code: str) -> Comparable:
+    return Comparable(verdict="converted", reasons=[reason(code, "planted", "mend it")])
+
+
+def simple(sigmas: Sequence[float], **meta: Any) -> list[Response]:
+    traces = run(len(sigmas))
+    pairs = enumerate(zip(traces, sigmas, strict=True))
+    return responses(traces, [scored(t, noise(n, 200, s), **meta) for n, (t, s) in pairs])
+
+
+def test_no_cause_is_found_in_plain_noise() -> None:
+    found = causes(simple([0.02] * 4))
+    assert found["unexplained"].share == 1.0
+    assert found["precision"].found == found["routing"].found == "untested"
+    assert found["transform"].found == found["template"].found == "absent"
+
+
+def test_equal_sides_have_no_shares() -> None:
+    found = attribute(Run(simple([0.0, 0.0]), None))
+    assert [cause.share for cause in found] == [0.0] * 6
+
+
+def test_another_temperature_is_measured_by_the_second_one() -> None:
+    """The engine scaled by T = .7; the headline compares it with logits at T = 1."""
+    rng = np.random.default_rng(1)
+    traces, scores = run(2, 300), []
+    for at, trace in enumerate(traces):
+        logits = rng.normal(0.0, 2.0, (300, 50))
+        picked = rng.integers(0, 5, 300)  # any tokens will do
+        one, hot = (_logprobs(logits / t, picked) for t in (1.0, 0.7))
+        traces[at] = dataclasses.replace(trace, logprobs=hot.astype(np.float32))
+        scores.append(scored(traces[at], one - hot, noise(at, 300, 0.01)))
+    found = responses(traces, scores)
+    left = sum(float(np.abs(r.other - r.rollout).sum()) for r in found if r.other is not None)
+    cause = causes(found)["transform"]
+    assert cause.found == "measured"
+    assert cause.share == pytest.approx(1.0 - left / drift(found), rel=1e-12)
+    assert cause.share > 0.95
+    assert cause.evidence["logodds_slope"] != pytest.approx(1.0, abs=0.1)
+
+
+def test_another_temperature_is_inferred_from_the_slope() -> None:
+    """Of two tokens log-odds scale exactly: the fit leaves the noise that was put on them."""
+    rng = np.random.default_rng(2)
+    traces, odds = run(2, 400), rng.normal(0.0, 2.0, (2, 400))
+    scores = []
+    for at, trace in enumerate(traces):
+        rollout = -np.logaddexp(0.0, -odds[at])
+        train = -np.logaddexp(0.0, -(0.7 * odds[at] + noise(at, 400, 0.01)))
+        traces[at] = dataclasses.replace(trace, logprobs=rollout.astype(np.float32))
+        scores.append(scored(traces[at], train - rollout))
+    cause = causes(responses(traces, scores))["transform"]
+    assert cause.found == "inferred"
+    assert cause.evidence["logodds_slope"] == pytest.approx(0.7, abs=0.01)
+    assert cause.share == pytest.approx(0.98, abs=0.015)
+
+
+def test_a_broken_prefix_has_the_excess_of_its_steps() -> None:
+    sigmas = [0.01, 0.01, 0.2, 0.01]
+    traces = run(4)
+    traces[2] = with_meta(traces[2], prefix_exact=False)
+    found = responses(
+        traces,
+        [scored(t, noise(n, 200, s)) for n, (t, s) in enumerate(zip(traces, sigmas, strict=True))],
+    )
+    clean = drift([found[0], found[1], found[3]]) / 600
+    cause = causes(found)["template"]
+    assert cause.found == "measured"
+    assert cause.share == pytest.approx((drift([found[2]]) - 200 * clean) / drift(found), rel=1e-9)
+    assert "steps 2" in cause.detail
+
+
+def test_a_broken_prefix_without_more_drift_is_no_cause() -> None:
+    traces = run(4)
+    traces[2] = with_meta(traces[2], prefix_exact=False)
+    found = causes(
+        responses(traces, [scored(t, noise(n, 200, 0.02)) for n, t in enumerate(traces)])
+    )
+    assert (found["template"].found, found["template"].share) == ("absent", 0.0)
+    assert found["template"].evidence["responses_with_broken_prefix"] == 1
+
+
+def lagged(versions: Sequence[str], sigmas: Sequence[float]) -> list[Response]:
+    traces = [
+        with_meta(trace, weight_version=version)
+        for trace, version in zip(run(len(versions)), versions, strict=True)
+    ]
+    return responses(
+        traces,
+        [
+            scored(trace, noise(n, 200, sigma), trainer_weight_version="5")
+            for n, (trace, sigma) in enumerate(zip(traces, sigmas, strict=True))
+        ],
+    )
+
+
+def test_stale_weights_have_the_excess_over_fresh_ones() -> None:
+    found = lagged(["3", "3", "5", "5"], [0.1, 0.1, 0.01, 0.01])
+    stale, fresh = found[:2], found[2:]
+    cause = causes(found)["stale_weights"]
+    assert cause.found == "measured"
+    assert cause.share == pytest.approx((drift(stale) - drift(fresh)) / drift(found), rel=1e-9)
+    assert (cause.evidence["sampled_under"], cause.evidence["scored_under"]) == ("3, 5", "5")
+
+
+def test_without_fresh_tokens_the_noise_floor_is_the_baseline() -> None:
+    found = lagged(["3", "3"], [0.1, 0.1])
+    cause = causes(found, FLOOR)["stale_weights"]
+    assert cause.found == "measured"
+    assert cause.share == pytest.approx(1.0 - 400 * 0.01 / drift(found), rel=1e-9)
+    assert cause.evidence["baseline_is"] == "noise floor of the engine"
+
+
+def test_without_any_baseline_lag_is_suspected_and_its_drift_stays_unexplained() -> None:
+    found = causes(lagged(["3", "3"], [0.1, 0.1]))
+    assert (found["stale_weights"].found, found["stale_weights"].share) == ("suspected", 0.0)
+    assert found["unexplained"].share == 1.0
+
+
+def test_a_jump_between_steps_is_stale_weights_or_cache() -> None:
+    found = simple([0.01, 0.01, 0.1, 0.1])
+    before, after = found[:2], found[2:]
+    cause = causes(found)["stale_weights"]
+    assert (cause.found, cause.evidence["jump_at_step"]) == ("inferred", 2)
+    assert cause.share == pytest.approx((drift(after) - drift(before)) / drift(found), rel=1e-9)
+
+
+def test_routing_is_what_replay_removes() -> None:
+    traces = run(2)
+    found, kept = [], 0.0
+    for at, trace in enumerate(traces):
+        rest, routed = noise(at, 200, 0.02), noise(10 + at, 200, 0.2)
+        score = scored(trace, rest + routed)
+        assert trace.logprobs is not None
+        replayed = (trace.logprobs + rest).astype(np.float32)
+        kept += float(np.abs(replayed.astype(np.float64) - trace.logprobs).sum())
+        response = Response.of(trace, score, replayed)
+        assert response is not None
+        found.append(response)
+    cause = causes(found)["routing"]
+    assert cause.found == "measured"
+    assert cause.share == pytest.approx(1.0 - kept / drift(found), rel=1e-9)
+
+
+@pytest.mark.parametrize(("agree", "said"), [(False, "suspected"), (True, "untested")])
+def test_routes_that_differ_without_replay_are_a_sign_only(agree: bool, said: str) -> None:
+    routes = np.arange(4, dtype=np.uint8)[None, None, :].repeat(200, axis=0)
+    theirs = routes if agree else routes + 4
+    router = RouterBucket.of(routes, theirs, rollout_ordered=True, train_ordered=True)
+    found = causes(simple([0.05, 0.05], router=router))["routing"]
+    assert (found.found, found.share) == (said, 0.0)
+    assert found.evidence["router_set_disagree_rate"] == float(not agree)
+
+
+def test_a_dense_model_has_no_routing_cause() -> None:
+    found = causes(simple([0.05], router_reason="the trainer's model has no routers"))
+    assert found["routing"].found == "absent"
+
+
+def test_noise_up_to_the_floor_is_precision() -> None:
+    found = simple([0.02] * 3)
+    cause = causes(found, FLOOR)["precision"]
+    assert cause.share == pytest.approx(600 * 0.01 / drift(found), rel=1e-9)
+    assert causes(found, Floor(0.5, "trainer"))["precision"].share == pytest.approx(1.0)
+
+
+def test_symmetric_noise_between_two_precisions_is_theirs_and_an_outlier_is_not() -> None:
+    traces, d = run(2), [noise(1, 200, 0.03), noise(2, 200, 0.03)]
+    d[1][7] = -3.0
+    differs = of_words("precision_class_differs")
+    found = responses(
+        traces, [scored(t, x, comparable=differs) for t, x in zip(traces, d, strict=True)]
+    )
+    cause = causes(found)["precision"]
+    assert cause.found == "inferred"
+    assert cause.evidence["robust_sigma"] == pytest.approx(0.03, rel=0.15)
+    assert 1.0 - cause.share == pytest.approx(3.0 / drift(found), abs=0.02)
+
+
+def test_a_shift_is_not_symmetric_noise() -> None:
+    traces = run(2)
+    shifted = [
+        scored(
+            t,
+            np.full(200, 0.1) + noise(3, 200, 0.01),
+            comparable=of_words("precision_class_differs"),
+        )
+        for t in traces
+    ]
+    found = causes(responses(traces, shifted))
+    assert (found["precision"].found, found["unexplained"].share) == ("suspected", 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_add_to_one_with_several_causes_at_once(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    traces = run(5)
+    traces[1] = with_meta(traces[1], prefix_exact=False)
+    traces[3] = with_meta(traces[3], weight_version="4")
+    scores = [
+        scored(t, rng.normal(0, s, 200), trainer_weight_version="5")
+        for t, s in zip(traces, (0.03, 0.3, 0.03, 0.2, 0.03), strict=True)
+    ]
+    found = causes(responses(traces, scores), FLOOR)
+    order = sorted(found.values(), key=lambda cause: -cause.share)
+    assert {cause.name for cause in order[:2]} == {"template", "stale_weights"}
+    assert found["precision"].share > 0.0
+
+
+def test_an_explanation_says_what_it_rests_on() -> None:
+    found = simple([0.02, 0.02])
+    told = explain(found, captured=3, scored=2, floor=FLOOR)
+    assert (told.captured, told.scored, told.n_tokens, told.n_responses) == (3, 2, 400, 2)
+    assert told.abs_log_ratio_mean == pytest.approx(drift(found) / 400)
+    assert told.noise_floor == 0.01
+    with pytest.raises(ValueError, match="nothing to explain"):
+        explain([], captured=1, scored=0)
+
+
+def _logprobs(logits: F64, picked: np.ndarray) -> F64:
+    top = logits.max(axis=1, keepdims=True)
+    norm = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0]
+    return np.asarray(logits[np.arange(len(picked)), picked] - norm)
