@@ -17,6 +17,7 @@ from driftgate.commands.floor import floor
 from driftgate.commands.index import index_app
 from driftgate.commands.judge import explain, feedback, verdict
 from driftgate.commands.key import key
+from driftgate.commands.report import report
 from driftgate.commands.serve import probe, serve
 from driftgate.commands.teach import teach
 from driftgate.errors import DriftgateError
@@ -44,6 +45,7 @@ app.command()(explain)
 app.command()(verdict)
 app.command()(feedback)
 app.command()(export)
+app.command()(report)
 app.add_typer(index_app, name="index")
 
 

@@ -74,7 +74,7 @@ export function sideDetail(value, digest) {
 
 /** A token as it can be seen: blanks and line ends get a sign. */
 export function visible(text) {
-  if (text == null) return "�";
+  if (text == null) return "▯";
   if (text === "") return "∅";
   return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍");
 }

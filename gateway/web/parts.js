@@ -1,5 +1,7 @@
 // Small pieces that every view is made of.
 import { html, useEffect, useRef, useState } from "./html.js";
+import { readKey, save } from "./api.js";
+import { report } from "./report.js";
 import { band, BAND_WORDS } from "./scale.js";
 import { clock, date, num, signed, visible } from "./format.js";
 
@@ -45,20 +47,16 @@ export function Section({ title, raw, aside, children, id }) {
   </section>`;
 }
 
-/** The JSON behind what is shown. With a read key the browser cannot send it: then it is a download. */
+/** The JSON behind what is shown. A browser's link cannot carry a read key: then it is saved. */
 export function Raw({ href, what }) {
-  const open = async (event) => {
-    const key = sessionStorage.getItem("driftgate-read-key");
-    if (!key) return;
+  const text = html`JSON<span class="sr"> behind ${what}</span>`;
+  if (report) return html`<button type="button" class="raw link" onClick=${() => save(href)}>${text}</button>`;
+  const open = (event) => {
+    if (!readKey()) return;
     event.preventDefault();
-    const answer = await fetch(href, { headers: { authorization: `Bearer ${key}` } });
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(await answer.blob());
-    link.download = "driftgate.json";
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    save(href);
   };
-  return html`<a class="raw" href=${href} onClick=${open}>JSON<span class="sr"> behind ${what}</span></a>`;
+  return html`<a class="raw" href=${href} onClick=${open}>${text}</a>`;
 }
 
 export function Waiting({ what }) {

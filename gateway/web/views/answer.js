@@ -56,7 +56,7 @@ function Response({ trace, name, step, path, token, onToken }) {
   return html`<${Section} id="response" title=${`Response, ${plural(tokens.length, "token")}`} raw=${path} aside=${aside}>
     ${score && html`<${ScoreLine} score=${score} />`}
     ${!score && html`<p class="muted">Not scored yet: the engine's side is shown.</p>`}
-    <${Reply} response=${trace.response} />
+    <${Reply} response=${trace.response} meta=${trace.meta} />
     ${!tokens.length && html`<${Empty}>The engine gave no token ids.<//>`}
     ${tokens.length > 0 &&
     html`<p class="muted small">Coloured by ${MODES[mode].long}.</p>
@@ -104,7 +104,7 @@ function Facts({ token, meta, missed, pinned }) {
       <dt>entropy</dt><dd>${num(token.entropy)} <span class="unit">nats</span></dd>
       ${missed && html`<dt>routes</dt><dd>${percent(missed[token.index])} of experts differ</dd>`}
       <dt>place</dt><dd>${token.index} of the response, position ${count(token.position)}</dd>
-      <dt>token id</dt><dd>${token.token_id}</dd>
+      <dt>token id</dt><dd>${token.token_id ?? "left out"}</dd>
       <dt>weights</dt><dd>${meta.weight_version ?? "unknown"}</dd>
     </dl>
   </aside>`;
@@ -151,7 +151,7 @@ function LayersOf({ name, step, choice, token }) {
                       <th scope="row" class="n">${layer}</th>
                       <td><${Experts} of=${a} other=${b} /></td>
                       <td><${Experts} of=${b} other=${a} /></td>
-                      <td class="n">${r.missed[token][l] ?? "–"} of ${r.k}</td>
+                      <td class="n">${r.token.missed[l] ?? "–"} of ${r.k}</td>
                     </tr>`;
                   })}
                 </tbody>
