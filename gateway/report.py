@@ -1,6 +1,6 @@
 """Writes the dashboard with its answers beside it: a site that needs no gateway.
 
-``index.html`` is the gateway's own page in one file; ``data/*.js`` hold what the API would answer to
+``index.html`` is the gateway's own page in one file; ``data/*.js`` hold what the API would answer
 it, so that the two cannot show different things. The worst trajectories come in full until either
 the number asked for or the size is reached; what was left out is listed on the page.
 """
@@ -145,9 +145,7 @@ async def _fill(site: _Site, source: Source, of: str) -> Written:
     site.write(BASE, site.body({"report": about, "rows": rows, **await _base(source)}))
     page = one_file(page_files(), data=BASE)
     (site.folder / "index.html").write_text(page)
-    return Written(
-        in_full=in_full, listed=len(rows), size_bytes=site.size_bytes, left_out=left_out
-    )
+    return Written(in_full=in_full, listed=len(rows), size_bytes=site.size_bytes, left_out=left_out)
 
 
 def _left_out(
@@ -241,9 +239,7 @@ async def _routes(source: Source, root: str, step: StepDetail) -> dict[str, Any]
         known = [token for token in choice.tokens if token.log_ratio is not None]
         known.sort(key=lambda token: -abs(token.log_ratio or 0.0))
         for token in known[:TOKENS_WITH_EXPERTS]:
-            one = await source.step_routes(
-                step.trajectory, step.step, choice=at, token=token.index
-            )
+            one = await source.step_routes(step.trajectory, step.step, choice=at, token=token.index)
             # Its own row is in ``token``: the others would be the same for each.
             answers[f"{path}&token={token.index}"] = msgspec.structs.replace(one, missed=[])
     return answers

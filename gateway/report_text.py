@@ -16,7 +16,7 @@ LEFT_OUT = (
 )
 
 TOKEN = frozenset({"text", "before", "after", "bytes_base64", "token_id"})
-"""Of whatever has a ``token_id``: tokens, worst tokens, places. With its tokenizer an id is text."""
+"""Of whatever has a ``token_id``: tokens, worst tokens, places. With a tokenizer an id is text."""
 
 BODIES = frozenset({"request", "response", "prompt_ids"})
 """Of whatever has ``prompt_ids``: stored answers."""

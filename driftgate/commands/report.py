@@ -51,7 +51,9 @@ def report(
         with contextlib.closing(Reader(cli_io.existing(store))) as reader:
             source = StoreSource(reader)
             written = asyncio.run(write_report(source, output, of="a store", limits=limits))
-    typer.echo(f"{output / 'index.html'}: {written.in_full} of {written.listed} in full, ", nl=False)
+    typer.echo(
+        f"{output / 'index.html'}: {written.in_full} of {written.listed} in full, ", nl=False
+    )
     typer.echo(f"{written.size_bytes / (1 << 20):.1f} MB")
     for line in written.left_out:
         typer.echo(f"left out: {line}")
