@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,6 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from driftgate import tailing
-from driftgate.bands import Colour
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.app import serve
 from driftgate.gateway.config import GatewayConfig
@@ -27,7 +27,8 @@ from driftgate.trace import Comparable, Reason
 from driftgate.views import DriftEvent
 
 NO = Comparable(verdict="no", reasons=[Reason(code="wrong_checkpoint", detail="d", fix="f")])
-LEVELS: tuple[Colour, ...] = ("green", "amber", "red")
+CONTROLS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+"""Colours and movements of a terminal."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,8 @@ class Terminal:
     def wait_for(self, text: str) -> str:
         """All that came up to ``text``."""
         while text not in self._seen:
-            self._seen += os.read(self._own, 4096).decode(errors="replace")
+            more = os.read(self._own, 4096).decode(errors="replace")
+            self._seen = CONTROLS.sub("", self._seen + more)
         before, _, self._seen = self._seen.partition(text)
         return before
 
@@ -139,7 +141,7 @@ def add(store: Path, name: str, noise: float) -> None:
 
 def sit_before(url: str, store: Path) -> None:
     """Pause, wait until two are held, go on, end."""
-    terminal = Terminal("tail", "--url", url, "--band", "red")
+    terminal = Terminal("tail", "--url", url, "--after", "0", "--band", "red")
     watchdog = threading.Timer(60, terminal.process.kill)
     watchdog.start()
     terminal.wait_for("p pauses, q ends")
