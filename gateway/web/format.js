@@ -65,6 +65,9 @@ export function side(value) {
 export const floorName = (floor) =>
   floor.label && floor.label !== "repeat" ? `${floor.side}, ${floor.label.replaceAll("_", " ")}` : floor.side;
 
+/** How the second run of a floor's cell was made, as driftgate.floor.label_of. */
+export const floorLabel = (cell) => (cell.trainer.settings?.floor ?? "repeat").replaceAll("_", " ");
+
 /** What else changes a side's numbers, in words. */
 export function sideDetail(value, digest) {
   const set = Object.entries(value.settings ?? {}).filter(([name]) => !name.startsWith("default_"));

@@ -3,7 +3,7 @@ import { html, useEffect, useRef, useState } from "./html.js";
 import { readKey, save } from "./api.js";
 import { report } from "./report.js";
 import { band, BAND_WORDS } from "./scale.js";
-import { clock, date, num, signed, visible } from "./format.js";
+import { clock, count, date, num, signed, visible } from "./format.js";
 
 export const routeTo = {
   overview: () => "#/",
@@ -118,6 +118,13 @@ export function Verdict({ verdict, short }) {
   return html`<span class=${`verdict ${verdict}`} title=${word}
     ><span aria-hidden="true">${sign} </span><span class=${short ? "sr" : ""}>${word}</span></span
   >`;
+}
+
+/** Scores are still to come: the numbers may change. */
+export function Partial({ cell }) {
+  if (!cell.partial) return null;
+  const why = `${count(cell.scored)} of ${count(cell.captured)} captured answers are scored: the numbers may still change`;
+  return html`<span class="tag" title=${why}>partial<span class="sr">: ${why}</span></span>`;
 }
 
 export function Time({ ns, seconds }) {

@@ -11,6 +11,7 @@ import {
   InContext,
   LogRatio,
   Metric,
+  Partial,
   routeTo,
   Scroll,
   Section,
@@ -144,7 +145,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
   return html`<figure class="chart">
     <figcaption>
       <a href=${routeTo.cell(line)}><strong>${line.model}</strong> <span class="muted">${name}</span></a>
-      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} moe=${moe} /></span>`}
+      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} moe=${moe} /> <${Partial} cell=${cell} /></span>`}
     </figcaption>
     <${DriftChart}
       times=${times}
