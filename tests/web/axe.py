@@ -6,17 +6,21 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
-__all__ = ["violations"]
+__all__ = ["COLOURS", "RULES", "violations"]
 
 AXE = (Path(__file__).parent / "vendor" / "axe-core" / "axe.js").read_text()
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
 
-def violations(page: Page) -> list[str]:
+COLOURS = ["color-contrast"]
+"""What another colour scheme can break."""
+
+
+def violations(page: Page, rules: list[str] = RULES) -> list[str]:
     """What axe finds, each with the first elements it is about."""
     if not page.evaluate("typeof axe === 'object'"):
         page.evaluate(AXE)
-    options = {"runOnly": RULES, "resultTypes": ["violations"]}
+    options = {"runOnly": rules, "resultTypes": ["violations"]}
     found = page.evaluate("options => axe.run(options)", options)
     return [
         f"{v['id']}: {node['html'][:160]} {node['failureSummary']}"

@@ -18,7 +18,7 @@ from driftgate.storage import Writer
 from driftgate.tailing import Wanted
 from driftgate.testing.traces import make_intent, make_trajectory
 from driftgate.views import Cells, DriftEvent
-from tests.web.axe import violations
+from tests.web.axe import COLOURS, RULES, violations
 from tests.web.conftest import PHONE, READ_KEY, WIDE, Watched
 from tests.web.stores import LONG_TOKENS, routed_score
 
@@ -59,7 +59,7 @@ def test_every_view_is_accessible(
     watched.open()
     for view in (*VIEWS, f"cell/{cell_of(url)}", f"cell/{cell_of(url, kind='noise_floor')}"):
         page = watched.go(view)
-        if problems := violations(page):
+        if problems := violations(page, COLOURS if scheme == "dark" else RULES):
             found[view] = problems
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], view
     assert found == {}
@@ -216,22 +216,24 @@ def test_the_tail_follows_pauses_and_filters(make_page: MakePage, root: Path) ->
     expect(page.get_by_text("No event fits the filter.")).to_be_visible()
 
 
-@pytest.mark.parametrize("band", ["green", "amber", "red"])
-def test_the_terminals_filter_is_the_pages(make_page: MakePage, url: str, band: Colour) -> None:
-    wanted = Wanted(band=band, kind="drift")
-    events = [
-        msgspec.json.decode(line, type=DriftEvent)
-        for line in httpx.get(f"{url}/api/drift?after=0").text.splitlines()
-    ]
-    named = [f"{e.score.trajectory} {e.score.step}" for e in events if wanted.fits(e)]
+def test_the_terminals_filter_is_the_pages(make_page: MakePage, url: str) -> None:
+    raw = httpx.get(f"{url}/api/drift?after=0").text.splitlines()
+    events = [msgspec.json.decode(line, type=DriftEvent) for line in raw]
     watched = make_page()
-    watched.page.goto(wanted.address(url))
-    expect(watched.page.locator(".stream")).to_contain_text(f"{len(named)} event")
+    watched.open("live")
     rows = watched.page.get_by_role("table").locator("tbody tr")
-    shown = rows.evaluate_all(
-        "all => all.map(r => r.cells[1].innerText + ' ' + r.cells[2].innerText)"
-    )
-    assert shown == named[::-1]
+    counts = []
+    for band in get_args(Colour):
+        wanted = Wanted(band=band, kind="drift")
+        named = [f"{e.score.trajectory} {e.score.step}" for e in events if wanted.fits(e)]
+        watched.go(wanted.address("").removeprefix("/#/"))
+        expect(watched.page.locator(".stream")).to_contain_text(f"{len(named)} event")
+        shown = rows.evaluate_all(
+            "all => all.map(r => r.cells[1].innerText + ' ' + r.cells[2].innerText)"
+        )
+        assert shown == named[::-1]
+        counts.append(len(named))
+    assert counts == sorted(set(counts), reverse=True)
 
 
 def test_compare_says_where_two_runs_part(make_page: MakePage) -> None:
@@ -258,7 +260,7 @@ def test_a_read_key_is_asked_for_and_sent(make_page: MakePage, locked_url: str) 
     expect(page.get_by_role("table").get_by_role("rowheader").first).to_be_visible()
     assert page.evaluate("sessionStorage.length") == 1
     watched.allowed = ()
-    for view in VIEWS:
+    for view in ("", "t/moe-3?step=2&choice=0&token=1", "compare?a=t:moe-0&b=t:moe-1"):
         expect(watched.go(view).get_by_role("alert")).to_have_count(0)
         assert READ_KEY not in page.url
     with page.expect_download() as download:

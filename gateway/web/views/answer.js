@@ -3,6 +3,7 @@ import { html, useMemo, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
 import { ResponseChart } from "../chart.js";
 import { Replay } from "../replay.js";
+import { report } from "../report.js";
 import { clock, count, num, percent, plural, side, signed, visible } from "../format.js";
 import { Choice, Empty, LogRatio, Raw, Reasons, Scroll, Section, Show, Verdict } from "../parts.js";
 import { missShare, MODES } from "../scale.js";
@@ -134,7 +135,9 @@ function Largest({ tokens, worst, chosen, onToken, raw }) {
 /** Experts of one token, layer by layer, in each side's order. */
 function LayersOf({ name, step, choice, token }) {
   const path = paths.routes(name, step, choice, token);
-  const answer = useAnswer(path);
+  const held = !report || report.files[path];
+  const answer = useAnswer(held ? path : null);
+  if (!held) return html`<div><h3>Experts of token ${token}</h3><${Empty}>This report holds those of the tokens with the largest |D|.<//></div>`;
   return html`<div>
     <div class="card-head"><h3>Experts of token ${token}</h3><${Raw} href=${path} what="this token's routes" /></div>
     <${Show} answer=${answer} what="routes">

@@ -2,7 +2,7 @@
 import { html, useMemo } from "../html.js";
 import { paths, useAnswer } from "../api.js";
 import { count, duration, num, plural, side } from "../format.js";
-import { BandMark, Empty, Metric, Partial, routeTo, Scroll, Section, Show, Time, Title, Verdict } from "../parts.js";
+import { BandMark, Empty, Failure, Metric, Partial, routeTo, Scroll, Section, Show, Time, Title, Verdict } from "../parts.js";
 import { Answer } from "./answer.js";
 import { Exports } from "./exports.js";
 import { Judgement } from "./judgement.js";
@@ -14,6 +14,7 @@ export function Trajectory({ name, query, go }) {
   const detail = useAnswer(path, 5);
   const mismatch = useAnswer(paths.mismatch(name), 10);
   const glossary = useAnswer(paths.glossary).data;
+  if (detail.error && !detail.data) return html`<${Title}>${name}<//><${Failure} error=${detail.error} retry=${detail.reload} />`;
   return html`<${Show} answer=${detail} what=${`trajectory ${name}`}>
     ${(data) => html`<${Whole} name=${name} data=${data} mismatch=${mismatch} glossary=${glossary} query=${query} go=${go} path=${path} />`}
   <//>`;
