@@ -45,6 +45,7 @@ async def views(url: str) -> dict[str, str]:
         "matrix": "matrix",
         "trajectory": worst,
         "live": "live",
+        "glossary": "glossary",
     }
 
 

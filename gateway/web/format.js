@@ -2,7 +2,7 @@
 
 const EXPONENT = 1e-3;
 
-/** Three significant digits; small ones as 8.34e-4, as the docs and the command line write them. */
+/** Three significant digits, zeros too, so that columns line up; small ones as 8.34e-4. */
 export function num(value, digits = 3) {
   if (value == null) return "–";
   if (value < 0) return `−${num(-value, digits)}`;
@@ -11,8 +11,11 @@ export function num(value, digits = 3) {
   if (size < EXPONENT || size >= 1e6) return value.toExponential(digits - 1).replace("e+", "e");
   if (Number.isInteger(value)) return value.toLocaleString("en-GB");
   if (size >= 1000) return Math.round(value).toLocaleString("en-GB");
-  return String(Number(value.toPrecision(digits)));
+  return value.toPrecision(digits);
 }
+
+/** Without zeros at its end: for limits and marks, which are round by themselves. */
+export const round = (value, digits) => num(value, digits).replace(/(\.\d*?)0+(?=e|$)/, "$1").replace(/\.(?=e|$)/, "");
 
 /** With its sign, always: a log ratio's sign says who is more sure. */
 export const signed = (value) => (value == null ? "–" : (value > 0 ? "+" : value < 0 ? "−" : "") + num(Math.abs(value)));

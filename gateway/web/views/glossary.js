@@ -1,7 +1,7 @@
 // Every number's name: what it is, its formula, how to read it, and how it misleads.
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
-import { num, plural } from "../format.js";
+import { plural, round } from "../format.js";
 import { BandMark, Empty, Scroll, Section, Show, Title } from "../parts.js";
 
 export function Glossary({ query, go }) {
@@ -56,7 +56,7 @@ function Metrics({ id, title, rows, data }) {
 function Bands({ of }) {
   if (!of) return null;
   const [inside, outside] = of.ascending ? ["<", "≥"] : ["≥", "<"];
-  return html`<${BandMark} colour="green" /> ${inside} ${num(of.green)}<br /><${BandMark} colour="red" /> ${outside} ${num(of.red)}`;
+  return html`<${BandMark} colour="green" /> ${inside} ${round(of.green)}<br /><${BandMark} colour="red" /> ${outside} ${round(of.red)}`;
 }
 
 function Codes({ codes }) {

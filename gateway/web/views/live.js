@@ -97,10 +97,10 @@ function Spoken({ event }) {
 function Rows({ events, glossary }) {
   return html`<${Scroll} label="Scores as they come">
     <table class="rows live-rows">
-      <thead><tr><th scope="col">band, scored</th><th scope="col">trajectory</th><th scope="col" class="n">step</th><th scope="col">model</th><th scope="col">comparable</th><th scope="col" class="n">k3</th><th scope="col" class="n">tokens</th><th scope="col">worst token</th><th scope="col" class="n">D</th></tr></thead>
+      <thead><tr><th scope="col">scored</th><th scope="col">trajectory</th><th scope="col" class="n">step</th><th scope="col">model</th><th scope="col">comparable</th><th scope="col" class="n">k3</th><th scope="col" class="n">tokens</th><th scope="col">worst token</th><th scope="col" class="n">D</th></tr></thead>
       <tbody>
         ${events.map(({ cursor, score: s }) => html`<tr key=${cursor}>
-          <td class="nowrap"><${BandMark} colour=${scoreBand(glossary, s)} /> <${Time} ns=${s.scored_ns} seconds /></td>
+          <td class="nowrap"><span class="mark"><${BandMark} colour=${scoreBand(glossary, s)} /></span><${Time} ns=${s.scored_ns} seconds /></td>
           <th scope="row"><a href=${routeTo.trajectory(s.trajectory, { step: s.step, choice: s.choice })}>${s.trajectory}</a></th>
           <td class="n">${s.step}${s.choice ? `.${s.choice}` : ""}</td>
           <td>${s.model}${s.kind === "noise_floor" ? html` <span class="tag">floor</span>` : ""}</td>

@@ -1,7 +1,7 @@
 // One agent run: its steps as a tree, how far each drifts, and the answer that is looked at.
 import { html, useMemo } from "../html.js";
 import { paths, useAnswer } from "../api.js";
-import { count, duration, num, plural, side } from "../format.js";
+import { count, duration, num, plural, round, side } from "../format.js";
 import { BandMark, Empty, Failure, Metric, Partial, routeTo, Scroll, Section, Show, Time, Title, Verdict } from "../parts.js";
 import { Answer } from "./answer.js";
 import { Exports } from "./exports.js";
@@ -55,7 +55,7 @@ function Whole({ name, data, mismatch, glossary, query, go, path }) {
 
 function Summary({ row, reward }) {
   return html`<${Capture} row=${row} /> · ${row.models.join(", ")} · started <${Time} ns=${row.started_ns} seconds />, took ${duration((row.ended_ns - row.started_ns) / 1e9)} ·
-    ${" "}${plural(row.steps, "step")} · ${count(row.scored)} of ${count(row.scorable)} scored${reward ? ` · reward ${num(reward.value)}${reward.source ? ` by ${reward.source}` : ""}` : ""}`;
+    ${" "}${plural(row.steps, "step")} · ${count(row.scored)} of ${count(row.scorable)} scored${reward ? ` · reward ${round(reward.value)}${reward.source ? ` by ${reward.source}` : ""}` : ""}`;
 }
 
 function Gaps({ row }) {
