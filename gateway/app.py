@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,7 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import DriftgateError, StorageError
-from driftgate.gateway import http
+from driftgate.gateway import http, telemetry
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
@@ -89,6 +90,7 @@ class Gateway:
             reader=self.reader,
             upstream=self.upstream,
             metrics=self.metrics,
+            spans=telemetry.from_environment(os.environ, config.upstream),
         )
         self.calls = Calls()
         self._tasks = Tasks()
@@ -115,6 +117,8 @@ class Gateway:
             )
         if self.reader is not None:
             self.reader.close()
+        if self.proxy.spans is not None:
+            await asyncio.to_thread(self.proxy.spans.close)
 
     async def _restore(self) -> None:
         try:

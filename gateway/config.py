@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from driftgate.logs import LogFormat
 from driftgate.trace import LogprobsMode
 
 __all__ = ["GatewayConfig", "StreamingRoutes"]
@@ -48,6 +49,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     backend, parallel sizes); they become part of its fingerprint."""
     upstream_key: str | None = None
     """Sent to the engine as bearer token in place of the agent's; never logged or stored."""
+    log_format: LogFormat = "text"
+    """``json``: one object a line on stderr, for a collector."""
     max_request_bytes: int = 64 << 20
     """A longer request body is refused with 413; room for images in base64."""
     max_answer_bytes: int = 1 << 30

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from driftgate.logs import LogFormat
+
 __all__ = ["BackendName", "TeacherConfig"]
 
 BackendName = Literal["reference", "fsdp"]
@@ -47,6 +49,8 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     model's own limit."""
     noise_floor_trajectories: int = 2
     """The trainer scores the first so many trajectories twice, as its own noise floor."""
+    log_format: LogFormat = "text"
+    """``json``: one object a line on stderr, for a collector."""
     lease_s: float = 120.0
     """A trajectory leased by a worker that died is free again after this many seconds."""
 

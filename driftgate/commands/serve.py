@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import typer
 
-from driftgate import cli_io
+from driftgate import cli_io, logs
+from driftgate.commands.options import LogFormatOption
 from driftgate.errors import DriftgateError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def serve(
     weight_version: Annotated[
         str | None, typer.Option(help="Version of the policy that the engine serves.")
     ] = None,
+    log_format: LogFormatOption = None,
     upstream_key: Annotated[
         str | None,
         typer.Option(
@@ -71,12 +72,13 @@ def serve(
         "streaming_routes": streaming_routes,
         "logprobs_mode": logprobs_mode,
         "weight_version": weight_version,
+        "log_format": log_format,
         "upstream_key": upstream_key,
     }
     settings = _gateway_config(config, {k: v for k, v in given.items() if v is not None})
     from driftgate.gateway.app import run
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format)
     try:
         run(settings, started=lambda url: print(_welcome(url, settings), flush=True))
     except OSError as error:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from driftgate.commands.options import DEFAULT_STORE, StoreOption
+from driftgate import logs
+from driftgate.commands.options import DEFAULT_STORE, LogFormatOption, StoreOption
 from driftgate.errors import DriftgateError
 
 __all__ = ["teach"]
@@ -40,6 +41,7 @@ def teach(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
     ] = "auto",
+    log_format: LogFormatOption = None,
 ) -> None:
     """Score the store's traces with the trainer.
 
@@ -65,7 +67,9 @@ def teach(
             train_dtype=train_dtype,
             max_tokens=max_tokens,
             device=device,
+            log_format=log_format or "text",
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    logs.configure(settings.log_format)
     raise typer.Exit(launch(settings))
