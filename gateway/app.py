@@ -24,8 +24,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import DriftgateError, StorageError
 from driftgate.gateway import http, telemetry
+from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.drift_metrics import DriftMetrics
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Api
 from driftgate.gateway.proxy import Proxy
@@ -158,7 +160,8 @@ class Gateway:
     async def render_metrics(self, _request: web.Request) -> web.Response:
         """Prometheus exposition."""
         return web.Response(
-            body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+            body=await asyncio.to_thread(self.metrics.render),
+            headers={"Content-Type": CONTENT_TYPE_LATEST},
         )
 
 
@@ -188,6 +191,7 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
         )
         feed = add_api_routes(app, context)
         gateway.metrics.count_poll_errors(lambda: feed.poll_errors)
+        gateway.metrics.add(DriftMetrics(Answers(gateway.reader)))
     app.on_response_prepare.append(_remember)
     app.on_shutdown.append(gateway.stop)  # after the API's: its followers end at once
     return app
