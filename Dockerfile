@@ -4,7 +4,7 @@
 FROM python:3.11-slim AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt requirements.txt README.md LICENSE ./
 COPY driftgate driftgate
 COPY gateway gateway
 COPY adapters adapters
@@ -13,14 +13,18 @@ COPY teacher teacher
 RUN useradd --create-home driftgate && mkdir /data && chown driftgate /data
 
 FROM base AS gateway
-RUN pip install -c constraints.txt .
+# Every file by its hash (make requirements), setuptools for the build among them.
+RUN pip install --require-hashes --only-binary :all: -r requirements.txt \
+    && pip install --no-deps --no-build-isolation .
 USER driftgate
 WORKDIR /data
 VOLUME /data
 EXPOSE 8787
 ENTRYPOINT ["driftgate"]
+# Inside a container the gateway has to listen on --host 0.0.0.0, so it needs keys: `driftgate key`.
 CMD ["serve", "--help"]
 
+# Its versions are pinned, its files are not: torch's builds differ by index.
 # PIP_EXTRA_INDEX_URL chooses the build of torch (CUDA, ROCm or CPU) as it does outside of Docker.
 FROM base AS teacher
 ARG PIP_EXTRA_INDEX_URL

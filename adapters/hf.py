@@ -100,6 +100,10 @@ class RouterTap:
         self.layer_ids = tuple(layer for layer, _ in self._routers)
         if len(set(self.layer_ids)) != len(self.layer_ids):
             raise TeacherError(f"two routers claim one layer: {self.layer_ids}")
+        self.modules = [module for _, module in self._routers]
+        """By layer, as ``layer_ids``."""
+        self.experts: list[int] = []
+        """[L] experts of each router; known once a forward was captured."""
 
     @contextmanager
     def capture(self, rows: Tensor) -> Iterator[_Capture]:
@@ -111,6 +115,7 @@ class RouterTap:
         ]
         try:
             yield capture
+            self.experts = capture.experts
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,13 +131,13 @@ class _Capture:
         self._margins: dict[int, Tensor] = {}
         self._ordered = True
         self._by_softmax = True
-        self._experts = 0
+        self._experts: dict[int, int] = {}
 
     def hook(self, slot: int) -> Any:
         def record(_module: object, _args: object, output: object) -> None:
             logits_SE, indices_SK = _router_output(output)
             assert slot not in self._chosen, "a router ran twice in one forward"
-            self._experts = logits_SE.shape[-1]
+            self._experts[slot] = logits_SE.shape[-1]
             self._keep(slot, logits_SE[self._rows], indices_SK[self._rows])
 
         return record
@@ -152,6 +157,11 @@ class _Capture:
             0.0
         )  # below 0 only where the softmax rounds to a tie
 
+    @property
+    def experts(self) -> list[int]:
+        """Experts of each router that ran, by layer."""
+        return [self._experts[slot] for slot in sorted(self._experts)]
+
     def result(self) -> Routed | None:
         """The choices, or None for a model without routers. Raises ``TeacherError`` if one was
         missed."""
@@ -163,7 +173,7 @@ class _Capture:
                 f"no router choices came from layers {missed}: fused or skipped routers?"
             )
         slots = range(len(self._layer_ids))
-        dtype = np.uint8 if self._experts <= UINT8_EXPERTS else np.uint16
+        dtype = np.uint8 if max(self.experts) <= UINT8_EXPERTS else np.uint16
         routes = np.stack([self._chosen[slot].cpu().numpy() for slot in slots], axis=1)
         margins = np.stack([self._margins[slot].cpu().numpy() for slot in slots], axis=1)
         return Routed(

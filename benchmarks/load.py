@@ -20,11 +20,13 @@ import uvloop
 
 from benchmarks.payloads import CREATED, FIRST_NONCE, Canned, Episode, since_us
 
-__all__ = ["Agents", "Rate", "call", "delays_us", "drive"]
+__all__ = ["Agents", "Rate", "call", "delays_us", "drive", "paced"]
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CREATED_FIELD = re.compile(rb'"created":(\d{10})')
 LAST_CHUNK = b"\r\n0\r\n\r\n"
+SPREAD_S = 5.0
+"""Streams do not start, and so do not end, all at once."""
 STALL_TIMEOUT_S = 90.0
 """For the last answers of a run: 256 answers of 4.4 MB through a slow proxy need half a minute."""
 
@@ -236,6 +238,21 @@ def call(agents: Agents, url: str, connections: int, *, calls: int) -> None:
         assert loop.run.answered == calls
 
     uvloop.run(play())
+
+
+def paced(agents: Agents, url: str, streams: int, *, seconds: float, seen: list[int]) -> int:
+    """``streams`` parallel paced streams, one answer after the other; how many answers. ``seen``
+    gets the ages of events and may be emptied by another thread."""
+
+    async def play() -> int:
+        loop = _Loop(url, agents, streams)
+        loop.run.delays_us = seen
+        await loop.open(SPREAD_S)
+        await loop.go_on(seconds)
+        await loop.finish()
+        return loop.run.answered
+
+    return uvloop.run(play())
 
 
 def delays_us(agents: Agents, url: str, streams: int, *, spread_s: float) -> list[int]:

@@ -78,13 +78,15 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    command: str = ""
+    """What makes this section; empty: the benchmark of its name."""
 
     def markdown(self) -> str:
         """The whole section."""
         day = datetime.now(UTC).date().isoformat()
         parts = [
             f"## {self.title}",
-            f"`python -m benchmarks {self.name}`, {day}, on {machine()}.",
+            f"`{self.command or f'python -m benchmarks {self.name}'}`, {day}, on {machine()}.",
             self.how,
             *(table.markdown() for table in self.tables),
             "\n".join(goal.markdown() for goal in self.goals),

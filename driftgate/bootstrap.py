@@ -15,9 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from driftgate.mismatch import Bucket
+from driftgate.replay import REPLAY_METRICS, ReplayPair
 from driftgate.router import RouterBucket
 
-__all__ = ["FEW_TRAJECTORIES", "RESAMPLES", "Intervals", "intervals", "router_intervals"]
+__all__ = [
+    "FEW_TRAJECTORIES",
+    "RESAMPLES",
+    "Intervals",
+    "intervals",
+    "replay_intervals",
+    "router_intervals",
+]
 
 F64 = npt.NDArray[np.float64]
 
@@ -98,6 +106,27 @@ def router_intervals(
             "router_zero_overlap_rate": (shared[:, 0], cells),
             "router_layers_disagree_per_token": (differing, tokens),
         }
+    return _resample(len(rows), columns, {}, seed, resamples)
+
+
+def replay_intervals(
+    pairs: Mapping[str, ReplayPair], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Intervals:
+    """Intervals of the shares that replay removes, from one pair of buckets per trajectory.
+
+    A ratio of sums, resampled as such: numerator and denominator come from the same draw. Where a
+    share of the whole is undefined, it has no interval.
+    """
+    rows = [pair for _, pair in sorted(pairs.items()) if pair.under.n_tokens]
+    columns: dict[str, tuple[F64, F64]] = {}
+    for name in REPLAY_METRICS if rows else ():
+        sums = [pair.sums()[name] for pair in rows]
+        known = [(n, u) for n, u in sums if n is not None and u is not None]
+        native = np.array([n for n, _ in known], dtype=np.float64)
+        under = np.array([u for _, u in known], dtype=np.float64)
+        # A resample of trajectories without drift would divide 0 by 0.
+        if len(known) == len(rows) and native.all():
+            columns[name] = (native - under, native)
     return _resample(len(rows), columns, {}, seed, resamples)
 
 

@@ -13,8 +13,10 @@ import typer
 
 from driftgate.commands.ask import cells, show, tail
 from driftgate.commands.export import export
+from driftgate.commands.floor import floor
 from driftgate.commands.index import index_app
 from driftgate.commands.judge import explain, feedback, verdict
+from driftgate.commands.key import key
 from driftgate.commands.serve import probe, serve
 from driftgate.commands.teach import teach
 from driftgate.errors import DriftgateError
@@ -31,8 +33,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(serve)
+app.command()(key)
 app.command()(probe)
 app.command()(teach)
+app.command()(floor)
 app.command()(tail)
 app.command()(show)
 app.command()(cells)

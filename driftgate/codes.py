@@ -102,6 +102,10 @@ _TABLE: dict[str, tuple[Severity, str]] = {
     ),
     "weight_version_unknown": ("note", "The weight version of one side is not known."),
     "prefix_cache_stale": ("no", "The engine's prefix cache is older than its weights."),
+    "tokenizer_digest_differs": (
+        "note",
+        "The two sides' tokenizers have different digests, and the numbers agree all the same.",
+    ),
     "tokenizer_mismatch": ("no", "The two sides number tokens differently."),
     "template_mismatch": (
         "note",

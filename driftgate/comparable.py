@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 from driftgate import evidence
 from driftgate.codes import CODES, SEVERITY, Severity, reason
 from driftgate.evidence import mean_abs
-from driftgate.facts import as_sampled, constraints, declared, unsent
+from driftgate.facts import Parent, as_sampled, constraints, declared, unsent
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket, ShiftFinding
 from driftgate.temperature import effective_temperature
@@ -41,6 +41,12 @@ __all__ = [
 ]
 
 Convention = Literal["raw", "processed", "either", "unknown"]
+
+SOFTENED = {
+    "checkpoint_mismatch": "checkpoint_digest_differs",
+    "tokenizer_mismatch": "tokenizer_digest_differs",
+}
+"""What digests that differ are where the numbers agree."""
 
 DUAL_T_MIN_TOKENS = 16
 """The two conventions differ by 0.3 nats a token at T = .7 and noise by 0.03: 16 tokens tell."""
@@ -61,6 +67,7 @@ def judge(
     shift: ShiftFinding | None = None,
     findings: Sequence[Reason] = (),
     trainer_weight_version: str | None = None,
+    parent: Parent | None = None,
 ) -> Comparable:
     """The verdict on one trace.
 
@@ -68,11 +75,12 @@ def judge(
     requested temperature (None when that is 1 or 0). ``shift``: from `route_shift` over all aligned
     rows. ``findings``: what the backend found about its own model; their codes must be in `CODES`
     (ValueError). ``trainer_weight_version``: of the weights that scored, where known.
+    ``parent``: the trace that this one continues.
     """
     unknown = [finding.code for finding in findings if finding.code not in CODES]
     if unknown:
         raise ValueError(f"findings with codes {unknown}: add them to driftgate.codes first")
-    facts = declared(meta, trainer, trainer_weight_version)
+    facts = declared(meta, trainer, trainer_weight_version, parent)
     at = headline_temperature(meta.engine, meta.sampling, at_one=at_one, at_requested=at_requested)
     reasons = [*findings, *_weighed(facts, at_one if at == 1.0 else at_requested)]
     reasons += judge_numbers(
@@ -204,14 +212,15 @@ class _Pair(NamedTuple):
 
 
 def _weighed(facts: Sequence[Reason], headline: Bucket | None) -> list[Reason]:
-    """``facts``; digests that differ are no reason to refuse numbers that agree."""
+    """``facts``; digests that differ are no reason to refuse numbers that agree: neither other
+    weights nor another numbering of tokens could give them."""
     if headline is None or not evidence.same_weights(headline):
         return list(facts)
     seen = f"but mean|D| {mean_abs(headline):.2g} over {headline.n_tokens} tokens"
     fix = "nothing, where both sides hold one model in files of different layout"
     return [
-        reason("checkpoint_digest_differs", f"{fact.detail}; {seen}", fix)
-        if fact.code == "checkpoint_mismatch"
+        reason(SOFTENED[fact.code], f"{fact.detail}; {seen}", fix)
+        if fact.code in SOFTENED
         else fact
         for fact in facts
     ]

@@ -2,6 +2,7 @@
 
     DriftgateError            500
     ├── RequestError          400   the agent's or the caller's request is wrong
+    ├── AccessError           401   no key, or an unknown one; 403: it does not open this
     ├── NotFoundError         404   no such trajectory, step, trace or route
     ├── UpstreamError         502   the engine refused, died or answered nonsense
     ├── StorageError          503   the store cannot take or give a record now
@@ -13,6 +14,7 @@ A message names the value, the limit and the fix. What the user got wrong in pla
 """
 
 __all__ = [
+    "AccessError",
     "DriftgateError",
     "FormatError",
     "NotFoundError",
@@ -33,6 +35,16 @@ class RequestError(DriftgateError):
     """The caller sent something that cannot be served as it is."""
 
     status = 400
+
+
+class AccessError(DriftgateError):
+    """The caller may not do this: no key or an unknown one (401), or the wrong one (403)."""
+
+    status = 401
+
+    def __init__(self, message: str, *, status: int = 401) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class NotFoundError(DriftgateError):

@@ -10,13 +10,14 @@ Settings keys that are read. Engine: ``dtype``, ``quantization``, ``tokenizer``,
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import msgspec
 
 from driftgate.codes import reason
 from driftgate.trace import Engine, Reason, Sampling, TraceMeta, Trainer
 
-__all__ = ["NEUTRAL_DEFAULTS", "as_sampled", "constraints", "declared", "unsent"]
+__all__ = ["NEUTRAL_DEFAULTS", "Parent", "as_sampled", "constraints", "declared", "unsent"]
 
 NEUTRAL_DEFAULTS = {
     "temperature": 1.0,
@@ -41,9 +42,39 @@ NOT_SAID = ("", "auto", "none")
 """Settings that leave the class to the checkpoint."""
 
 
-def declared(meta: TraceMeta, trainer: Trainer, trainer_version: str | None) -> list[Reason]:
+class Parent(NamedTuple):
+    """The trace that another one continues."""
+
+    trace_id: str
+    prompt_len: int
+    weight_version: str
+
+
+def declared(
+    meta: TraceMeta, trainer: Trainer, trainer_version: str | None, parent: Parent | None = None
+) -> list[Reason]:
     """Reasons from the facts of one trace and its trainer, before any number."""
-    return [*_sides(meta, trainer, trainer_version), *_trace(meta)]
+    return [*_sides(meta, trainer, trainer_version), *_stale(meta, parent), *_trace(meta)]
+
+
+def _stale(meta: TraceMeta, parent: Parent | None) -> list[Reason]:
+    """Tokens that only the parent can have put into the prefix cache, under other weights.
+
+    What stands before the parent's own answer, a common system prompt for instance, another run may
+    have cached again since; the parent's answer is its own.
+    """
+    cached = meta.proof.usage_cached or 0
+    if parent is None or cached <= parent.prompt_len or meta.prefix_len <= parent.prompt_len:
+        return []
+    if "unknown" in (versions := (parent.weight_version, meta.weight_version)):
+        return []
+    if versions[0] == versions[1]:
+        return []
+    detail = (
+        f"{cached} prompt tokens came from the prefix cache, {cached - parent.prompt_len} of them "
+        f"answered by {parent.trace_id} under {versions[0]}, while the weights are {versions[1]}"
+    )
+    return [reason("prefix_cache_stale", detail, "reset the prefix cache with each weight update")]
 
 
 def as_sampled(engine: Engine, sampling: Sampling) -> Sampling:

@@ -18,6 +18,7 @@ import msgspec
 from driftgate.codes import SEVERITY, SPOILS_ROUTES
 from driftgate.comparable import judge_merged
 from driftgate.mismatch import Bucket, Worst
+from driftgate.replay import ReplayPair
 from driftgate.router import RouterBucket
 from driftgate.trace import Engine, Reason, Sampling, ScoreMeta
 
@@ -63,9 +64,11 @@ class _Pool:
     sampling: Sampling | None
     temperature: float
     bucket: Bucket | None = None
-    """Over the scores whose own verdict is not ``no``; so are the next two."""
+    """Over the scores whose own verdict is not ``no``; so are the next three."""
     at_requested: Bucket | None = None
     worst: Worst | None = None
+    replay: ReplayPair | None = None
+    """Over those of them that were scored under the rollout's routes too."""
     converted: bool = False
     """One of them is."""
     router: RouterBucket | None = None
@@ -80,6 +83,8 @@ class _Pool:
         if meta.at_requested_temperature is not None:
             self.at_requested = merged(self.at_requested, meta.at_requested_temperature)
         self.worst = larger(self.worst, meta.worst)
+        if (pair := ReplayPair.of(meta)) is not None:
+            self.replay = pair if self.replay is None else self.replay.merge(pair)
         self.converted |= meta.comparable.verdict == "converted"
 
     def judge(self, engine: Engine) -> list[Reason]:
@@ -103,6 +108,8 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     bucket: Bucket | None
     router: RouterBucket | None
     worst: Worst | None
+    replay: ReplayPair | None = None
+    """Of the scores behind ``bucket`` that were scored under the rollout's routes too."""
 
 
 class Pools:
@@ -136,6 +143,7 @@ class Pools:
         ]
         buckets = [pool.bucket for pool in sound if pool.bucket is not None]
         routers = [pool.router for pool in routed if pool.router is not None]
+        pairs = [pool.replay for pool in sound if pool.replay is not None]
         converted = any(pool.converted for pool in sound)
         return Judged(
             verdict="no" if not buckets else "converted" if converted else "yes",
@@ -143,6 +151,7 @@ class Pools:
             bucket=reduce(Bucket.merge, buckets) if buckets else None,
             router=reduce(RouterBucket.merge, routers) if routers else None,
             worst=reduce(larger, (pool.worst for pool in sound), None),
+            replay=reduce(ReplayPair.merge, pairs) if pairs else None,
         )
 
 

@@ -18,6 +18,8 @@ from rich.text import Text
 
 from driftgate.bands import MOE_FP8_SLACK, Colour, band
 from driftgate.codes import SEVERITY
+from driftgate.floor import label_of
+from driftgate.render_beside import beside, floor_name, progress, replay_measure
 from driftgate.terminal import MISSING, number, percent, plain, safe, signed
 from driftgate.trace import Engine, Reason, Trainer
 from driftgate.views import (
@@ -81,6 +83,13 @@ ROUTER_ROWS: tuple[tuple[str, str], ...] = (
 )
 
 
+REPLAY_ROWS: tuple[tuple[str, str], ...] = (
+    ("k3 under replay", "kl_k3_rollout_train"),
+    ("mean |D| under replay", "abs_log_ratio_mean"),
+)
+"""Drift that is left under the rollout's routes, and the share of it that is gone."""
+
+
 def colour(item: ScoreView | CellView) -> Colour | None:
     """The worst band of the gated metrics; None where no valid comparison stands behind them."""
     if isinstance(item, ScoreView) and item.comparable.verdict == "no":
@@ -118,6 +127,9 @@ def drift_line(event: DriftEvent) -> Text:
     if score.router is not None:
         disagree = score.router.metrics.get("router_set_disagree_rate")
         line.append("  router ").append(percent(disagree))
+    if score.replay is not None:
+        removed = score.replay.shares.metrics.get("replay_removes_abs_log_ratio_mean")
+        line.append("  replay removes ").append(percent(removed))
     if score.worst is not None:
         line.append("  worst ").append(_quoted(score.worst), "reverse")
         line.append(f" {signed(score.worst.log_ratio)}")
@@ -163,13 +175,16 @@ def _matrix_table(cells: Sequence[CellView]) -> Table:
     table.add_row("engine", *(_side(cell.engine, cell.engine_digest) for cell in cells))
     table.add_row("trainer", *(_side(cell.trainer, cell.trainer_digest) for cell in cells))
     table.add_row("tokens / responses", *(_counts(cell) for cell in cells))
-    table.add_row("scored of captured", *(f"{cell.scored} of {cell.captured}" for cell in cells))
+    table.add_row("scored of captured", *(progress(cell) for cell in cells))
     table.add_row("comparable", *(_comparable(cell) for cell in cells), end_section=True)
     for label, name in ROWS:
         table.add_row(label, *(_measure(cell, name) for cell in cells))
     if any(cell.router is not None for cell in cells):
         for label, name in ROUTER_ROWS:
             table.add_row(label, *(_router_measure(cell, name) for cell in cells))
+    if any(cell.replay is not None for cell in cells):
+        for label, name in REPLAY_ROWS:
+            table.add_row(label, *(replay_measure(cell, name) for cell in cells))
     table.add_row("worst token", *(_worst_cell(cell.worst) for cell in cells))
     return table
 
@@ -177,7 +192,16 @@ def _matrix_table(cells: Sequence[CellView]) -> Table:
 def _floor_table(cells: Sequence[CellView]) -> Table:
     """Each side against itself; what drift is read against."""
     table = Table(title="noise floor: the same side twice", title_justify="left", pad_edge=False)
-    for name in ("model", "side", "tokens / responses", "k3", "mean |D|", "max |D|", "router"):
+    for name in (
+        "model",
+        "side",
+        "second run",
+        "tokens / responses",
+        "k3",
+        "mean |D|",
+        "max |D|",
+        "router",
+    ):
         table.add_column(name)
     for cell in cells:
         metrics = cell.measures.metrics if cell.measures else {}
@@ -185,6 +209,7 @@ def _floor_table(cells: Sequence[CellView]) -> Table:
         table.add_row(
             plain(cell.model),
             _side(cell.engine, cell.engine_digest),
+            label_of(cell.trainer),
             _counts(cell),
             *(number(metrics.get(name)) for name in AGAINST_FLOOR if "p99" not in name),
             percent(router.get("router_set_disagree_rate")),
@@ -219,8 +244,8 @@ def _measure(cell: CellView, name: str) -> Text:
     if interval := cell.intervals.get(name):
         text.append(f" [{number(interval.low)}, {number(interval.high)}]", "dim")
     if name in AGAINST_FLOOR:
-        floors = [(f.side, number(f.measures.metrics.get(name))) for f in cell.floors]
-        text.append(_floors(floors), "dim")
+        floors = [(floor_name(f), number(f.measures.metrics.get(name))) for f in cell.floors]
+        text.append(beside(floors), "dim")
     return text
 
 
@@ -230,16 +255,12 @@ def _router_measure(cell: CellView, name: str) -> Text:
     text = Text(percent(cell.router.metrics.get(name)), STYLES[colour(cell)])
     if interval := cell.intervals.get(name):
         text.append(f" [{percent(interval.low)}, {percent(interval.high)}]", "dim")
-    routers = [(floor.side, floor.router) for floor in cell.floors if floor.router is not None]
+    routers = [
+        (floor_name(floor), floor.router) for floor in cell.floors if floor.router is not None
+    ]
     floors = [(side, percent(router.metrics.get(name))) for side, router in routers]
-    text.append(_floors(floors), "dim")
+    text.append(beside(floors), "dim")
     return text
-
-
-def _floors(floors: Sequence[tuple[str, str]]) -> str:
-    if not floors:
-        return ""
-    return "\nfloor: " + ", ".join(f"{side} {value}" for side, value in floors)
 
 
 def _worst_cell(worst: WorstView | None) -> Text:

@@ -28,6 +28,7 @@ __all__ = [
     "RouterBucket",
     "RouterValue",
     "ShiftFinding",
+    "by_layer",
     "random_zero_overlap",
     "route_shift",
     "shared_experts",
@@ -108,7 +109,7 @@ class RouterBucket(msgspec.Struct, kw_only=True):
         counts all hidden layers) is cut to these. ``num_experts``: ids from here on are sentinels.
         ValueError on shapes that do not agree.
         """
-        a, b = _by_layer(rollout, layer_ids), _by_layer(train, layer_ids)
+        a, b = by_layer(rollout, layer_ids), by_layer(train, layer_ids)
         if a.shape != b.shape:
             raise ValueError(
                 f"rollout routes {a.shape} and train routes {b.shape} must be one [R, L, K]: "
@@ -269,8 +270,9 @@ def _empty(k: int, layers: list[int]) -> RouterBucket:
     )
 
 
-def _by_layer(routes: IntArray, layer_ids: Sequence[int] | None) -> IntArray:
-    """Cut [R, L, K] to the MoE layers where its L axis counts all hidden layers."""
+def by_layer(routes: IntArray, layer_ids: Sequence[int] | None) -> IntArray:
+    """Cut [R, L, K] to the MoE layers where its L axis counts all hidden layers. ValueError where
+    it is neither."""
     if routes.ndim != 3 or routes.shape[2] < 1 or routes.dtype.kind not in "iu":
         raise ValueError(f"routes must be integers [R, L, K], got {routes.dtype} {routes.shape}")
     if layer_ids is None or routes.shape[1] == len(layer_ids):

@@ -150,6 +150,9 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """``usage.completion_tokens``; a sum over choices when n > 1. None where the agent asked for
     no usage."""
     usage_prompt: int | None = None
+    usage_cached: int | None = None
+    """Prompt tokens that the engine took from its prefix cache (vLLM counts them with
+    ``--enable-prompt-tokens-details``)."""
     prompt_ids: int | None = None
     route_rows: int | None = None
     """Must be ``P + R - 1``."""
@@ -225,7 +228,8 @@ class Trace:
     token_offsets: I32 | None
     """[R + 1] byte offsets into ``token_bytes``; token j is ``[o[j]:o[j+1]]``."""
     request: bytes
-    """The agent's request body, verbatim JSON (credentials are headers and never reach a trace)."""
+    """The agent's request body, verbatim JSON but for fields that the gateway was told to redact
+    (credentials are headers and never reach a trace)."""
     response: bytes
     """JSON of this choice as the agent got it: message or text, finish_reason, and the like."""
 
@@ -312,6 +316,14 @@ class ScoreMeta(msgspec.Struct, kw_only=True):
     router_reason: str | None = None
     """Why ``router`` is None."""
     comparable: Comparable
+    replay: Bucket | None = None
+    """``bucket`` with the trainer under the rollout's routes: of the same tokens, at the same
+    temperature. What it lacks of the drift is what routing replay would remove."""
+    replay_reason: str | None = None
+    """Why ``replay`` is None; None in scores from before replay was tried."""
+    replay_coverage: float | None = None
+    """Share of the (position, layer) cells behind ``replay`` that had a route of the rollout; the
+    trainer routed the others by itself."""
     worst: Worst | None = None
     one_pass: bool = False
     """Scored inside a forward over a longer sequence of the trajectory."""
@@ -331,6 +343,9 @@ class Score:
     """[R] nats, of the trainer's distribution at T = 1."""
     logprobs_at_temperature: F32 | None = None
     """[R] nats at the requested temperature; None when it is 1 or unknown."""
+    logprobs_replay: F32 | None = None
+    """[R] nats at ``meta.temperature``, under the rollout's routes; None where ``meta.replay``
+    is."""
     routes: Routes | None = None
     """[R, L, K] the trainer's expert ids at the rows that predict the response (positions P-1 ..
     P+R-2)."""

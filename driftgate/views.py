@@ -54,6 +54,7 @@ __all__ = [
     "Minted",
     "MismatchView",
     "ReasonCount",
+    "ReplayView",
     "RewardRequest",
     "RouterMeasures",
     "RoutesView",
@@ -87,10 +88,28 @@ class RouterMeasures(msgspec.Struct, frozen=True, kw_only=True):
     undefined: dict[str, str] = {}
 
 
+class ReplayView(msgspec.Struct, frozen=True, kw_only=True):
+    """The drift that is left when the trainer uses the rollout's routes, and the share that is
+    gone: what routing replay would remove."""
+
+    n_tokens: int
+    n_seqs: int
+    coverage: float | None
+    """Share of the router's choices that the rollout's routes gave; the trainer made the others."""
+    shares: Measures
+    """``replay_removes_abs_log_ratio_mean`` and ``replay_removes_kl_k3_rollout_train``."""
+    native: Measures
+    """Drift of these tokens with the trainer's own routes."""
+    measures: Measures
+    """Drift of these tokens with the rollout's."""
+
+
 class WorstView(msgspec.Struct, frozen=True, kw_only=True):
     """The token with the largest |log ratio|, in its text."""
 
     trace_id: str
+    trajectory: str | None = None
+    """Null where the trace itself could not be read."""
     step: int
     choice: int
     token_index: int
@@ -130,6 +149,9 @@ class ScoreView(msgspec.Struct, frozen=True, kw_only=True):
     at_requested_temperature: Measures | None = None
     router: RouterMeasures | None = None
     router_reason: str | None = None
+    replay: ReplayView | None = None
+    replay_reason: str | None = None
+    """Why ``replay`` is null."""
     worst: WorstView | None = None
     one_pass: bool = False
     forward_s: float = 0.0
@@ -169,6 +191,8 @@ class TokenView(msgspec.Struct, frozen=True, kw_only=True):
     rollout_logprob: float | None = None
     train_logprob: float | None = None
     """Under the score's ``temperature``."""
+    replay_logprob: float | None = None
+    """The trainer's under the rollout's routes, at the same temperature."""
     log_ratio: float | None = None
     entropy: float | None = None
     """Nats, of the trainer's distribution at T = 1."""
@@ -279,6 +303,8 @@ class FloorView(msgspec.Struct, frozen=True, kw_only=True):
     """A side against itself: drift below this says nothing."""
 
     side: Literal["engine", "trainer"]
+    label: str = "repeat"
+    """How the second run was made: ``repeat`` or ``decode_vs_prefill``."""
     n_tokens: int
     n_seqs: int
     measures: Measures
@@ -309,6 +335,9 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     """Scores of this cell."""
     captured: int
     """Traces of this engine and model."""
+    partial: bool = False
+    """Fewer scored than captured: the numbers may still change, and are not to be quoted as those
+    of the whole. Never of a noise floor, which is of a sample."""
     comparable: dict[str, int]
     """Scores by their own verdict: ``yes``, ``converted``, ``no``."""
     reasons: list[ReasonCount]
@@ -317,6 +346,9 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     all_measures: Measures | None
     """Over every score with numbers, comparable or not: evidence of what is wrong, not drift."""
     router: RouterMeasures | None = None
+    replay: ReplayView | None = None
+    """Over the scores behind ``measures`` that were scored under the rollout's routes too; null
+    where there is none."""
     worst: WorstView | None = None
     intervals: dict[str, Interval] = {}
     """Of ``measures``, by metric; empty where there are too few trajectories to tell."""

@@ -17,10 +17,12 @@ import msgspec
 from driftgate.bootstrap import FEW_TRAJECTORIES
 from driftgate.comparable import CODES
 from driftgate.errors import FormatError, NotFoundError
+from driftgate.floor import label_of
 from driftgate.gateway import shape
 from driftgate.gateway.spread import Spread
 from driftgate.gateway.verdicts import Verdicts, of_response
 from driftgate.mismatch import Worst
+from driftgate.replay import ReplayPair
 from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
 from driftgate.storage.cells import CellFold
 from driftgate.trace import Score, ScoreMeta, Trace
@@ -169,6 +171,13 @@ class Answers:
             for row in rows
         ]
 
+    def worst_token(self, worst: Worst | None) -> WorstView | None:
+        """A worst token with its place and text; None where its trace is not there any more."""
+        found = self._context(worst.trace_id, worst.token_index) if worst else None
+        if worst is None or found is None:
+            return None
+        return self._in_context(shape.placed(worst, worst.trace_id, found["step"], found["choice"]))
+
     def _scores(self, trajectory: str, kind: Kind | None = None) -> Iterator[ScoreRow]:
         after, page = 0, SCORES_PAGE
         while page == SCORES_PAGE:
@@ -197,6 +206,8 @@ class Answers:
             at_requested_temperature=shape.measures(meta.at_requested_temperature),
             router=shape.router(meta.router),
             router_reason=meta.router_reason,
+            replay=shape.replay(ReplayPair.of(meta), comparable=meta.comparable.verdict != "no"),
+            replay_reason=meta.replay_reason,
             worst=self._in_context(worst) if worst and text else worst,
             one_pass=meta.one_pass,
             forward_s=meta.forward_s,
@@ -210,12 +221,19 @@ class Answers:
 
     def _read_context(self, trace_id: str, index: int) -> dict[str, Any] | None:
         """The fields of ``WorstView`` that only the trace knows."""
-        trace = self._readable(trace_id)
-        if trace is None:
+        try:
+            trace = self.reader.answer_text(trace_id)
+        except (NotFoundError, FormatError) as error:
+            log.warning("%s", error)
             return None
-        found: dict[str, Any] = {"step": trace.meta.step, "choice": trace.meta.choice}
-        if trace.prompt_ids is not None:
-            found["position"] = len(trace.prompt_ids) + index
+        meta = trace.meta
+        found: dict[str, Any] = {
+            "trajectory": meta.trajectory,
+            "step": meta.step,
+            "choice": meta.choice,
+        }
+        if trace.prompt_len is not None:
+            found["position"] = trace.prompt_len + index
         if trace.token_offsets is not None:
             last = len(trace.token_offsets) - 1
             first, upto = max(0, index - CONTEXT_TOKENS), min(last, index + 1 + CONTEXT_TOKENS)
@@ -288,6 +306,7 @@ class Answers:
             few=row.trajectories < FEW_TRAJECTORIES,
             scored=row.scored,
             captured=row.captured,
+            partial=row.kind == "drift" and row.scored < row.captured,
             comparable=row.comparable,
             reasons=[
                 ReasonCount(code=code, meaning=CODES.get(code, ""), scores=count)
@@ -296,16 +315,11 @@ class Answers:
             measures=shape.measures(row.comparable_bucket),
             all_measures=shape.measures(row.bucket),
             router=shape.router(row.router),
-            worst=self._cell_worst(row.worst),
+            replay=shape.replay(row.replay),
+            worst=self.worst_token(row.worst),
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),
         )
-
-    def _cell_worst(self, worst: Worst | None) -> WorstView | None:
-        found = self._context(worst.trace_id, worst.token_index) if worst else None
-        if worst is None or found is None:
-            return None
-        return self._in_context(shape.placed(worst, worst.trace_id, found["step"], found["choice"]))
 
 
 def _same_pair(row: CellRow, meta: ScoreMeta) -> bool:
@@ -358,6 +372,7 @@ def _floors(row: CellRow, rows: Sequence[CellRow]) -> Iterator[FloorView]:
             continue
         yield FloorView(
             side="engine" if floor.engine.digest == row.engine.digest else "trainer",
+            label=label_of(floor.trainer),
             n_tokens=floor.bucket.n_tokens,
             n_seqs=floor.bucket.n_seqs,
             measures=Measures(metrics=floor.bucket.metrics(), undefined=floor.bucket.undefined()),

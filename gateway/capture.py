@@ -1,14 +1,12 @@
 """Folds an engine's answer, whole or streamed, into the arrays and proofs of its traces. Pure.
 
-Runs on the writer thread: it turns ids and logprobs into Python objects, which is where a gateway's
-time goes. Nothing is padded, guessed or retokenised: what does not fit is left out and named in
-``missing``."""
+Runs on the writer thread. Nothing is padded, guessed or retokenised: what does not fit is left out
+and named in ``missing``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -16,21 +14,19 @@ from msgspec import Raw
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UpstreamError
-from driftgate.gateway import sse
 from driftgate.gateway.digits import read_ids
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
-from driftgate.gateway.messages import assemble
+from driftgate.gateway.messages import Message
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.pieces import Pieces
+from driftgate.gateway.reading import UNREADABLE
+from driftgate.gateway.tape import Tape
 from driftgate.gateway.texts import text_matches
 from driftgate.trace import F32, I32, Proof, Routes, RoutesVia
 
 __all__ = ["Folded", "Sample", "fold_answer", "fold_stream"]
 
 MAX_TOKEN_ID = 2**31 - 1
-
-ERROR_BYTES = 500
-"""Of an engine's error, in a trace."""
 
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
@@ -79,20 +75,22 @@ def fold_answer(
     body = answer if isinstance(answer, bytes) else answer.rest()
     try:
         head = HEAD.decode(body)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
     drafts = [_draft(raw, position) for position, raw in enumerate(head.choices)]
     if isinstance(answer, Pieces):
         drafts[0].add_pieces(answer)
     folder = _Folder(plan, adapter, expect_routes=expect_routes, via=via, end=None)
-    return folder.fold(drafts, given(head.prompt_token_ids), head.usage, head.system_fingerprint)
+    found = given(head.prompt_token_ids)
+    prompt_ids = None if found is None else bytes(found)
+    return folder.fold(drafts, prompt_ids, head.usage, head.system_fingerprint)
 
 
 def _draft(raw: Raw, position: int) -> Draft:
     draft = Draft(index=position)
     try:
         choice = CHOICE.decode(raw)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         draft.missing.append(f"answer: choice {position} cannot be read: {error}")
         draft.response = bytes(raw)
         return draft
@@ -106,52 +104,20 @@ def _draft(raw: Raw, position: int) -> Draft:
 
 
 def fold_stream(
-    events: Sequence[bytes],
-    plan: Plan,
-    adapter: EngineAdapter,
-    *,
-    expect_routes: bool | None,
-    end: str | None = None,
+    tape: Tape, adapter: EngineAdapter, *, expect_routes: bool | None, end: str | None = None
 ) -> Folded:
-    """The samples of a stream's events. ``end`` says why it did not end by itself, None if it
-    did."""
-    drafts: dict[int, Draft] = {}
-    prompt_ids: Raw | None = None
-    usage: Usage | None = None
-    fingerprint = error = None
-    done = False
-    unread: list[str] = []
-    for event in events:
-        data = sse.event_data(event)
-        if data is None:
-            continue
-        if data == sse.DONE:
-            done = True
-            continue
-        try:
-            head = HEAD.decode(data)
-            choices = [CHOICE.decode(raw) for raw in head.choices]
-        except msgspec.DecodeError as problem:
-            unread.append(str(problem))
-            continue
-        for choice in choices:
-            drafts.setdefault(choice.index, Draft(index=choice.index)).add(choice)
-        prompt_ids = given(head.prompt_token_ids) or prompt_ids
-        if not choices:
-            usage = head.usage or usage  # beside choices it is the continuous usage of one of them
-        fingerprint = head.system_fingerprint or fingerprint
-        if head.error:
-            said = bytes(head.error)[:ERROR_BYTES].decode(errors="replace")
-            error = f"the engine ended the stream with an error: {said}"
+    """The samples of a stream. ``end`` says why it did not end by itself, None if it did."""
+    drafts = tape.drafts()
     if end is None:
-        end = error or (None if done else "the stream ended without data: [DONE]")
-    if unread:
-        for draft in drafts.values():
-            draft.missing.append(f"events: {len(unread)} cannot be read, the first: {unread[0]}")
-    via: RoutesVia = "plugin" if plan.mode == "plugin" else "none"
-    folder = _Folder(plan, adapter, expect_routes=expect_routes, via=via, end=end)
-    ordered = [drafts[index] for index in sorted(drafts)]
-    return folder.fold(ordered, prompt_ids, usage, fingerprint, error=end)
+        end = tape.error or (None if tape.done else "the stream ended without data: [DONE]")
+    if tape.unread:
+        for draft in drafts:
+            draft.missing.append(
+                f"events: {tape.unread} cannot be read, the first: {tape.first_unread}"
+            )
+    via: RoutesVia = "plugin" if tape.plan.mode == "plugin" else "none"
+    folder = _Folder(tape.plan, adapter, expect_routes=expect_routes, via=via, end=end)
+    return folder.fold(drafts, tape.prompt_ids, tape.usage, tape.fingerprint, error=end)
 
 
 class _Folder:
@@ -175,7 +141,7 @@ class _Folder:
     def fold(
         self,
         drafts: list[Draft],
-        prompt_ids: Raw | None,
+        prompt_ids: bytes | None,
         usage: Usage | None,
         fingerprint: str | None,
         *,
@@ -192,7 +158,7 @@ class _Folder:
         """Where the engine's own count differs from what came."""
         if self._end is not None or any(draft.ids is None for draft in drafts):
             return []
-        came = sum(len(draft.ids or ()) for draft in drafts)
+        came = sum(draft.count_ids() for draft in drafts)
         if usage.completion_tokens in (None, came):
             return []
         return [f"response_ids: usage counts {usage.completion_tokens} tokens, {came} ids came"]
@@ -205,18 +171,19 @@ class _Folder:
         if self._plan.uncaptured is not None:
             missing.append(f"tokens: {self._plan.uncaptured}")
         prompt_ids = self._ids("prompt_ids", draft.prompt_ids, missing)
-        response_ids = self._ids("response_ids", draft.ids, missing)
+        response_ids = self._ids("response_ids", draft.ids_array(), missing)
         logprobs = self._logprobs(draft, response_ids, missing)
         token_bytes, token_offsets = self._texts(draft, response_ids, missing)
         routes = self._routes(draft, prompt_ids, response_ids, missing)
         proof = Proof(
             ids=None if response_ids is None else len(response_ids),
-            logprob_rows=draft.rows,
+            logprob_rows=draft.row_count,
             usage_completion=usage.completion_tokens,
             usage_prompt=usage.prompt_tokens if self._plan.prompts == 1 else None,
+            usage_cached=usage.cached_tokens if self._plan.prompts == 1 else None,
             prompt_ids=None if prompt_ids is None else len(prompt_ids),
             route_rows=None if routes is None else len(routes),
-            text_matches=self._text_matches(draft, token_offsets),
+            text_matches=self._text_matches(draft, token_bytes, token_offsets),
             terminal=terminal,
         )
         return Sample(
@@ -234,7 +201,7 @@ class _Folder:
             proof=proof,
         )
 
-    def _ids(self, name: str, given: Raw | list[int] | None, missing: list[str]) -> I32 | None:
+    def _ids(self, name: str, given: bytes | None, missing: list[str]) -> I32 | None:
         if given is None:
             if self._plan.hides_reasoning and name == "response_ids":
                 missing.append(f"{name}: include_reasoning=false makes the engine hide them")
@@ -243,12 +210,13 @@ class _Folder:
             return None
         try:
             return _int32(given)
-        except (ValueError, OverflowError, msgspec.DecodeError) as error:
+        except (*UNREADABLE, ValueError, OverflowError) as error:
             missing.append(f"{name}: {error}")
             return None
 
     def _logprobs(self, draft: Draft, ids: I32 | None, missing: list[str]) -> F32 | None:
-        if draft.rows is None:
+        rows = draft.row_count
+        if rows is None:
             if ids is not None and not len(ids):
                 return np.empty(0, np.float32)
             if self._plan.uncaptured is None:
@@ -259,27 +227,25 @@ class _Folder:
                 )
                 missing.append(f"logprobs: {why}")
             return None
-        if ids is not None and draft.rows != len(ids):
-            missing.append(f"logprobs: {draft.rows} rows came for {len(ids)} ids")
+        if ids is not None and rows != len(ids):
+            missing.append(f"logprobs: {rows} rows came for {len(ids)} ids")
             return None
-        nulls = draft.logprobs.count(None)
-        if nulls:
-            missing.append(f"logprobs: {nulls} of {draft.rows} are null")
+        if draft.nulls:
+            missing.append(f"logprobs: {draft.nulls} of {rows} are null")
             return None
         return np.array(draft.logprobs, dtype=np.float32) if ids is not None else None
 
     def _texts(self, draft: Draft, ids: I32 | None, missing: list[str]) -> tuple[bytes, I32 | None]:
-        if ids is None or draft.rows != len(ids):
+        if ids is None or not draft.row_count == len(draft.lengths) == len(ids):
             return b"", np.zeros(1, np.int32) if ids is not None and not len(ids) else None
-        if None in draft.texts:
+        if draft.nameless:
             missing.append(
                 "token_text: the engine named tokens token_id:N (return_tokens_as_token_ids)"
             )
             return b"", None
-        texts = cast("list[bytes]", draft.texts)
-        offsets = np.zeros(len(texts) + 1, np.int32)
-        np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)), out=offsets[1:])
-        return b"".join(texts), offsets
+        offsets = np.zeros(len(draft.lengths) + 1, np.int32)
+        np.cumsum(draft.lengths, out=offsets[1:])
+        return bytes(draft.token_bytes), offsets
 
     def _routes(
         self, draft: Draft, prompt_ids: I32 | None, ids: I32 | None, missing: list[str]
@@ -306,39 +272,40 @@ class _Folder:
             missing.append(f"routed_experts: {error}")
             return None
 
-    def _text_matches(self, draft: Draft, offsets: I32 | None) -> bool | None:
+    def _text_matches(self, draft: Draft, joined: bytes, offsets: I32 | None) -> bool | None:
         if offsets is None or self._plan.echo or self._end is not None:
             return None
-        text: str | None = "".join(draft.text)
-        if not draft.text:
-            message = assemble(draft.deltas)
+        text: str | None
+        if draft.text is not None:
+            text = draft.text.getvalue()
+        else:
+            message = (draft.message or Message()).body()
             if message.get("tool_calls") or message.get("reasoning") is not None:
                 return None
             text = message["content"]
         if text is None:
             return None
-        texts = cast("list[bytes]", draft.texts)  # there are offsets, so there are no gaps
-        return text_matches(texts, text.encode(), stopped=draft.finish_reason == "stop")
+        stopped = draft.finish_reason == "stop"
+        return text_matches(joined, offsets, text.encode(), stopped=stopped)
 
     def _response(self, draft: Draft) -> bytes:
         """A streamed choice, with the keys of a JSON answer's."""
         body: dict[str, Any] = {"index": draft.index}
         if self._plan.api == "chat":
-            body["message"] = assemble(draft.deltas)
+            body["message"] = (draft.message or Message()).body()
         else:
-            body["text"] = "".join(draft.text)
+            body["text"] = "" if draft.text is None else draft.text.getvalue()
         body |= {"finish_reason": draft.finish_reason, "stop_reason": draft.stop_reason}
         return msgspec.json.encode(body)
 
 
-def _int32(ids: Raw | list[int]) -> I32:
-    """Token ids as an array. ValueError, OverflowError, DecodeError where they are none."""
-    if isinstance(ids, Raw):
-        array = read_ids(bytes(ids))
-        if array is not None:
-            return array
-        ids = msgspec.json.decode(ids, type=list[int])
-    array = np.array(ids, dtype=np.int64)
+def _int32(ids: bytes) -> I32:
+    """A JSON array of token ids as an array. ValueError, OverflowError or what a decoder raises
+    where they are none."""
+    read = read_ids(ids)
+    if read is not None:
+        return read
+    array = np.array(msgspec.json.decode(ids, type=list[int]), dtype=np.int64)
     if len(array) and (array.min() < 0 or array.max() > MAX_TOKEN_ID):
         raise ValueError(f"{array.min()} .. {array.max()} are no token ids")
     return array.astype(np.int32)

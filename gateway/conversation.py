@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Raw
 
+from driftgate.gateway.reading import UNREADABLE
 from driftgate.gateway.recent import Recent
 
 __all__ = ["MAX_SEEN", "Conversation", "Seen", "Turn", "read_conversation"]
 
-MAX_SEEN = 20_000
-"""Messages remembered by their bytes: 200 runs of 100 messages, about 6 MB."""
+MAX_SEEN = 8_192
+"""Messages remembered by their bytes: 80 runs of 100 messages, about 3 MB. One that was forgotten
+is parsed again, in the time of hashing it."""
 
 _DIGEST_BYTES = 16
 
@@ -60,7 +62,9 @@ class Conversation(NamedTuple):
     def answered(self, message: Mapping[str, Any]) -> Turn:
         """The turn that ``message``, an answer to this conversation, completes."""
         seen = _read({**message, "role": "assistant"})
-        return Turn(_digest(self.digest + seen.digest), self.tool_ids | (seen.tool_ids or set()))
+        # A union with nothing would be a new set of 216 bytes, kept for each of 100,000 turns.
+        ids = self.tool_ids | seen.tool_ids if seen.tool_ids else self.tool_ids
+        return Turn(_digest(self.digest + seen.digest), ids)
 
 
 class Seen(NamedTuple):
@@ -81,14 +85,14 @@ def read_conversation(
     try:
         items = _MESSAGES.decode(messages)
         seen = [_seen(bytes(item), known) for item in items]
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
     digest, ids = b"", frozenset[str]()
     turns = []
     for message in seen:
         digest = _digest(digest + message.digest)
         if message.tool_ids is not None:
-            ids |= message.tool_ids
+            ids = ids | message.tool_ids if message.tool_ids else ids
             turns.append(Turn(digest, ids))
     return Conversation(digest, ids, tuple(turns))
 
@@ -154,7 +158,7 @@ def _arguments(arguments: object) -> object:
         return arguments
     try:
         return msgspec.json.decode(arguments)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return arguments
 
 

@@ -1,28 +1,36 @@
-"""An answer's or chunk's fields, typed, and what has come for one choice so far. Pure."""
+"""An answer's or chunk's fields, typed, and what has come for one choice so far. Pure.
+
+A draft costs some 20 bytes a token, whether the answer comes in one piece or in a hundred thousand
+events: numbers stay digits or machine numbers, texts stay in buffers."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any
 
 import msgspec
 from msgspec import Raw
 
-from driftgate.gateway.messages import Delta
-from driftgate.gateway.pieces import Pieces
-from driftgate.gateway.texts import token_texts
+from driftgate.gateway.messages import Delta, Message
+from driftgate.gateway.pieces import Pieces, Row
+from driftgate.gateway.reading import UNREADABLE
+from driftgate.gateway.texts import says_bytes, token_texts
 
 __all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage", "given"]
 
 _NULL = Raw(b"null")
 
 
-class _Row(msgspec.Struct):
+class _Row(msgspec.Struct, gc=False):
     token: str = ""
     logprob: float | None = None
     bytes: list[int] | None = None
 
 
-class _Rows(msgspec.Struct):
+class _Rows(msgspec.Struct, gc=False):
     content: list[_Row] | None = None
     tokens: list[str] | None = None
     token_logprobs: list[float | None] | None = None
@@ -44,6 +52,15 @@ class Choice(msgspec.Struct):
 class Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens_details: Any = None
+    """Whatever an engine puts here: a surprise in it must not cost the capture."""
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens from the engine's prefix cache, where it counts them."""
+        details = self.prompt_tokens_details
+        count = details.get("cached_tokens") if isinstance(details, dict) else None
+        return count if isinstance(count, int) else None
 
 
 class Head(msgspec.Struct):
@@ -56,6 +73,8 @@ class Head(msgspec.Struct):
 
 HEAD = msgspec.json.Decoder(Head)
 CHOICE = msgspec.json.Decoder(Choice)
+_SHORT_ROWS = msgspec.json.Decoder(list[Row])
+_LONG_ROWS = msgspec.json.Decoder(list[_Row])
 
 
 def given(raw: Raw) -> Raw | None:
@@ -68,32 +87,65 @@ class Draft:
     """What came for one choice so far."""
 
     index: int
-    prompt_ids: Raw | None = None
-    """Not parsed yet: thousands of ids are read by numpy, not into Python integers."""
-    ids: list[int] | None = None
-    rows: int | None = None
-    logprobs: list[float | None] = field(default_factory=list)
-    texts: list[bytes | None] = field(default_factory=list)
-    deltas: list[Delta] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
+    prompt_ids: bytes | None = None
+    """The JSON array: thousands of ids are read by numpy, not into Python integers."""
+    ids: bytearray | None = None
+    """The same without its brackets; None until some came."""
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
+    """One for each row; 0 where none came."""
+    nulls: int = 0
+    """Rows without a logprob."""
+    rows: bool = False
+    """Rows came, be it none."""
+    token_bytes: bytearray = field(default_factory=bytearray)
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+    """Of each row's text, in bytes."""
+    nameless: bool = False
+    """A row does not say its text."""
+    message: Message | None = None
+    text: StringIO | None = None
     routes: bytes | None = None
+    """Base64."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     response: bytes | None = None
     missing: list[str] = field(default_factory=list)
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory, about."""
+        texts = self.message.size_chars if self.message is not None else 0
+        texts += self.text.tell() if self.text is not None else 0
+        parts = (self.prompt_ids, self.ids, self.token_bytes, self.routes, self.response)
+        arrays = 4 * (len(self.logprobs) + len(self.lengths))
+        return texts + arrays + sum(len(part) for part in parts if part is not None)
+
+    @property
+    def row_count(self) -> int | None:
+        """Rows of logprobs; None where none came."""
+        return len(self.logprobs) if self.rows else None
+
+    def count_ids(self) -> int:
+        """How many response ids came."""
+        return self.ids.count(b",") + 1 if self.ids else 0
+
+    def ids_array(self) -> bytes | None:
+        """The response ids as a JSON array; None where none came."""
+        return None if self.ids is None else b"".join([b"[", self.ids, b"]"])
+
     def add(self, choice: Choice) -> None:
-        self.prompt_ids = given(choice.prompt_token_ids) or self.prompt_ids
+        if (prompt_ids := given(choice.prompt_token_ids)) is not None:
+            self.prompt_ids = bytes(prompt_ids)
         if choice.token_ids is not None:
-            self.ids = self.ids or []
-            self.ids.extend(choice.token_ids)
+            self.add_ids(",".join(map(str, choice.token_ids)).encode())
         if choice.logprobs is not None:
-            self._add_rows(choice.logprobs)
+            self._add_logprobs(choice.logprobs)
         delta = choice.delta or choice.message
         if delta is not None:
-            self.deltas.append(delta)
+            self.add_deltas([delta])
         if choice.text is not None:
-            self.text.append(choice.text)
+            self.text = self.text or StringIO()
+            self.text.write(choice.text)
         if choice.finish_reason is not None:
             self.finish_reason = choice.finish_reason
         if choice.stop_reason is not None:
@@ -102,18 +154,58 @@ class Draft:
 
     def add_pieces(self, pieces: Pieces) -> None:
         """What was taken out of the only choice of an answer."""
-        self.prompt_ids, self.ids = pieces.prompt_token_ids, pieces.token_ids
-        self.rows = len(pieces.rows)
-        self.logprobs = [row.logprob for row in pieces.rows]
-        self.texts = [row.token.encode() for row in pieces.rows]
+        self.prompt_ids, self.ids = pieces.prompt_token_ids, bytearray(pieces.token_ids[1:-1])
+        self.add_named(pieces.rows)
         if pieces.routed_experts is not None:
             self.add_routes(pieces.routed_experts)
 
-    def add_routes(self, raw: Raw) -> None:
-        if given(raw) is not None:
-            self.routes = msgspec.json.decode(raw, type=str).encode()
+    def add_ids(self, digits: bytes) -> None:
+        """Response ids, separated by commas."""
+        if self.ids is None:
+            self.ids = bytearray()
+        if self.ids and digits:
+            self.ids += b","
+        self.ids += digits
 
-    def _add_rows(self, rows: _Rows) -> None:
+    def add_deltas(self, deltas: Sequence[Delta]) -> None:
+        if self.message is None:
+            self.message = Message()
+        self.message.add(deltas)
+
+    def add_rows(self, array: bytes) -> None:
+        """Rows of chat logprobs, as JSON; one of ``UNREADABLE`` where they are none."""
+        rows = _SHORT_ROWS.decode(array)
+        if says_bytes("".join([row.token for row in rows])):
+            self.add_named(rows)
+        else:
+            self._add_logprobs(_Rows(content=_LONG_ROWS.decode(array)))
+
+    def add_named(self, rows: Sequence[Row]) -> None:
+        """Rows whose texts say their bytes."""
+        self.rows = True
+        self.logprobs.extend([row.logprob for row in rows])
+        tokens = [row.token for row in rows]
+        joined = "".join(tokens)
+        self.token_bytes += joined.encode()
+        if joined.isascii():
+            self.lengths.extend(map(len, tokens))
+        else:
+            self.lengths.extend([len(token.encode()) for token in tokens])
+
+    def add_routes(self, raw: Raw) -> None:
+        if given(raw) is None:
+            return
+        view = memoryview(raw)
+        text = bytes(view[1:-1])
+        if b"\\" in text or view[0] != ord('"'):
+            try:
+                text = msgspec.json.decode(raw, type=str).encode()
+            except UNREADABLE as error:
+                self.missing.append(f"routed_experts: {error}")
+                return
+        self.routes = text
+
+    def _add_logprobs(self, rows: _Rows) -> None:
         if rows.content is not None:
             values = [row.logprob for row in rows.content]
             texts = token_texts((row.token, row.bytes) for row in rows.content)
@@ -122,6 +214,10 @@ class Draft:
             texts = token_texts((token, None) for token in rows.tokens)
         else:
             return
-        self.rows = (self.rows or 0) + len(values)
-        self.logprobs += values
-        self.texts += texts
+        self.rows = True
+        self.nulls += values.count(None)
+        self.logprobs.extend([0.0 if value is None else value for value in values])
+        self.nameless = self.nameless or None in texts
+        for text in texts:
+            self.token_bytes += text or b""
+            self.lengths.append(len(text or b""))

@@ -11,7 +11,7 @@ from driftgate.errors import FormatError, NotFoundError
 from driftgate.explain import Explanation, TrajectoryExplanation, explain
 from driftgate.gateway.verdicts import scores_of
 from driftgate.storage import CellRow, Reader, TraceRow
-from driftgate.trace import F32, Score, ScoreMeta
+from driftgate.trace import ScoreMeta
 
 __all__ = ["Explanations"]
 
@@ -60,13 +60,7 @@ class Explanations:
         except (NotFoundError, FormatError) as error:
             log.warning("%s", error)
             return None
-        return Response.of(trace, score, replayed_of(score))
-
-
-def replayed_of(score: Score) -> F32 | None:
-    """[R] nats, the trainer's logprobs under the rollout's routes at the score's temperature; None
-    where the score has none."""
-    return None
+        return Response.of(trace, score, score.logprobs_replay)
 
 
 def _floor(meta: ScoreMeta, cells: Sequence[CellRow]) -> Floor | None:

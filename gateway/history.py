@@ -6,19 +6,20 @@ or where it sent ids itself; a text as it was sent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import msgspec
 from msgspec import Raw
 
-from driftgate.gateway import sse
 from driftgate.gateway.conversation import Conversation, Seen, Turn, read_conversation
-from driftgate.gateway.messages import streamed_messages
+from driftgate.gateway.draft import Draft
 from driftgate.gateway.openai import Fields, Plan
 from driftgate.gateway.prompts import End, Prompt, read_prompt
+from driftgate.gateway.reading import UNREADABLE
 from driftgate.gateway.recent import Recent
+from driftgate.gateway.tape import Tape
 
 __all__ = [
     "History",
@@ -35,7 +36,6 @@ History: TypeAlias = Conversation | Prompt | None
 
 
 class _Choice(msgspec.Struct):
-    index: int = 0
     text: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -47,6 +47,7 @@ class _Answer(msgspec.Struct):
 
 
 _ANSWER = msgspec.json.Decoder(_Answer)
+_IDS = msgspec.json.Decoder(list[int])
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -79,18 +80,18 @@ def turns_of_answer(
     if isinstance(history, Conversation):
         turns += [history.answered(message) for message in _objects(messages)]
     if _has_ends(history, plan):
-        turns += ends(history, plan, _outputs([body]))
+        turns += ends(history, plan, _outputs(body))
     return turns
 
 
-def turns_of_stream(history: History, plan: Plan, events: Sequence[bytes]) -> list[Turn | End]:
-    """What can be continued of a stream, given as it came."""
+def turns_of_stream(history: History, tape: Tape) -> list[Turn | End]:
+    """What can be continued of a stream that has come."""
     turns = list[Turn | End]()
+    drafts = tape.drafts()
     if isinstance(history, Conversation):
-        turns += [history.answered(message) for message in streamed_messages(events)]
-    if _has_ends(history, plan):
-        datas = (sse.event_data(event) for event in events)
-        turns += ends(history, plan, _outputs(data for data in datas if data is not None))
+        turns += [history.answered(d.message.body()) for d in drafts if d.message is not None]
+    if _has_ends(history, tape.plan):
+        turns += ends(history, tape.plan, [_came(draft, tape.prompt_ids) for draft in drafts])
     return turns
 
 
@@ -117,29 +118,39 @@ def _given(end: End | None) -> Iterator[End]:
         yield end
 
 
-def _outputs(parts: Iterable[bytes]) -> Iterable[Output]:
-    """Of an answer that came in one part or in many."""
-    outputs: dict[int, Output] = {}
-    prompt_ids = list[int]()
-    for part in parts:
-        try:
-            answer = _ANSWER.decode(part)
-        except msgspec.DecodeError:
-            continue  # the fold names it
-        prompt_ids = answer.prompt_token_ids or prompt_ids
-        for choice in answer.choices:
-            output = outputs.setdefault(choice.index, Output())
-            output.text += choice.text or ""
-            output.ids += choice.token_ids or ()
-            output.prompt_ids = choice.prompt_token_ids or output.prompt_ids
-    for output in outputs.values():
-        output.prompt_ids = output.prompt_ids or prompt_ids
-    return outputs.values()
+def _outputs(body: bytes) -> Iterator[Output]:
+    """Of an answer in one piece."""
+    try:
+        answer = _ANSWER.decode(body)
+    except UNREADABLE:
+        return  # the fold names it
+    for choice in answer.choices:
+        yield Output(
+            text=choice.text or "",
+            ids=choice.token_ids or [],
+            prompt_ids=choice.prompt_token_ids or answer.prompt_token_ids or [],
+        )
+
+
+def _came(draft: Draft, prompt_ids: bytes | None) -> Output:
+    """Of one choice of a stream."""
+    return Output(
+        text="" if draft.text is None else draft.text.getvalue(),
+        ids=_read_ids(draft.ids_array() or b"[]"),
+        prompt_ids=_read_ids(draft.prompt_ids or prompt_ids or b"[]"),
+    )
+
+
+def _read_ids(array: bytes) -> list[int]:
+    try:
+        return _IDS.decode(array)
+    except UNREADABLE:
+        return []  # the fold names it
 
 
 def _objects(messages: Iterable[Raw]) -> Iterator[dict[str, Any]]:
     for message in messages:
         try:
             yield _OBJECT.decode(message)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             continue  # the fold names it

@@ -18,8 +18,11 @@ from driftgate.trace import I32
 
 __all__ = ["Lineage", "Parent"]
 
-MAX_BYTES = 24 << 20
-"""Ids of all trajectories: 700 of 8k tokens, 180 of 32k. A forgotten one is read from the store."""
+MAX_BYTES = 12 << 20
+"""Of all trajectories: 350 of 8k tokens, 90 of 32k. A forgotten one is read from the store."""
+
+MARK_BYTES = 512
+"""Counted per trace besides its ids: short trajectories must not be free."""
 
 MAX_LINES = 16
 """Branches of one trajectory that are compared; older ones are forgotten."""
@@ -46,6 +49,11 @@ class _Line:
     ids: I32
     marks: list[_Mark] = field(default_factory=list)
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory, about."""
+        return self.ids.nbytes + MARK_BYTES * len(self.marks)
+
 
 ROOT = Parent(None, 0, False)
 
@@ -66,8 +74,9 @@ class Lineage:
         found = [_continued(line, prompt) for line in self._lines.get(trajectory, ())]
         return max(found, key=lambda parent: parent.prefix_len, default=ROOT)
 
-    def add(self, trajectory: str, trace_id: str, prompt: I32, response: I32) -> None:
-        """Remember a trace, then forget what was not used for longest."""
+    def add(self, trajectory: str, trace_id: str, prompt: I32, response: I32) -> I32:
+        """Remember a trace, then forget what was not used for longest. Gives prompt and response
+        as one array, which others may share: the ids are most of what a step leaves in memory."""
         ids = np.concatenate([prompt, response])
         mark = _Mark(trace_id, len(prompt), len(ids))
         lines = self._lines.setdefault(trajectory, [])
@@ -75,18 +84,19 @@ class Lineage:
         for line in lines:
             last = len(line.ids)
             if last <= len(prompt) and np.array_equal(line.ids, ids[:last]):
-                self._size_bytes += ids.nbytes - line.ids.nbytes
+                self._size_bytes -= line.size_bytes
                 line.ids = ids
                 line.marks.append(mark)
                 break
         else:
-            lines.append(_Line(ids, [mark]))
-            self._size_bytes += ids.nbytes
+            lines.append(line := _Line(ids, [mark]))
+        self._size_bytes += line.size_bytes
         if len(lines) > MAX_LINES:
-            self._size_bytes -= lines.pop(0).ids.nbytes
+            self._size_bytes -= lines.pop(0).size_bytes
         while self._size_bytes > MAX_BYTES and len(self._lines) > 1:
             _, forgotten = self._lines.popitem(last=False)
-            self._size_bytes -= sum(line.ids.nbytes for line in forgotten)
+            self._size_bytes -= sum(line.size_bytes for line in forgotten)
+        return ids
 
 
 def _continued(line: _Line, prompt: I32) -> Parent:

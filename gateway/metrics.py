@@ -12,6 +12,9 @@ from driftgate.storage import WriterStats
 
 __all__ = ["Metrics"]
 
+LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, float("inf"))
+"""A loop that is 20 ms late shows in a stream of 50 tokens a second."""
+
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, float("inf"))
 """A generation takes from parts of a second to minutes."""
 
@@ -45,6 +48,13 @@ class Metrics:
             ["record"],
             registry=registry,
         )
+        self.refused = Counter(
+            "driftgate_refused",
+            "Requests that may not be made, by why: no_key, wrong_key, foreign_page; and "
+            "connections that were one too many",
+            ["why"],
+            registry=registry,
+        )
         self.ambiguous = Counter(
             "driftgate_ambiguous_calls",
             "Calls that several trajectories could have led to",
@@ -58,6 +68,13 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.loop_lag = Histogram(
+            "driftgate_loop_lag_seconds",
+            "How late the event loop was, measured by a timer",
+            buckets=LAG_SECONDS,
+            registry=registry,
+        )
+        self.tasks = Gauge("driftgate_tasks", "Tasks of the event loop now", registry=registry)
         self.upstream_up = Gauge(
             "driftgate_upstream_up", "1 while the last probe found the engine", registry=registry
         )

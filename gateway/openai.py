@@ -19,6 +19,7 @@ from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import RequestError
 from driftgate.gateway import sse
 from driftgate.gateway.pieces import Pieces, take_apart
+from driftgate.gateway.reading import UNREADABLE
 from driftgate.trace import Sampling
 
 __all__ = [
@@ -54,6 +55,8 @@ _TAKEN_TOP, _TAKEN_CHOICE = {"prompt_token_ids"}, {"logprobs", "token_ids"}
 """Fields that ``take_apart`` takes out, which must then be hidden."""
 
 _EMPTY_DELTA = re.compile(rb"\{\s*\}")
+_STRING_OR_NOT_JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)\b')
+_QUOTED = b"driftgate:no-json:"
 _LIST_OF_PROMPTS = re.compile(rb"\[\s*[\"\[]")
 
 
@@ -106,7 +109,7 @@ def read_request(body: bytes) -> Fields:
         if not body.isascii():
             body.decode()  # msgspec looks at a text's bytes only where it is read
         return _FIELDS.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise RequestError(f"the request body is not a JSON object: {error}") from error
 
 
@@ -117,7 +120,7 @@ def read(fields: Fields, name: str, type_: type[T]) -> T | None:
         return None
     try:
         return msgspec.json.decode(raw, type=type_)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
 
 
@@ -296,8 +299,11 @@ def strip_answer(body: bytes, plan: Plan) -> Stripped:
     try:
         answer = _FIELDS.decode(body)
         choices = _CHOICES.decode(answer.get("choices", b"[]"))
-    except msgspec.DecodeError:
-        return Stripped(body, [])
+    except UNREADABLE:
+        if (quoted := _quoted(body)) == body:
+            return Stripped(body, [])
+        stripped = strip_answer(quoted, plan)
+        return Stripped(_unquoted(stripped.body), stripped.messages)
     messages = [choice["message"] for choice in choices if "message" in choice]
     if plan.uncaptured is not None:
         return Stripped(body, messages)
@@ -328,12 +334,26 @@ def strip_event(event: bytes, plan: Plan) -> bytes | None:
         if plan.mark in chunk:
             return None
         choices = _CHOICES.decode(chunk.get("choices", b"[]"))
-    except msgspec.DecodeError:
-        return event
+    except UNREADABLE:
+        if (quoted := _quoted(event)) == event:
+            return event
+        stripped_event = strip_event(quoted, plan)
+        return None if stripped_event is None else _unquoted(stripped_event)
     if plan.api == "chat" and not plan.ids_asked and _is_filler(choices):
         return None
     stripped = _hidden(chunk, choices, plan)
     return event if stripped is None else sse.replace_data(event, stripped)
+
+
+def _quoted(data: bytes) -> bytes:
+    """``data`` with NaN and infinities, which Python's encoder writes, as texts."""
+    return _STRING_OR_NOT_JSON.sub(
+        lambda found: found[0] if found[0][:1] == b'"' else b'"%b%b"' % (_QUOTED, found[0]), data
+    )
+
+
+def _unquoted(data: bytes) -> bytes:
+    return re.sub(b'"%b([^"]+)"' % _QUOTED, rb"\1", data)
 
 
 def _hidden(answer: Fields, choices: list[Fields], plan: Plan) -> bytes | None:

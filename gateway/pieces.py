@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Raw
 
+from driftgate.gateway.reading import UNREADABLE
+from driftgate.gateway.texts import says_bytes
+
 __all__ = ["Pieces", "Row", "take_apart"]
 
 _ROWS_KEY = b'"logprobs":{"content":['
@@ -24,9 +27,6 @@ _PROMPT_KEY = b'"prompt_token_ids":['
 
 _MARK = Raw(b"0")
 """Stands in the rest for what was taken out; none of these fields can be a number."""
-
-_NAMELESS = ("\ufffd", "token_id:")
-"""In the text of a token that does not say its bytes: only their list does."""
 
 
 class Row(msgspec.Struct, gc=False):
@@ -53,9 +53,10 @@ class Pieces:
     choice: dict[str, Raw]
     """The choice's, with null for what was taken out."""
     rows: list[Row]
-    token_ids: list[int]
-    prompt_token_ids: Raw
-    """Not parsed: thousands of numbers are for numpy to read, off the loop."""
+    token_ids: bytes
+    """A JSON array of integers."""
+    prompt_token_ids: bytes
+    """A JSON array, not parsed: thousands of numbers are for numpy to read, off the loop."""
     routed_experts: Raw | None
     """A JSON string; None where none came."""
 
@@ -82,10 +83,12 @@ def take_apart(body: bytes) -> Pieces | None:
         fields = _FIELDS.decode(rest)
         (choice,) = _CHOICES.decode(fields.get("choices", b"[]"))
         rows = _ROWS.decode(memoryview(body)[rows_at + len(_ROWS_KEY) - 1 : rows_end + 1])
-        token_ids = _IDS.decode(body[slice(*ids)])
-    except (msgspec.DecodeError, ValueError):
+        _IDS.decode(token_ids := body[slice(*ids)])
+    except (*UNREADABLE, ValueError):  # also where there is not one choice
         return None
-    if not (_take(fields, ["prompt_token_ids"]) and _take(choice, spans)) or not _says_bytes(rows):
+    if not (_take(fields, ["prompt_token_ids"]) and _take(choice, spans)):
+        return None
+    if not says_bytes("".join([row.token for row in rows])):
         return None
     routes = spans.get("routed_experts")
     return Pieces(
@@ -93,7 +96,7 @@ def take_apart(body: bytes) -> Pieces | None:
         choice=choice,
         rows=rows,
         token_ids=token_ids,
-        prompt_token_ids=Raw(body[slice(*prompt)]),
+        prompt_token_ids=body[slice(*prompt)],
         routed_experts=Raw(body[slice(*routes)]) if routes else None,
     )
 
@@ -120,9 +123,3 @@ def _take(fields: dict[str, Raw], names: Iterable[str]) -> bool:
             return False
         fields[name] = _NULL
     return True
-
-
-def _says_bytes(rows: list[Row]) -> bool:
-    """The tokens' texts are their bytes."""
-    text = "".join([row.token for row in rows])
-    return not any(nameless in text for nameless in _NAMELESS)

@@ -15,10 +15,12 @@ import aiohttp
 import msgspec
 
 from driftgate.adapters.base import EngineAdapter
+from driftgate.adapters.hf_texts import text_digests
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.gateway import sse
+from driftgate.gateway.http import without_key
 from driftgate.trace import LogprobsMode
 
 __all__ = ["ModelInfo", "ProbeReport", "logprobs_mode", "probe", "sampling_defaults"]
@@ -81,6 +83,9 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     sampling_defaults: dict[str, float] | None = None
     """What the engine takes for each of `NEUTRAL_DEFAULTS` where a request does not say, by the
     model's ``generation_config.json``; None where ``root`` is not readable here."""
+    texts: dict[str, str] = {}
+    """Digests of the model's tokenizer and chat template; empty where ``root`` is not readable
+    here."""
     answered: bool = True
     """The question for all of this was answered: what did not come is not there."""
     refusal: str | None = None
@@ -90,9 +95,9 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def default_settings(self) -> dict[str, str]:
-        """``sampling_defaults`` as settings of an engine's fingerprint."""
+        """``sampling_defaults`` and ``texts`` as settings of an engine's fingerprint."""
         known = self.sampling_defaults or {}
-        return {f"default_{name}": f"{value:g}" for name, value in known.items()}
+        return {f"default_{name}": f"{value:g}" for name, value in known.items()} | self.texts
 
     @property
     def captures(self) -> bool:
@@ -113,7 +118,7 @@ async def probe(
         headers["Authorization"] = f"Bearer {key}"
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-        return await _Probe(session, url.rstrip("/"), adapter or Vllm()).run(model)
+        return await _Probe(session, url.rstrip("/"), adapter or Vllm(), key).run(model)
 
 
 class _Refused(UpstreamError):
@@ -123,8 +128,11 @@ class _Refused(UpstreamError):
 class _Probe:
     """The requests of one probe."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, adapter: EngineAdapter) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, adapter: EngineAdapter, key: str | None
+    ) -> None:
         self._session = session
+        self._key = key
         self._url = url
         self._adapter = adapter
         self._notes: list[str] = []
@@ -159,6 +167,7 @@ class _Probe:
             streaming_routes=any(self._adapter.routes_chunk_mark in chunk for chunk in streamed),
             logprobs_mode=mode,
             sampling_defaults=await asyncio.to_thread(_defaults, engine, models),
+            texts=await asyncio.to_thread(_texts, models),
             answered=bool(warm),
             refusal=await self._refusal(asked),
         )
@@ -246,7 +255,7 @@ class _Probe:
                 f"no engine answers at {self._url}: {reason}; start it, or correct the upstream URL"
             ) from error
         if status >= 400:
-            said = raw[:300].decode(errors="replace")
+            said = without_key(raw, self._key)[:300].decode(errors="replace")
             kind = _Refused if status < 500 else UpstreamError
             raise kind(f"{method} {self._url}{path} answered {status}: {said}")
         return raw
@@ -269,6 +278,12 @@ class _Probe:
                 "The logprobs mode could not be told from the answers: declare logprobs_mode."
             )
         return notes
+
+
+def _texts(models: list[ModelInfo]) -> dict[str, str]:
+    """Of the base model, which comes first; a chat template from elsewhere is to be declared."""
+    root = models[0].root
+    return text_digests(root) if root is not None else {}
 
 
 def _defaults(engine: str, models: list[ModelInfo]) -> dict[str, float] | None:

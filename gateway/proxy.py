@@ -23,7 +23,8 @@ from driftgate.errors import NotFoundError, RequestError, StorageError, Upstream
 from driftgate.gateway import http, openai
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import MAX_SEEN, Seen
-from driftgate.gateway.exchange import Asked, Exchange
+from driftgate.gateway.ending import Asked
+from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import History, continues, read_history
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Api, Fields, Plan
@@ -104,14 +105,14 @@ class Proxy:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """``GET /v1/models`` and ``/v1/models/{model}``."""
-        if ".." in request.match_info.get("model", "").split("/"):
+        if not http.is_model(request.match_info.get("model", "")):
             raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
-        headers = http.request_headers(request.headers, self._config.upstream_key)
+        headers = http.request_headers(request.headers, self._config)
         url = self._engine_url(path, request)
         try:
             async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
-                body = await answer.read()
+                body = http.without_key(await answer.read(), self._config.upstream_key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._upstream.lost()
             reason = str(error) or type(error).__name__
@@ -204,7 +205,7 @@ class Proxy:
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
         url = self._engine_url(PATHS[plan.api], request)
-        headers = http.request_headers(request.headers, self._config.upstream_key)
+        headers = http.request_headers(request.headers, self._config)
         if self.spans is not None:
             call.span = self.spans.begin(
                 call, plan, request.headers, engine=self._upstream.name, started_ns=started_ns
@@ -216,11 +217,12 @@ class Proxy:
             ),
             call=call,
             plan=plan,
-            body=body,
+            body=self._config.redacted(body),
             history=history,
             started_ns=started_ns,
             expect_routes=self._upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,
+            hide_key=lambda said: http.without_key(said, self._config.upstream_key),
         )
 
     def _engine_url(self, path: str, request: web.Request) -> URL:

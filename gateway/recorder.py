@@ -162,6 +162,15 @@ class Recorder:
         if error is not None and self.refuses:
             raise StorageError(f"not recorded: {_words(error)}") from error
 
+    async def claim(self, size_bytes: int) -> int:
+        """Wait for room for an answer of which all has come, so that storage need not refuse it;
+        what must be given to ``release`` when it is submitted or dropped."""
+        return await self._pressure.claim(size_bytes)
+
+    def release(self, claimed_bytes: int) -> None:
+        """Give back what ``claim`` gave."""
+        self._pressure.release(claimed_bytes)
+
     def close(self, call: Call, plan: Plan, answer: Answer) -> Future[None] | None:
         """Record an answer. The future resolves when it is durable; None: it was refused."""
         try:
@@ -218,6 +227,7 @@ class Recorder:
         self._writes_fail = isinstance(error, StorageError)  # others are the fold's
         self._pressure.settled()
         if error is None:
+            self._pay_owed()  # storage works again; nobody may call for a while
             return
         if kind == "trace":
             self._trace_lost(call_id, error)
@@ -303,11 +313,12 @@ class Recorder:
     ) -> Trace:
         trace_id = f"{call.call_id}.{sample.choice}"
         trajectory = call.place.trajectory
-        parent = ROOT
-        if sample.prompt_ids is not None:
-            parent = self._lineage.parent(trajectory, sample.prompt_ids, step=call.step)
-        if sample.prompt_ids is not None and sample.response_ids is not None:
-            self._lineage.add(trajectory, trace_id, sample.prompt_ids, sample.response_ids)
+        parent, prompt_ids, response_ids = ROOT, sample.prompt_ids, sample.response_ids
+        if prompt_ids is not None:
+            parent = self._lineage.parent(trajectory, prompt_ids, step=call.step)
+        if prompt_ids is not None and response_ids is not None:
+            ids = self._lineage.add(trajectory, trace_id, prompt_ids, response_ids)
+            prompt_ids, response_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
         meta = TraceMeta(
             trace_id=trace_id,
             call_id=call.call_id,
@@ -338,8 +349,8 @@ class Recorder:
         )
         return Trace(
             meta=meta,
-            prompt_ids=sample.prompt_ids,
-            response_ids=sample.response_ids,
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
             logprobs=sample.logprobs,
             routes=sample.routes,
             token_bytes=sample.token_bytes,

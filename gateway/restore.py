@@ -36,8 +36,8 @@ RESTORED_AGE_S = 24 * 3600
 PAGE = 100
 """Trajectories read from the index at once. A whole page that is too old ends the search."""
 
-GONE = ("failed", "cancelled", "open")
-"""States of a call that can be repeated; one that was open lost its gateway."""
+GONE = ("failed", "cancelled")
+"""States of a call that can be repeated; an open one is served by another gateway."""
 
 log = logging.getLogger("driftgate.gateway")
 

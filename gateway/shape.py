@@ -11,11 +11,20 @@ import msgspec
 import numpy as np
 
 from driftgate.mismatch import Bucket, Worst
+from driftgate.replay import ReplayPair
 from driftgate.router import RouterBucket
+from driftgate.storage import AnswerText
 from driftgate.trace import Routes, Score, Trace
-from driftgate.views import Measures, RouterMeasures, RoutesView, TokenView, WorstView
+from driftgate.views import (
+    Measures,
+    ReplayView,
+    RouterMeasures,
+    RoutesView,
+    TokenView,
+    WorstView,
+)
 
-__all__ = ["measures", "placed", "raw", "router", "routes", "text", "tokens"]
+__all__ = ["measures", "placed", "raw", "replay", "router", "routes", "text", "tokens"]
 
 
 def measures(bucket: Bucket | None) -> Measures | None:
@@ -30,6 +39,24 @@ def router(bucket: RouterBucket | None) -> RouterMeasures | None:
     if bucket is None:
         return None
     return RouterMeasures(metrics=bucket.metrics(), undefined=bucket.undefined())
+
+
+def replay(pair: ReplayPair | None, *, comparable: bool = True) -> ReplayView | None:
+    """Both drifts and the share between them; no share where the numbers are no drift."""
+    if pair is None:
+        return None
+    shares, why = pair.shares(), pair.undefined()
+    if not comparable:
+        shares = dict.fromkeys(shares)
+        why = dict.fromkeys(shares, "the comparison is not valid, so its numbers are no drift")
+    return ReplayView(
+        n_tokens=pair.under.n_tokens,
+        n_seqs=pair.under.n_seqs,
+        coverage=pair.coverage,
+        shares=Measures(metrics={**shares}, undefined=why),
+        native=Measures(metrics=pair.native.metrics(), undefined=pair.native.undefined()),
+        measures=Measures(metrics=pair.under.metrics(), undefined=pair.under.undefined()),
+    )
 
 
 def placed(worst: Worst, trace_id: str, step: int, choice: int) -> WorstView:
@@ -51,7 +78,7 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def text(trace: Trace, first: int, upto: int) -> str:
+def text(trace: Trace | AnswerText, first: int, upto: int) -> str:
     """Text of sampled tokens ``first`` to ``upto`` (exclusive)."""
     assert trace.token_offsets is not None
     start, end = int(trace.token_offsets[first]), int(trace.token_offsets[upto])
@@ -67,14 +94,13 @@ def tokens(trace: Trace, score: Score | None) -> list[TokenView]:
     if score is not None:
         at_one = score.meta.temperature == 1.0
         train = score.logprobs if at_one else score.logprobs_at_temperature
-    return [
-        _token(trace, j, prompt, train, score.entropy if score else None)
-        for j in range(len(trace.response_ids))
-    ]
+    return [_token(trace, j, prompt, train, score) for j in range(len(trace.response_ids))]
 
 
-def _token(trace: Trace, j: int, prompt: int | None, train: Any, entropy: Any) -> TokenView:
+def _token(trace: Trace, j: int, prompt: int | None, train: Any, score: Score | None) -> TokenView:
     assert trace.response_ids is not None
+    entropy = None if score is None else score.entropy
+    replayed = None if score is None else score.logprobs_replay
     rollout = None if trace.logprobs is None else _finite(trace.logprobs[j])
     trained = None if train is None else _finite(train[j])
     text, exact = None, None
@@ -91,6 +117,7 @@ def _token(trace: Trace, j: int, prompt: int | None, train: Any, entropy: Any) -
         bytes_base64=exact,
         rollout_logprob=rollout,
         train_logprob=trained,
+        replay_logprob=None if replayed is None else _finite(replayed[j]),
         log_ratio=None if rollout is None or trained is None else trained - rollout,
         entropy=None if entropy is None else _finite(entropy[j]),
     )

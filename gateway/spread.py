@@ -17,13 +17,14 @@ from driftgate import bootstrap
 from driftgate.codes import SPOILS_ROUTES
 from driftgate.mismatch import Bucket
 from driftgate.pool import Findings, pool_of, refutes
+from driftgate.replay import ReplayPair
 from driftgate.router import RouterBucket
 from driftgate.storage import CellRow, Reader, ScoreRow
 from driftgate.views import Interval
 
 __all__ = ["Spread"]
 
-B = TypeVar("B", Bucket, RouterBucket)
+B = TypeVar("B", Bucket, RouterBucket, ReplayPair)
 
 Key: TypeAlias = tuple[str, str, str, str]
 
@@ -42,6 +43,8 @@ class _Run:
     """Over the comparable scores only, as the cell's headline."""
     routers: dict[str, RouterBucket] = field(default_factory=dict)
     """Over the scores with no reason against their routes."""
+    replays: dict[str, ReplayPair] = field(default_factory=dict)
+    """As ``buckets``, over those scored under the rollout's routes too."""
 
 
 @dataclass(slots=True)
@@ -94,6 +97,8 @@ class Spread:
         run = cell.runs[meta.trajectory] = cell.runs.pop(meta.trajectory, _Run())
         if meta.bucket is not None and meta.comparable.verdict != "no":
             _add(run.buckets, pool, meta.bucket)
+            if (pair := ReplayPair.of(meta)) is not None:
+                _add(run.replays, pool, pair)
         if meta.router is not None and not refutes(meta.comparable.reasons, SPOILS_ROUTES):
             _add(run.routers, pool, meta.router)
         if len(cell.runs) > MAX_TRAJECTORIES:
@@ -116,7 +121,12 @@ def _intervals(
     """Of what the two sets of refuted pools leave."""
     buckets = _by_run({run: sums.buckets for run, sums in cell.runs.items()}, logprobs)
     routers = _by_run({run: sums.routers for run, sums in cell.runs.items()}, routes)
-    found = bootstrap.intervals(buckets).values | bootstrap.router_intervals(routers).values
+    replays = _by_run({run: sums.replays for run, sums in cell.runs.items()}, logprobs)
+    found = (
+        bootstrap.intervals(buckets).values
+        | bootstrap.router_intervals(routers).values
+        | bootstrap.replay_intervals(replays).values
+    )
     return {name: Interval(low=low, high=high) for name, (low, high) in found.items()}
 
 

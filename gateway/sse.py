@@ -33,32 +33,57 @@ class Splitter:
 
     def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._buffer = bytearray()
-        self._searched = 0
+        """The start of an unfinished event."""
+        self._has_returns = False
+        """A carriage return came: then a search for one kind of line end is not enough."""
         self._max_event_bytes = max_event_bytes
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that ``chunk`` completes, in order. UpstreamError for an event over the
         limit."""
-        buffer = self._buffer
-        buffer += chunk
-        events = []
+        self._has_returns = self._has_returns or b"\r" in chunk
+        find = self._any_end if self._has_returns else _usual_end
+        events: list[bytes] = []
+        if self._buffer:
+            searched = len(self._buffer)
+            self._buffer += chunk
+            end = find(self._buffer, max(0, searched - _TAIL))
+            if end < 0:
+                self._check()
+                return events
+            with memoryview(self._buffer) as whole:
+                events.append(bytes(whole[:end]))
+                chunk = bytes(whole[end:])
         start = 0
-        for end in _END.finditer(buffer, max(0, self._searched - _TAIL)):
-            if end.end() == len(buffer) and buffer[-1] == 0x0D:
-                break  # a line feed that belongs to this carriage return may still come
-            events.append(bytes(buffer[start : end.end()]))
-            start = end.end()
-        del buffer[:start]
-        self._searched = len(buffer)
-        if len(buffer) > self._max_event_bytes:
-            raise UpstreamError(
-                f"the engine's stream holds an event of more than {self._max_event_bytes} bytes"
-            )
+        while (end := find(chunk, start)) >= 0:
+            events.append(chunk[start:end])
+            start = end
+        self._buffer = bytearray(chunk[start:])
+        self._check()
         return events
 
     def rest(self) -> bytes:
         """What came after the last whole event; empty at a clean end."""
         return bytes(self._buffer)
+
+    def _check(self) -> None:
+        if len(self._buffer) > self._max_event_bytes:
+            raise UpstreamError(
+                f"the engine's stream holds an event of more than {self._max_event_bytes} bytes"
+            )
+
+    @staticmethod
+    def _any_end(data: bytes | bytearray, start: int) -> int:
+        found = _END.search(data, start)
+        if found is None or (found.end() == len(data) and data[-1] == 0x0D):
+            return -1  # a line feed that belongs to a last carriage return may still come
+        return found.end()
+
+
+def _usual_end(data: bytes | bytearray, start: int) -> int:
+    """Where the next event ends, if all line ends are line feeds; -1 where it is not here yet."""
+    at = data.find(b"\n\n", start)
+    return at + 2 if at >= 0 else -1
 
 
 def event_data(event: bytes) -> bytes | None:
@@ -71,11 +96,13 @@ def event_data(event: bytes) -> bytes | None:
 
 
 def replace_data(event: bytes, data: bytes) -> bytes:
-    """``event`` with other data on one line; its other fields and comments stay."""
+    """``event`` with other data on one line; its other fields and comments stay, and so does a
+    missing end."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
-        return b"data: " + data + b"\n\n"
+        return b"".join([b"data: ", data, b"\n\n"])
     others = [line for line in _LINE.split(event) if line and line.split(b":", 1)[0] != b"data"]
-    return b"\n".join([*others, b"data: " + data, b"", b""])
+    ends = _LINE.findall(event, len(event.rstrip(b"\r\n")))
+    return b"\n".join([*others, b"data: " + data]) + b"\n" * len(ends)
 
 
 def _value(line: bytes) -> bytes:

@@ -10,12 +10,15 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["Calls", "Tasks", "beside", "in_thread"]
+__all__ = ["Calls", "Tasks", "beside", "in_thread", "watch_lag"]
 
 T = TypeVar("T")
 
 CUT_WAIT_S = 0.5
 """A cancelled call only writes down that it was; this is plenty."""
+
+LAG_INTERVAL_S = 0.1
+"""Between two looks at the loop's lag: ten a second cost nothing and give a p99 in a minute."""
 
 log = logging.getLogger("driftgate.gateway")
 
@@ -81,6 +84,16 @@ class Tasks:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("task %s failed", task.get_name(), exc_info=error)
+
+
+async def watch_lag(observe: Callable[[float], None], count: Callable[[float], None]) -> None:
+    """Tell how late the loop is, in seconds, and how many tasks it has; for ever."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_INTERVAL_S
+        await asyncio.sleep(LAG_INTERVAL_S)
+        observe(max(0.0, loop.time() - due))
+        count(len(asyncio.all_tasks()))
 
 
 @asynccontextmanager

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import pairwise
 
-__all__ = ["text_matches", "token_texts"]
+from driftgate.trace import I32
+
+__all__ = ["says_bytes", "text_matches", "token_texts"]
 
 _PLACEHOLDER = "token_id:"
 """vLLM names tokens ``token_id:N`` under ``return_tokens_as_token_ids``: that is no text."""
+
+_NAMELESS = ("\ufffd", _PLACEHOLDER)
+"""In the text of a token that does not say its bytes: only their list does."""
+
+
+def says_bytes(texts: str) -> bool:
+    """Whether the UTF-8 of token texts, joined, is their bytes."""
+    return not any(nameless in texts for nameless in _NAMELESS)
 
 
 def token_texts(rows: Iterable[tuple[str, list[int] | None]]) -> list[bytes | None]:
@@ -35,17 +46,18 @@ def _text(token: str, values: list[int] | None) -> bytes | None:
     return None if named_only else text
 
 
-def text_matches(texts: Sequence[bytes], sent: bytes, *, stopped: bool) -> bool | None:
-    """Do the tokens' texts join to the text that was sent?
+def text_matches(joined: bytes, offsets: I32, sent: bytes, *, stopped: bool) -> bool | None:
+    """Do the tokens' texts, ``joined`` and cut at ``offsets`` [tokens + 1], give the text that was
+    sent?
 
     ``stopped``: a stop token or stop string ended it, whose text the engine cuts off. None where
     the sent text is the tokens' with whole tokens left out: special tokens are skipped by default,
     and which tokens are special is not known here."""
-    joined = b"".join(texts)
     if joined == sent or (stopped and joined.startswith(sent)):
         return True
     at = 0
-    for text in texts:
+    for start, end in pairwise(offsets.tolist()):
+        text = joined[start:end]
         rest = len(sent) - at
         if text and sent.startswith(text, at):
             at += len(text)

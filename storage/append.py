@@ -39,7 +39,7 @@ from driftgate.storage.records import (
     encode_trace,
     twin_key,
 )
-from driftgate.storage.segments import SegmentFile
+from driftgate.storage.segments import FIRST_SERIAL, SegmentFile
 from driftgate.trace import CallIntent, CallOutcome, Score, Trace
 
 __all__ = ["Appender", "Result"]
@@ -50,11 +50,11 @@ SEGMENT_BYTES = 256 << 20
 """A segment that has grown past this is closed: small enough to copy and scan, large enough that a
 million agent-typical traces are a few hundred files."""
 
-CACHE_BYTES = 64 << 20
-"""Decoded traces kept as bases: about 14 with 4.4 MB of routes, 600 without. Others are read back
-from disk, in 5 ms at worst."""
+CACHE_BYTES = 24 << 20
+"""Decoded traces kept as bases: about 5 with 4.4 MB of routes, 240 without. Others are read back
+from disk, in 5 ms at worst; most of a larger cache would be trajectories that have ended."""
 
-CACHE_TRACES = 1024
+CACHE_TRACES = 512
 """As many as agents that are thought of as running at once: small traces stay few as well."""
 
 LAST_TRACES = 4096
@@ -84,8 +84,11 @@ class Appender:
         self._root = root
         self._connection = connection
         self._name = name
-        self._serial = 0
+        self._start_ns = time.time_ns()
+        self._serial = FIRST_SERIAL - 1
         self._segment: SegmentFile | None = None
+        self._first_segment: SegmentFile | None = None
+        """Stays locked as long as this writer lives: FORMAT.md, *Segment*."""
         self._first = self._committed = 0
         self._cache = TraceCache(CACHE_BYTES, CACHE_TRACES)
         self._last: OrderedDict[str, str] = OrderedDict()
@@ -102,10 +105,17 @@ class Appender:
             raise
 
     def close(self) -> None:
-        """Release the segment; what was committed is on disk."""
-        if self._segment is not None:
+        """Release every segment; what was committed is on disk."""
+        self._leave_segment()
+        if self._first_segment is not None:
+            self._first_segment.close()
+            self._first_segment = None
+
+    def _leave_segment(self) -> None:
+        """Write no more into the open segment."""
+        if self._segment is not None and self._segment is not self._first_segment:
             self._segment.close()
-            self._segment = None
+        self._segment = None
 
     def _commit(self, groups: Sequence[Sequence[Record]]) -> Result:
         result = Result([None] * len(groups))
@@ -168,10 +178,13 @@ class Appender:
         """The open segment; a new one after a full one, but never in the middle of a batch."""
         full = self._committed >= SEGMENT_BYTES
         if self._segment is not None and full and self._segment.size == self._committed:
-            self.close()
+            self._leave_segment()
         if self._segment is None:
             self._serial += 1
-            self._segment = SegmentFile(self._root, name=self._name, serial=self._serial)
+            self._segment = SegmentFile(
+                self._root, name=self._name, serial=self._serial, start_ns=self._start_ns
+            )
+            self._first_segment = self._first_segment or self._segment
             self._committed = self._first = self._segment.size
         return self._segment
 
@@ -192,12 +205,12 @@ class Appender:
             self._segment.truncate(self._committed)
         except OSError as error:
             log.warning("%s: an unfinished batch stays at its end: %s", self._segment.path, error)
-            self.close()
+            self._leave_segment()
             return
         if (
             self._committed > self._first
         ):  # an empty one is kept: a full disk must not collect files
-            self.close()
+            self._leave_segment()
 
     def _encode(self, record: Trace | Small) -> tuple[bytes, AddRow] | None:
         """Bytes of a record and how to index it; None for a trace that the store has."""
@@ -274,7 +287,7 @@ class Appender:
 def _row_of(record: Small) -> AddRow:
     def add_row(connection: sqlite3.Connection, place: Place) -> None:
         if isinstance(record, CallIntent):
-            add_intent(connection, record)
+            add_intent(connection, record, place.segment)
         elif isinstance(record, CallOutcome):
             add_outcome(connection, record)
         else:

@@ -63,6 +63,7 @@ class CellFold:
             bucket=self._bucket,
             comparable_bucket=judged.bucket,
             router=judged.router,
+            replay=judged.replay,
             comparable=dict(self._comparable),
             reasons=dict(self._reasons),
             worst=judged.worst or self._worst,

@@ -21,7 +21,7 @@ __all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
 
 INDEX_NAME = "index.sqlite"
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """``PRAGMA user_version``. An index of another version is rebuilt, not migrated: it is derived."""
 
 BUSY_TIMEOUT_S = 30.0
@@ -49,6 +49,7 @@ CREATE TABLE calls (
     retry INTEGER NOT NULL,
     started_ns INTEGER NOT NULL,
     intent TEXT,                                -- JSON CallIntent
+    segment TEXT,                               -- of the intent
     outcome TEXT,                               -- JSON CallOutcome
     status TEXT,                                -- of the outcome
     choices INTEGER NOT NULL DEFAULT 0,         -- n of the request, 0 while no trace says it

@@ -56,12 +56,13 @@ def set_indexed(connection: sqlite3.Connection, segment: str, end: int) -> None:
     )
 
 
-def add_intent(connection: sqlite3.Connection, intent: CallIntent) -> None:
-    """A call is about to be made."""
+def add_intent(connection: sqlite3.Connection, intent: CallIntent, segment: str) -> None:
+    """A call is about to be made; ``segment`` holds the record, and says whose call it is."""
     # What a trace said of the call before stays. No gap changes: a call starts as one.
     connection.execute(
-        "INSERT INTO calls (call_id, trajectory, step, model, retry, started_ns, intent) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (call_id) DO UPDATE SET intent = excluded.intent",
+        "INSERT INTO calls (call_id, trajectory, step, model, retry, started_ns, intent, segment) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (call_id) "
+        "DO UPDATE SET intent = excluded.intent, segment = excluded.segment",
         (
             intent.call_id,
             intent.trajectory,
@@ -70,6 +71,7 @@ def add_intent(connection: sqlite3.Connection, intent: CallIntent) -> None:
             intent.retry,
             intent.started_ns,
             _json(intent),
+            segment,
         ),
     )
     _touch_trajectory(connection, intent.trajectory, intent.started_ns, intent.started_ns)

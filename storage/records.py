@@ -134,6 +134,7 @@ def encode_score(score: Score, *, seq: int) -> bytes:
     _expect("logprobs", score.logprobs, "float32", 1)
     _expect("entropy", score.entropy, "float32", 1)
     _expect("logprobs_at_temperature", score.logprobs_at_temperature, "float32", 1)
+    _expect("logprobs_replay", score.logprobs_replay, "float32", 1)
     _expect_routes(score.routes)
     return pack_payload(
         _json(ScoreHead(meta=score.meta, seq=seq)),
@@ -141,6 +142,7 @@ def encode_score(score: Score, *, seq: int) -> bytes:
             "logprobs": score.logprobs,
             "entropy": score.entropy,
             "logprobs_at_temperature": score.logprobs_at_temperature,
+            "logprobs_replay": score.logprobs_replay,
             "routes": score.routes,
         },
     )
@@ -150,11 +152,13 @@ def decode_score(payload: Payload) -> tuple[int, Score]:
     """``(seq, score)``."""
     head = head_of(payload, ScoreHead)
     at_temperature = payload.columns.get("logprobs_at_temperature")
+    replay = payload.columns.get("logprobs_replay")
     return head.seq, Score(
         meta=head.meta,
         logprobs=cast(F32, _typed(payload.required("logprobs"), "float32", 1)),
         entropy=cast(F32, _typed(payload.required("entropy"), "float32", 1)),
         logprobs_at_temperature=cast("F32 | None", _typed(at_temperature, "float32", 1)),
+        logprobs_replay=cast("F32 | None", _typed(replay, "float32", 1)),
         routes=_routes(payload.columns.get("routes"), 3),
     )
 

@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from driftgate.storage.rows import RebuildReport
 from driftgate.storage.segments import (
     Entry,
     fsync_dir,
+    has_living_writer,
     read_entry,
     scan,
     segment_paths,
@@ -49,6 +51,8 @@ __all__ = ["StoreLock", "rebuild_index", "recover"]
 log = logging.getLogger(__name__)
 
 LOCK_NAME = "writers.lock"
+
+OWNER_GONE = "the gateway ended before the call did: it was killed, or its machine stopped"
 
 
 class StoreLock:
@@ -77,12 +81,13 @@ class StoreLock:
             self._fd = -1
 
 
-def recover(root: Path, connection: sqlite3.Connection) -> list[Score]:
+def recover(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutcome]:
     """Index what dead writers synced but did not index, and cut their torn tails.
 
-    Returns scores whose number was given away meanwhile: the caller writes them again.
+    Returns what the caller has to write: scores whose number was given away meanwhile, and how the
+    calls ended that were open when their writer died.
     """
-    again: list[Score] = []
+    again: list[Score | CallOutcome] = []
     for path in segment_paths(root):
         fd = take_over(path)
         if fd is None:
@@ -92,7 +97,35 @@ def recover(root: Path, connection: sqlite3.Connection) -> list[Score]:
                 again += _catch_up(path, fd, connection)
         finally:
             os.close(fd)
-    return again
+    return again + _lost_calls(root, connection)
+
+
+def _lost_calls(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutcome]:
+    """An outcome for each open call that nobody serves any more."""
+    rows = connection.execute(
+        "SELECT call_id, segment FROM calls "
+        "WHERE captured = 0 AND status IS NULL AND segment IS NOT NULL"
+    ).fetchall()
+    ended_ns = {
+        segment: _last_write_ns(root, segment)
+        for segment in {segment for _, segment in rows}
+        if not has_living_writer(root, segment)
+    }
+    lost = [(call_id, ended_ns[segment]) for call_id, segment in rows if segment in ended_ns]
+    if lost:
+        log.warning("%d calls were open when their gateway ended: marked as failed", len(lost))
+    return [
+        CallOutcome(call_id=call_id, status="failed", reason=OWNER_GONE, ended_ns=at_ns)
+        for call_id, at_ns in lost
+    ]
+
+
+def _last_write_ns(root: Path, segment: str) -> int:
+    """When its writer was last known to live; now where the segment is no longer there."""
+    try:
+        return (segments_dir(root) / segment).stat().st_mtime_ns
+    except FileNotFoundError:
+        return time.time_ns()
 
 
 def rebuild_index(root: Path) -> RebuildReport:
@@ -206,7 +239,7 @@ def _insert(connection: sqlite3.Connection, place: Place, entry: Entry) -> str:
         return add_score(connection, head_of(payload, ScoreHead), place)
     small = decode_small(kind, payload)
     if isinstance(small, CallIntent):
-        add_intent(connection, small)
+        add_intent(connection, small, place.segment)
     elif isinstance(small, CallOutcome):
         add_outcome(connection, small)
     else:

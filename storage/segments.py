@@ -32,10 +32,12 @@ from driftgate.storage.codec import (
 )
 
 __all__ = [
+    "FIRST_SERIAL",
     "Damage",
     "Entry",
     "SegmentFile",
     "fsync_dir",
+    "has_living_writer",
     "header_bytes",
     "read_entry",
     "read_segment",
@@ -48,6 +50,9 @@ __all__ = [
 MAGIC = b"DGSEG\r\n\x1a"
 VERSION = 1
 SUFFIX = ".dgs"
+
+FIRST_SERIAL = 1
+"""Of a writer's segments; the lock of that one says that its writer lives."""
 
 MAX_NAME_BYTES = 64
 """Writer names are for people; this keeps file names far below the 255 bytes that file systems
@@ -94,12 +99,16 @@ class Damage:
 class SegmentFile:
     """A segment that this process writes. Not thread-safe: one writer thread owns it."""
 
-    def __init__(self, root: Path, *, name: str, serial: int) -> None:
-        """Create, lock and sync a new segment; OSError where the disk refuses."""
+    def __init__(self, root: Path, *, name: str, serial: int, start_ns: int | None = None) -> None:
+        """Create, lock and sync a new segment; OSError where the disk refuses.
+
+        ``start_ns`` is the writer's start, which its segments share; None: now.
+        """
         if not _NAME.fullmatch(name):
             raise ValueError(f"writer name {name!r}: use 1 to {MAX_NAME_BYTES} of A-Z a-z 0-9 _ -")
         created_ns = time.time_ns()
-        self.name = f"{name}-{os.getpid()}-{created_ns}-{serial:06d}{SUFFIX}"
+        start_ns = created_ns if start_ns is None else start_ns
+        self.name = f"{name}-{os.getpid()}-{start_ns}-{serial:06d}{SUFFIX}"
         self.path = segments_dir(root) / self.name
         temporary = self.path.with_suffix(".tmp")
         self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -153,9 +162,9 @@ def segments_dir(root: Path) -> Path:
 
 
 def segment_paths(root: Path) -> list[Path]:
-    """Every segment of a store, in a fixed order: by creation time, then name."""
+    """Every segment of a store, in a fixed order: by their writers' starts, then name."""
     paths = segments_dir(root).glob(f"*{SUFFIX}")
-    return sorted(paths, key=lambda path: (_created(path.name), path.name))
+    return sorted(paths, key=lambda path: (_started(path.name), path.name))
 
 
 def scan(path: Path, start: int | None = None) -> Iterator[Entry | Damage]:
@@ -218,8 +227,20 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def _created(name: str) -> int:
-    """The creation time in a segment's name; 0 where the name has another form."""
+def has_living_writer(root: Path, segment: str) -> bool:
+    """Whether the writer of ``segment`` lives: it holds the lock of the first of its series."""
+    series, found, _ = segment.rpartition("-")
+    path = segments_dir(root) / f"{series}-{FIRST_SERIAL:06d}{SUFFIX}"
+    if not found or not path.exists():
+        return False
+    fd = take_over(path)
+    if fd is not None:
+        os.close(fd)
+    return fd is None
+
+
+def _started(name: str) -> int:
+    """The writer's start in a segment's name; 0 where the name has another form."""
     parts = name.removesuffix(SUFFIX).rsplit("-", 2)
     return int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else 0
 

@@ -61,6 +61,8 @@ class Backend(Protocol):
     vocab_size: int
     max_tokens: int
     """Longest sequence that ``score`` takes."""
+    no_replay: str | None
+    """Why it cannot score under given routes (``Sequence.replay``); None where it can."""
     parallel: int
     """Sequences it works on at once: give it at least so many where you have them."""
 

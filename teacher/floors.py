@@ -8,20 +8,27 @@ again, which is 0 to the bit unless the trainer's kernels do not repeat themselv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from itertools import islice, zip_longest
 
 from driftgate.storage import Reader
-from driftgate.teacher.sequences import Sequence, alone
-from driftgate.trace import Engine, ScoreMeta
+from driftgate.teacher.base import Backend, SliceResult
+from driftgate.teacher.scores import trainer_floor
+from driftgate.teacher.sequences import Sequence, alone, is_scorable
+from driftgate.trace import Engine, Score, ScoreMeta, Trace, TraceMeta
 
-__all__ = ["Floors", "repeats"]
+__all__ = ["Floors", "choose", "repeats", "trainer_floors"]
 
 PAGE = 1000
 """Scores read at once when looking at what a store already has."""
 
 TWINS = 10_000
 """Pairs looked at, oldest first: the most that the store gives at once, and enough for a floor."""
+
+MAX_TRAJECTORIES = 500
+"""The newest that are looked at for traces to run again."""
 
 ALONE = 8
 """Forwards of single traces at most that one floor adds to a sequence: all steps of a long
@@ -42,6 +49,48 @@ def repeats(sequences: Seq[Sequence], traces: Collection[str]) -> list[Sequence]
     return again
 
 
+def trainer_floors(
+    backend: Backend,
+    traces: Seq[Trace],
+    sequences: Seq[Sequence],
+    results: Mapping[str, SliceResult],
+) -> list[Score]:
+    """Second runs over ``traces`` against their first ``results``, those of ``sequences``."""
+    by_id = {trace.meta.trace_id: trace for trace in traces}
+    again = repeats(sequences, by_id)
+    floors = []
+    for second in backend.score(again) if again else []:
+        # Inside a longer sequence again: that trace's second run is the one alone.
+        if second.trace_id in by_id and not second.one_pass:
+            first, now_ns = results[second.trace_id], time.time_ns()
+            trace = by_id[second.trace_id]
+            floors.append(
+                trainer_floor(trace, first, second, trainer=backend.trainer, now_ns=now_ns)
+            )
+    return floors
+
+
+def choose(reader: Reader, *, model: str | None, limit: int) -> list[Trace]:
+    """At most ``limit`` of the newest scorable traces of one engine and weight version.
+
+    Over as many trajectories as there are, of each its last step first: tokens of one trajectory
+    say less than those of several.
+    """
+    pages = [
+        [row for row in reversed(reader.traces(item.trajectory)) if row.scorable]
+        for item in reader.trajectories(model=model, limit=MAX_TRAJECTORIES)
+    ]
+    rows = [row for tier in zip_longest(*pages) for row in tier if row is not None]
+    rows = [row for row in rows if model in (None, row.meta.model)]
+    alike = [row for row in rows if _version(row.meta) == _version(rows[0].meta)]
+    traces = (reader.trace(row.meta.trace_id) for row in alike)
+    return list(islice((trace for trace in traces if is_scorable(trace)), limit))
+
+
+def _version(meta: TraceMeta) -> tuple[str, str, str]:
+    return meta.engine.digest, meta.model, meta.weight_version
+
+
 class Floors:
     """Remembers what has been measured; starts from what the store holds."""
 
@@ -52,10 +101,14 @@ class Floors:
         self._limit = trajectories
         self._repeated: set[str] = set()
         self._compared: set[str] = set()
+        self.traces: set[str] = set()
+        """Those that this trainer has a floor of."""
         for meta in self._stored():
             if meta.trainer.digest == trainer:
                 self._repeated.add(meta.trajectory)
-            if isinstance(meta.engine, Engine):
+                self.traces.add(meta.trace_id)
+            # A floor of another kind stands for no pair of answers.
+            if isinstance(meta.engine, Engine) and meta.engine == meta.trainer:
                 self._compared.add(meta.trace_id)
 
     def takes(self, trajectory: str) -> bool:

@@ -10,6 +10,7 @@ one that knows of storage; the others do what it sends.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from driftgate.adapters.hf import checkpoint_digest, inspect_model
+from driftgate.adapters.hf_texts import text_digests
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.reference import fingerprint, load_model, model_limit, pick_device
@@ -52,6 +54,7 @@ class FsdpBackend:
         checkpoint: str | None,
         device: torch.device,
         train_dtype: str | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         self.rank, self.parallel = dist.get_rank(), dist.get_world_size()
         self._device = device
@@ -72,8 +75,10 @@ class FsdpBackend:
             ordered=self._scorer.probe(device),
             findings=self.findings,
             train_dtype=train_dtype,
+            texts=texts,
             world_size=self.parallel,
         )
+        self.no_replay = self._scorer.no_replay
 
     @classmethod
     def load(cls, config: TeacherConfig) -> FsdpBackend:
@@ -92,6 +97,7 @@ class FsdpBackend:
             checkpoint=digest,
             device=device,
             train_dtype=config.train_dtype,
+            texts=text_digests(root),
         )
 
     def score(self, sequences: Seq[Sequence]) -> list[SliceResult]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from driftgate.facts import Parent
 from driftgate.trace import Routes, Trace
 
 __all__ = ["Held", "hold"]
@@ -25,9 +26,11 @@ class Held:
     """[R, L, K] the rows that predict the response."""
     no_routes: str | None
     """Why there are no routes."""
+    parent: Parent | None = None
+    """The trace that it continues, where that is known."""
 
 
-def hold(trace: Trace) -> Held:
+def hold(trace: Trace, parent: Parent | None = None) -> Held:
     """The part of a scorable ``trace`` that scoring needs; nothing of it shares the trace's
     memory."""
     assert trace.prompt_ids is not None
@@ -45,7 +48,7 @@ def hold(trace: Trace) -> Held:
         request=b"",
         response=b"",
     )
-    return Held(trace=light, routes=routes, no_routes=no_routes)
+    return Held(trace=light, routes=routes, no_routes=no_routes, parent=parent)
 
 
 def _response_routes(

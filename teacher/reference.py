@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError
 
 from driftgate.adapters.hf import checkpoint_digest, inspect_model
+from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
@@ -38,7 +39,9 @@ class ReferenceBackend:
         name: str,
         checkpoint: str | None = None,
         train_dtype: str | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
+        """``texts``: of `text_digests`, where the model comes from a checkpoint."""
         self._device = next(model.parameters()).device
         self._scorer = Scorer(model).eval().requires_grad_(False)
         self.findings: list[Reason] = inspect_model(model)
@@ -52,7 +55,9 @@ class ReferenceBackend:
             ordered=self._scorer.probe(self._device),
             findings=self.findings,
             train_dtype=train_dtype,
+            texts=texts,
         )
+        self.no_replay = self._scorer.no_replay
 
     @classmethod
     def load(cls, config: TeacherConfig) -> ReferenceBackend:
@@ -64,6 +69,7 @@ class ReferenceBackend:
             name=root.resolve().name,
             checkpoint=checkpoint_digest(root),
             train_dtype=config.train_dtype,
+            texts=text_digests(root),
         )
 
     def score(self, sequences: Seq[Sequence]) -> list[SliceResult]:
@@ -171,6 +177,7 @@ def fingerprint(
     ordered: bool,
     findings: Seq[Reason],
     train_dtype: str | None = None,
+    texts: Mapping[str, str] | None = None,
     world_size: int = 1,
 ) -> Trainer:
     """Everything of this trainer that changes its numbers."""
@@ -181,6 +188,7 @@ def fingerprint(
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "attention": str(config._attn_implementation),
+        **(texts or {}),
     }
     if is_moe(config):
         settings["experts"] = str(getattr(config, "_experts_implementation", None))

@@ -2,7 +2,8 @@
 
 Three kinds: the drift of a trace, a refusal that says why there is none (so that it is not tried
 forever), and a noise floor, where one side ran twice and its second run stands in the trainer's
-place.
+place. A floor whose second run was made in another way says so in the settings of that side, under
+``driftgate.floor.LABEL``: floors of different kinds are different cells.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from driftgate import mismatch
+from driftgate.codes import SEVERITY, SPOILS_ROUTES
 from driftgate.comparable import headline_temperature, judge
+from driftgate.floor import LABEL
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket, ShiftFinding, route_shift
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.held import Held
+from driftgate.teacher.replay import Replayed
 from driftgate.trace import (
     F32,
+    I32,
     Comparable,
     Engine,
     Reason,
@@ -31,7 +37,7 @@ from driftgate.trace import (
     Trainer,
 )
 
-__all__ = ["drift", "engine_floor", "refusal", "trainer_floor"]
+__all__ = ["Run", "drift", "engine_floor", "floor", "refusal", "trainer_floor"]
 
 NOTHING = np.zeros(0, np.float32)
 
@@ -44,9 +50,11 @@ def drift(
     now_ns: int,
     findings: Seq[Reason] = (),
     weight_version: str | None = None,
+    replayed: Replayed | None = None,
 ) -> Score:
     """The trainer's numbers for one trace, against what its engine reported.
 
+    ``replayed``: its numbers under the rollout's routes, or why there are none.
     ``findings``: what is known to be wrong with the trainer. ``weight_version``: of its weights.
     """
     trace = held.trace
@@ -64,12 +72,14 @@ def drift(
         shift=shift,
         findings=findings,
         trainer_weight_version=weight_version,
+        parent=held.parent,
     )
     temperature = headline_temperature(
         trace.meta.engine, trace.meta.sampling, at_one=at_one, at_requested=at_asked
     )
     headline = result.logprobs if temperature == 1.0 else result.at_temperature
     assert headline is not None
+    under, why_not = _replay(replayed, judged, temperature)
     return Score(
         meta=ScoreMeta(
             **_names(trace.meta),
@@ -82,6 +92,9 @@ def drift(
             router=router,
             router_reason=reason,
             comparable=judged,
+            replay=None if under is None else _bucket(trace, under),
+            replay_reason=why_not,
+            replay_coverage=replayed.coverage if replayed and under is not None else None,
             worst=mismatch.worst(
                 headline, trace.logprobs, trace.response_ids, trace_id=trace.meta.trace_id
             ),
@@ -92,6 +105,7 @@ def drift(
         logprobs=result.logprobs,
         entropy=result.entropy,
         logprobs_at_temperature=result.at_temperature,
+        logprobs_replay=under,
         routes=result.routes,
     )
 
@@ -113,7 +127,7 @@ def refusal(meta: TraceMeta, reason: Reason, *, trainer: Trainer, now_ns: int) -
     )
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """One of two runs of the same side over the same tokens."""
 
     logprobs: F32
@@ -132,11 +146,11 @@ def trainer_floor(
     Else it is to be the same forward again. The score's ``one_pass`` says which it was.
     """
     assert trace.response_ids is not None
-    return _floor(
-        trace,
-        len(trace.response_ids),
-        _Run(first.logprobs, first.routes),
-        _Run(second.logprobs, second.routes),
+    return floor(
+        trace.meta,
+        trace.response_ids,
+        Run(first.logprobs, first.routes),
+        Run(second.logprobs, second.routes),
         side=trainer,
         now_ns=now_ns,
         entropy=second.entropy,
@@ -158,11 +172,11 @@ def engine_floor(held_first: Held, held_second: Held, *, now_ns: int) -> Score:
     assert first.logprobs is not None
     assert second.logprobs is not None
     shared = _common_prefix(first, second)
-    score = _floor(
-        second,
-        shared,
-        _Run(first.logprobs[:shared], _rows(held_first, shared)),
-        _Run(second.logprobs[:shared], _rows(held_second, shared)),
+    score = floor(
+        second.meta,
+        second.response_ids[:shared],
+        Run(first.logprobs[:shared], _rows(held_first, shared)),
+        Run(second.logprobs[:shared], _rows(held_second, shared)),
         side=second.meta.engine,
         now_ns=now_ns,
     )
@@ -182,23 +196,30 @@ def engine_floor(held_first: Held, held_second: Held, *, now_ns: int) -> Score:
     return score
 
 
-def _floor(
-    trace: Trace,
-    tokens: int,
-    first: _Run,
-    second: _Run,
+def floor(
+    meta: TraceMeta,
+    ids: I32,
+    first: Run,
+    second: Run,
     *,
     side: Engine | Trainer,
     now_ns: int,
+    label: str | None = None,
+    foreign: bool = False,
     entropy: F32 = NOTHING,
     margins: F32 | None = None,
     layer_ids: tuple[int, ...] = (),
     one_pass: bool = False,
 ) -> Score:
-    """``tokens``: of the response, how many both runs share."""
-    assert trace.response_ids is not None
-    ids = trace.response_ids[:tokens]
-    named = trace.meta.trace_id
+    """One side's second run against its first, over the tokens ``ids`` [n] that both runs share.
+
+    ``label``: how the second run was made, where it was not simply the same again. ``foreign``: the
+    tokens are not those of the trace, whose prompt alone was used: no token of it is named.
+    """
+    named, tokens = "" if foreign else meta.trace_id, len(ids)
+    again = side
+    if label is not None:
+        again = msgspec.structs.replace(side, settings={**side.settings, LABEL: label})
     router = None
     if first.routes is not None and second.routes is not None and tokens:
         router = RouterBucket.of(
@@ -212,15 +233,19 @@ def _floor(
     bucket = Bucket.of(second.logprobs, first.logprobs, token_ids=ids, trace_id=named)
     return Score(
         meta=ScoreMeta(
-            **_names(trace.meta),
+            **_names(meta),
             kind="noise_floor",
             engine=side,
-            trainer=side,
+            trainer=again,
             bucket=bucket if tokens else None,
             router=router,
             router_reason=None if router is not None else "no routes on both runs",
             comparable=Comparable(verdict="yes" if tokens else "no", reasons=[]),
-            worst=mismatch.worst(second.logprobs, first.logprobs, ids, trace_id=named),
+            worst=(
+                None
+                if foreign
+                else mismatch.worst(second.logprobs, first.logprobs, ids, trace_id=named)
+            ),
             one_pass=one_pass,
             scored_ns=now_ns,
         ),
@@ -235,6 +260,21 @@ def _bucket(trace: Trace, train: F32) -> Bucket:
     return Bucket.of(
         train, trace.logprobs, token_ids=trace.response_ids, trace_id=trace.meta.trace_id
     )
+
+
+def _replay(
+    replayed: Replayed | None, judged: Comparable, temperature: float
+) -> tuple[F32 | None, str | None]:
+    """[R] nats under the rollout's routes at the headline's temperature, or why there are none."""
+    if replayed is None or replayed.result is None:
+        return None, replayed.reason if replayed else "not scored under the rollout's routes"
+    spoilt = [
+        r.code for r in judged.reasons if r.code in SPOILS_ROUTES and SEVERITY[r.code] == "no"
+    ]
+    if spoilt:
+        return None, f"the rollout's routes say nothing here: {', '.join(spoilt)}"
+    result = replayed.result
+    return (result.logprobs if temperature == 1.0 else result.at_temperature), None
 
 
 def _router(

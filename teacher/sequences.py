@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from driftgate.facts import as_sampled
 from driftgate.temperature import effective_temperature
-from driftgate.trace import Trace
+from driftgate.trace import Routes, Trace
 
-__all__ = ["Sequence", "Slice", "alone", "assemble", "is_scorable"]
+__all__ = ["Replay", "Sequence", "Slice", "alone", "assemble", "is_scorable"]
 
 I32 = npt.NDArray[np.int32]
 
@@ -62,12 +62,24 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Replay:
+    """The experts that a forward is to use in place of those that its routers would choose."""
+
+    routes: Routes
+    """[T, L, K] expert ids of every position fed, L the trainer's MoE layers."""
+    given: npt.NDArray[np.bool_]
+    """[T, L] where there are ids to use; elsewhere the router chooses by itself."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Sequence:
     """One forward: the tokens to feed and the traces that it scores."""
 
     ids: I32
     """[T] token ids from position 0."""
     slices: tuple[Slice, ...]
+    replay: Replay | None = None
+    """None: the model routes by itself."""
 
 
 def is_scorable(trace: Trace) -> bool:

@@ -23,13 +23,15 @@ from pathlib import Path
 import msgspec
 
 from driftgate.errors import DriftgateError, StorageError, TeacherError
-from driftgate.storage import Lease, Leases, Reader, Writer
-from driftgate.teacher.base import Backend, SliceResult
+from driftgate.facts import Parent
+from driftgate.storage import Lease, Leases, Reader, TraceRow, Writer
+from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
-from driftgate.teacher.floors import Floors, repeats
+from driftgate.teacher.floors import Floors, choose, trainer_floors
 from driftgate.teacher.held import Held, hold
-from driftgate.teacher.scores import drift, engine_floor, refusal, trainer_floor
-from driftgate.teacher.sequences import Sequence, assemble, is_scorable
+from driftgate.teacher.replay import Replayer
+from driftgate.teacher.scores import drift, engine_floor, refusal
+from driftgate.teacher.sequences import assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
 from driftgate.trace import Reason, Score, Trace, TraceMeta
 
@@ -68,6 +70,8 @@ class Report(msgspec.Struct, kw_only=True):
     lost_leases: int = 0
     """Trajectories that another worker took over while this one was working on them."""
     forward_s: float = 0.0
+    replay_s: float = 0.0
+    """Of forwards under the rollout's routes."""
 
 
 class Worker:
@@ -88,11 +92,15 @@ class Worker:
         self._floors = Floors(
             self._reader, backend.trainer.digest, trajectories=config.noise_floor_trajectories
         )
+        self._replayer = Replayer(backend, self._reader.trace, enabled=config.replay)
         self.report = Report()
 
     def run(self, stop: threading.Event) -> Report:
         """Score until nothing is left, or until ``stop`` when following. Finishes what it has
         begun."""
+        if self._config.floor_traces:
+            self._measure_floor()
+            return self.report
         while not stop.is_set():
             leases = self._acquire()
             if leases:
@@ -151,21 +159,22 @@ class Worker:
         """The traces of a lease that can be scored; a score with the reason for each that
         cannot."""
         fit: list[Held] = []
-        metas = {row.meta.trace_id: row.meta for row in self._reader.traces(lease.trajectory)}
+        rows = {row.meta.trace_id: row for row in self._reader.traces(lease.trajectory)}
         for trace_id in lease.trace_ids:
-            found = _crashed(lease) or self._fit(trace_id)
+            before = rows.get(rows[trace_id].meta.parent or "")
+            found = _crashed(lease) or self._fit(trace_id, before)
             if isinstance(found, Held):
                 fit.append(found)
             else:
                 log.warning("trace %s is not scored: %s", trace_id, found.detail)
-                refused.append(self._refusal(metas[trace_id], found))
+                refused.append(self._refusal(rows[trace_id].meta, found))
         return fit
 
-    def _fit(self, trace_id: str) -> Held | Reason:
-        """What is to be scored of a trace, or why it cannot be."""
+    def _fit(self, trace_id: str, before: TraceRow | None) -> Held | Reason:
+        """What is to be scored of a trace, or why it cannot be. ``before``: its parent."""
         try:
             trace = self._reader.trace(trace_id)
-            return self._unfit(trace) or hold(trace)
+            return self._unfit(trace) or hold(trace, _parent(before))
         except DriftgateError as error:
             return Reason(
                 code="trace_unreadable",
@@ -216,6 +225,8 @@ class Worker:
         forward_s = sum(result.forward_s for result in results.values())
         self.report.forward_s += forward_s
         log.info("%d traces in %d forwards, %.2f s", len(held), len(sequences), forward_s)
+        replayed = self._replayer.run(held, sequences, results)
+        self.report.replay_s = self._replayer.forward_s
         scores = [
             drift(
                 one,
@@ -223,35 +234,25 @@ class Worker:
                 trainer=backend.trainer,
                 findings=backend.findings,
                 weight_version=self._config.weight_version,
+                replayed=replayed[one.trace.meta.trace_id],
                 now_ns=time.time_ns(),
             )
             for one in held
         ]
-        return [*scores, *self._trainer_floors(held, sequences, results)]
+        again = [one.trace for one in held if self._floors.takes(one.trace.meta.trajectory)]
+        return [*scores, *trainer_floors(backend, again, sequences, results)]
 
-    def _trainer_floors(
-        self, held: list[Held], sequences: list[Sequence], results: dict[str, SliceResult]
-    ) -> list[Score]:
-        """Second runs over the trajectories that the noise floor is taken from, against
-        ``results``."""
-        traces = [one.trace for one in held if self._floors.takes(one.trace.meta.trajectory)]
-        by_id = {trace.meta.trace_id: trace for trace in traces}
-        again = repeats(sequences, by_id)
-        floors = []
-        for second in self._backend.score(again) if again else []:
-            first = results[second.trace_id]
-            # Inside a longer sequence again: that trace's second run is the one alone.
-            if second.trace_id in by_id and not second.one_pass:
-                floors.append(
-                    trainer_floor(
-                        by_id[second.trace_id],
-                        first,
-                        second,
-                        trainer=self._backend.trainer,
-                        now_ns=time.time_ns(),
-                    )
-                )
-        return floors
+    def _measure_floor(self) -> None:
+        """Run the trainer twice over the newest traces that it has no floor of."""
+        rows = choose(
+            self._reader, model=self._config.served_model, limit=self._config.floor_traces
+        )
+        known = self._floors.traces
+        held = [hold(t) for t in rows if t.meta.trace_id not in known and not self._unfit(t)]
+        sequences = assemble([one.trace for one in held])
+        results = {result.trace_id: result for result in self._backend.score(sequences)}
+        traces = [one.trace for one in held]
+        self._store(trainer_floors(self._backend, traces, sequences, results))
 
     def _engine_floors(self) -> bool:
         """Compare the engine with itself where it answered one request twice; True if there was
@@ -343,6 +344,12 @@ def _crashed(lease: Lease) -> Reason | None:
         detail=f"{lease.crashes} workers ended while they scored trajectory {lease.trajectory}",
         fix="see the logs of those workers; lower max_tokens if they ran out of memory",
     )
+
+
+def _parent(row: TraceRow | None) -> Parent | None:
+    if row is None or row.prompt_len is None:
+        return None
+    return Parent(row.meta.trace_id, row.prompt_len, row.meta.weight_version)
 
 
 def _by_trajectory(held: Seq[Held]) -> dict[str, list[Held]]:

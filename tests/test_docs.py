@@ -14,6 +14,7 @@ from driftgate.cli import app
 from driftgate.codes import CODES
 from driftgate.gateway.config import GatewayConfig
 from driftgate.glossary import METRICS, ROUTER_METRICS
+from driftgate.replay import REPLAY_METRICS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(
@@ -45,8 +46,8 @@ def test_commands_have_the_options_they_are_shown_with(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_make_targets_exist(path: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for line in re.findall(r"(?:^ {4}|`)make ([a-z ]+)", path.read_text(), re.M):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for line in re.findall(r"(?:^ {4}|`)make ([a-z -]+)", path.read_text(), re.M):
         assert set(line.split()) <= targets, line
 
 
@@ -60,7 +61,9 @@ def test_the_readmes_configuration_is_valid() -> None:
 
 def test_the_readme_names_reasons_and_metrics_by_their_names() -> None:
     names = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", README))
-    known = {*CODES, *METRICS, *ROUTER_METRICS, "routes_via", "mismatch_kl", "gen_kl_error"}
+    known = {*CODES, *METRICS, *ROUTER_METRICS, *REPLAY_METRICS}
+    known |= {"routes_via", "mismatch_kl", "gen_kl_error"}
+    known |= {*GatewayConfig.__struct_fields__}
     assert names <= known, names - known
 
 

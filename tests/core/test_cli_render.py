@@ -22,6 +22,7 @@ from driftgate.views import (
     Interval,
     Measures,
     ReasonCount,
+    ReplayView,
     RouterMeasures,
     ScoreView,
     WorstView,
@@ -191,6 +192,41 @@ def test_the_matrix_shows_interval_and_floor_beside_the_number() -> None:
     at = next(n for n, row in enumerate(found) if row[0] == "k3")
     assert found[at][1] == "5.00e-07 [1.00e-07, 2.00e-06]"
     assert found[at + 1][1] == "floor: engine 0"
+
+
+def test_a_floor_made_in_another_way_says_how() -> None:
+    prefill = FloorView(
+        side="engine", label="decode_vs_prefill", n_tokens=9, n_seqs=1, measures=measures(0.001)
+    )
+    found = list(rows([cell(floors=[prefill])]))
+    at = next(n for n, row in enumerate(found) if row[0] == "mean |D|")
+    assert found[at + 1][1] == "floor: engine decode_vs_prefill 1.00e-03"
+
+
+def test_the_matrix_says_what_replay_leaves_and_removes() -> None:
+    shares = {
+        "replay_removes_abs_log_ratio_mean": 0.625,
+        "replay_removes_kl_k3_rollout_train": None,
+    }
+    view = ReplayView(
+        n_tokens=50,
+        n_seqs=2,
+        coverage=1.0,
+        shares=Measures(metrics=shares),
+        native=measures(0.001),
+        measures=measures(0.0005),
+    )
+    interval = {"replay_removes_abs_log_ratio_mean": Interval(low=0.5, high=0.7)}
+    found = {row[0]: row[1] for row in rows([cell(replay=view, intervals=interval)]) if row[1:]}
+    assert found["mean |D| under replay"] == "5.00e-04  removes 62.5% [50.0%, 70.0%]"
+    assert found["k3 under replay"].endswith("removes –")
+    line = plain(render.drift_line(DriftEvent(cursor=9, score=score(replay=view))))
+    assert "replay removes 62.5%" in line
+
+
+def test_a_part_is_not_shown_as_the_whole() -> None:
+    found = {row[0]: row[1] for row in rows([cell(partial=True)]) if len(row) == 2}
+    assert found["scored of captured"] == "2 of 3  (partial)"
 
 
 def test_the_matrix_says_how_much_stands_behind_it() -> None:

@@ -129,3 +129,10 @@ def test_uint16_routes_keep_their_type(tmp_path: Path) -> None:
 def test_a_trajectory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="none"):
         exported(tmp_path, make_trajectory(steps=1), trajectory="none")
+
+
+def test_what_an_agent_may_not_have_got_says_so(tmp_path: Path) -> None:
+    trace = make_trace(trajectory="t", step=0)
+    meta = msgspec.structs.replace(trace.meta, delivery="uncertain")
+    (row,) = exported(tmp_path, [replace(trace, meta=meta)])
+    assert row.delivery == "uncertain"

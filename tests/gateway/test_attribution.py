@@ -368,6 +368,8 @@ async def test_a_call_that_was_open_is_retried_after_a_restart(
     cut = asyncio.create_task(agent.send(CHAT | {"messages": [USER, answer, NEXT]}))
     await engine.came.wait()
     held, engine.hold = engine.hold, None
+    await agent.flush()
+    agent.gateway.sink._appender.close()  # as its death would
     agent_after = await restarted(connect, agent)
     await ask(agent_after, [USER, answer, NEXT], headers=headers)
     await ask(agent_after, [USER, answer, NEXT, answer, NEXT])

@@ -14,7 +14,8 @@ import pytest
 from yarl import URL
 
 from driftgate.errors import StorageError
-from driftgate.gateway import exchange
+from driftgate.gateway import written
+from driftgate.gateway.ending import UNDELIVERED
 from driftgate.storage import Record, WriterStats
 from driftgate.trace import CallIntent, CallOutcome, Trace
 
@@ -48,6 +49,7 @@ class Sink:
         if self.full:
             raise StorageError("write queue is full")
         future: Future[None] = Future()
+        future.set_running_or_notify_cancel()  # as the writer does
         if self.held is None:
             self.settle(future, make)
         else:
@@ -194,6 +196,28 @@ async def test_strict_withholds_the_end_until_the_trace_is_durable(
     assert len(sink.of(Trace)) == 2
 
 
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["json", "stream"])
+async def test_strict_says_of_an_answer_that_its_agent_left_before_it_was_sent(
+    connect: Connect, body: dict[str, Any]
+) -> None:
+    sink = Sink()
+    agent = await connect(sink=sink, durability="strict")
+    await agent.send(body)
+    sink.held = asyncio.Queue()
+    call = asyncio.create_task(agent.send(body))
+    sink.settle(*await sink.held.get())
+    answer = await sink.held.get()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    taken_back = await sink.held.get()
+    sink.settle(*answer)
+    sink.settle(*taken_back)
+    trace = sink.of(Trace)[-1]
+    (outcome,) = sink.of(CallOutcome)
+    assert (outcome.call_id, outcome.status) == (trace.meta.call_id, "cancelled")
+    assert outcome.reason == UNDELIVERED
+
+
 async def test_a_full_store_serves_and_marks_the_call_later(connect: Connect) -> None:
     sink = Sink()
     agent = await connect(sink=sink)
@@ -327,7 +351,7 @@ def shapes(stream: bytes) -> set[tuple[str, ...]]:
 async def test_keep_alives_bridge_the_wait_and_a_late_error_is_an_event(
     connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(written, "KEEP_ALIVE_S", 0.02)
     engine.routes = True
     agent = await connect()
     await agent.gateway.upstream.ready()
@@ -367,7 +391,7 @@ async def test_routes_that_are_not_streamed_are_named(connect: Connect, engine: 
         ("GET", "/v1/chat/completions"),
         ("POST", "/v1/chat/completions/../../update_weights"),
         ("POST", "/v1/models/..%2F..%2Fupdate_weights"),
-        ("GET", "/"),
+        ("POST", "/"),
     ],
 )
 async def test_other_paths_are_not_forwarded(agent: Agent, method: str, path: str) -> None:

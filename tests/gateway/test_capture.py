@@ -7,13 +7,16 @@ import io
 import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from driftgate.adapters.vllm import Vllm, narrow_routes, read_npy
 from driftgate.errors import UpstreamError
 from driftgate.gateway.capture import Sample, fold_answer, fold_stream
+from driftgate.gateway.draft import Usage
 from driftgate.gateway.openai import Plan
+from driftgate.gateway.tape import Tape
 from driftgate.gateway.texts import text_matches
 
 PLAN = Plan(api="chat", model="m")
@@ -142,6 +145,13 @@ def events(*chunks: dict[str, Any], done: bool = True) -> list[bytes]:
     return [*out, b"data: [DONE]\n\n"] if done else out
 
 
+def tape_of(stream: list[bytes]) -> Tape:
+    tape = Tape(PLAN, limit_bytes=1 << 30)
+    for event in stream:
+        tape.take(event)
+    return tape
+
+
 def delta(text: str, token: int, **changes: Any) -> dict[str, Any]:
     piece = {"index": 0, "delta": {"content": text}, "logprobs": {"content": [row(text)]}}
     return {"choices": [piece | {"token_ids": [token], "finish_reason": None} | changes]}
@@ -150,7 +160,7 @@ def delta(text: str, token: int, **changes: Any) -> dict[str, Any]:
 def test_a_stream_folds_as_its_json_answer() -> None:
     head = {"choices": [{"index": 0, "delta": {"role": "assistant"}}], "prompt_token_ids": PROMPT}
     stream = events(head, delta("a", 7), delta("b", 8, finish_reason="length"))
-    (streamed,) = fold_stream(stream, PLAN, Vllm(), expect_routes=False).samples
+    (streamed,) = fold_stream(tape_of(stream), Vllm(), expect_routes=False).samples
     whole = fold()
     for name in ("prompt_ids", "response_ids", "logprobs", "token_offsets"):
         np.testing.assert_array_equal(getattr(streamed, name), getattr(whole, name))
@@ -169,7 +179,7 @@ def test_a_stream_folds_as_its_json_answer() -> None:
     ],
 )
 def test_streams_that_do_not_end_well(stream: list[bytes], missing: str) -> None:
-    (sample,) = fold_stream(stream, PLAN, Vllm(), expect_routes=False).samples
+    (sample,) = fold_stream(tape_of(stream), Vllm(), expect_routes=False).samples
     assert any(said.startswith(missing) for said in sample.missing), sample.missing
 
 
@@ -185,4 +195,17 @@ def test_streams_that_do_not_end_well(stream: list[bytes], missing: str) -> None
     ],
 )
 def test_text_matches(texts: list[bytes], sent: bytes, stopped: bool, matches: bool | None) -> None:
-    assert text_matches(texts, sent, stopped=stopped) is matches
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    assert text_matches(b"".join(texts), offsets, sent, stopped=stopped) is matches
+
+
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [({"cached_tokens": 48}, 48), ({"cached_tokens": None}, None), (None, None), ([1], None)],
+)
+def test_what_an_engine_says_of_its_prefix_cache_is_kept_and_a_surprise_costs_nothing(
+    details: Any, cached: int | None
+) -> None:
+    said = msgspec.json.encode({"prompt_tokens": 50, "prompt_tokens_details": details})
+    usage = msgspec.json.decode(said, type=Usage)
+    assert (usage.prompt_tokens, usage.cached_tokens) == (50, cached)

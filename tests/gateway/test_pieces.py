@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -130,3 +131,20 @@ def test_ids_are_read(ids: list[int]) -> None:
 )
 def test_other_arrays_are_left_to_the_parser(array: bytes) -> None:
     assert read_ids(array) is None
+
+
+def test_memory_of_a_large_answer_is_a_few_times_its_size() -> None:
+    """10 MB of JSON, as 60,000 tokens: what the agent gets, what the fold needs, and the body."""
+    body = encode(answer(*["token"] * 100_000))
+    assert len(body) > 8 << 20
+    tracemalloc.start()
+    try:
+        stripped = strip_answer(body, HIDDEN)
+        assert stripped.pieces is not None
+        held_bytes, _ = tracemalloc.get_traced_memory()
+        fold_answer(stripped.pieces, HIDDEN, Vllm(), expect_routes=False)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held_bytes < 3 * len(body)
+    assert peak_bytes < 4 * len(body)

@@ -182,6 +182,58 @@ async def test_the_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serving.count('driftgate_calls_held_back_total{end="gave_up"}') == 1
 
 
+async def test_nobody_waits_for_a_disk_that_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pressure, "PRESSURE_WAIT_S", 0.01)
+    recording = Recording()
+    recording.sink.stats.queued_bytes = QUEUE_BYTES
+    await recording.recorder.open(intent("a"))
+    monkeypatch.setattr(pressure, "PRESSURE_WAIT_S", 1e9)
+    await recording.recorder.open(intent("b"))
+    assert await recording.recorder.claim(10) == 10
+    recording.sink.settle()  # it moves again
+    held = asyncio.create_task(recording.recorder.open(intent("c")))
+    await settle_down()
+    assert not held.done()
+    held.cancel()
+    await asyncio.gather(held, return_exceptions=True)
+
+
+async def test_an_answer_waits_with_its_end_until_it_has_room() -> None:
+    recording = Recording()
+    recorder, stats = recording.recorder, recording.sink.stats
+    await recorder.open(intent("first"))
+    size = QUEUE_BYTES // 4
+    assert [await recorder.claim(size) for _ in range(3)] == [size] * 3
+    stats.queued_bytes = 1
+    late = asyncio.create_task(recorder.claim(size))
+    await settle_down()
+    assert not late.done()  # three are claimed, and a part is spared for intents
+    recorder.release(size)
+    recording.sink.settle()
+    assert await late == size
+    waiting = asyncio.create_task(recorder.open(intent("next")))
+    await settle_down()
+    assert not waiting.done()  # what is claimed counts for new calls too
+    for _ in range(3):
+        recorder.release(size)
+    recording.sink.settle()
+    recorder.failed(call("other"), "failed", "")
+    recording.sink.settle()
+    await waiting
+
+
+async def test_an_answer_larger_than_the_queue_waits_for_an_empty_one() -> None:
+    recording = Recording()
+    await recording.recorder.open(intent("first"))
+    recording.sink.stats.queued_bytes = 1
+    late = asyncio.create_task(recording.recorder.claim(2 * QUEUE_BYTES))
+    await settle_down()
+    assert not late.done()
+    recording.sink.stats.queued_bytes = 0
+    recording.sink.settle()
+    await late
+
+
 async def test_a_client_that_leaves_the_wait_leaves_no_record() -> None:
     recording = Recording()
     recording.sink.stats.queued_bytes = QUEUE_BYTES

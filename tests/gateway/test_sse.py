@@ -67,6 +67,12 @@ def test_other_fields_survive_a_change_of_data() -> None:
     assert replace_data(b"data: a\n\n", b"c") == b"data: c\n\n"
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_an_event_without_its_end_gets_none(end: bytes) -> None:
+    assert replace_data(b"data: a" + end, b"c") == b"data: c" + end
+    assert event_data(b"data: a" + end) == b"a"
+
+
 def test_an_event_over_the_limit_is_an_error() -> None:
     splitter = Splitter(max_event_bytes=10)
     assert splitter.feed(b"data: 1\n\ndata: 2") == [b"data: 1\n\n"]

@@ -20,7 +20,7 @@ from driftgate.codes import CODES, reason
 from driftgate.errors import StorageError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.drift_metrics import COST_SHARE, DriftMetrics
-from driftgate.gateway.exchange import Outcome
+from driftgate.gateway.ending import Outcome
 from driftgate.router import RouterBucket
 from driftgate.storage import Reader
 from driftgate.testing.stores import write_store

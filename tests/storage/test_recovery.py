@@ -50,6 +50,11 @@ def fill(root: Path, *, trajectories: int = 2) -> None:
     worker.close()
 
 
+def end_open_calls(root: Path) -> None:
+    """As the first writer does that starts after ``fill``."""
+    Writer(root, name="later").close()
+
+
 def test_a_rebuilt_index_has_the_same_content(tmp_path: Path, dump_index: Dump) -> None:
     fill(tmp_path)
     before = dump_index(tmp_path)
@@ -68,8 +73,29 @@ def test_a_rebuilt_index_has_the_same_content(tmp_path: Path, dump_index: Dump) 
     assert dump_index(tmp_path) == before
 
 
+def test_calls_of_a_dead_writer_are_ended_and_those_of_a_living_one_are_not(
+    tmp_path: Path,
+) -> None:
+    """Also where the living one has left the segment that holds the intent."""
+    dead, living = Writer(tmp_path, name="dead"), Writer(tmp_path, name="living")
+    for writer, step in ((dead, 0), (living, 1)):
+        writer.submit(make_intent(make_trace(trajectory="t", step=step)))
+        writer.flush(WAIT_S)
+    living._appender._leave_segment()
+    dead.close()
+    Writer(tmp_path).close()
+    reader = Reader(tmp_path)
+    first, second = reader.calls("t")
+    reader.close()
+    assert (first.state, second.state) == ("failed", "open")
+    assert first.outcome is not None
+    assert "the gateway ended before the call did" in first.outcome.reason
+    living.close()
+
+
 def test_a_missing_index_comes_back_when_a_writer_starts(tmp_path: Path, dump_index: Dump) -> None:
     fill(tmp_path)
+    end_open_calls(tmp_path)
     before = dump_index(tmp_path)
     (tmp_path / "index.sqlite").unlink()
     with pytest.raises(StorageError, match="index rebuild"):
@@ -129,6 +155,7 @@ def test_what_was_synced_but_not_indexed_is_indexed_at_start(
     tmp_path: Path, dump_index: Dump
 ) -> None:
     fill(tmp_path)
+    end_open_calls(tmp_path)
     before = dump_index(tmp_path)
     forget(tmp_path)
     Writer(tmp_path).close()
@@ -137,6 +164,7 @@ def test_what_was_synced_but_not_indexed_is_indexed_at_start(
 
 def test_a_torn_tail_is_cut_at_the_last_whole_record(tmp_path: Path, dump_index: Dump) -> None:
     fill(tmp_path, trajectories=1)
+    end_open_calls(tmp_path)
     before = dump_index(tmp_path)
     (segment,) = tmp_path.glob("segments/gateway-*.dgs")
     size = segment.stat().st_size

@@ -15,15 +15,17 @@ from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.fsdp import FsdpBackend
 from driftgate.teacher.reference import ReferenceBackend, load_model
-from driftgate.teacher.sequences import Sequence, Slice
+from driftgate.teacher.sequences import Replay, Sequence, Slice
 
 LENGTHS = (40, 333, 75, 9, 120)
 """An odd number of sequences of uneven lengths: one rank has to run a dummy."""
 
 
-def sequences() -> list[Sequence]:
+def sequences(*, replay: bool) -> list[Sequence]:
+    """``replay``: every second one under routes of its own, so that a rank has one and its
+    neighbour none."""
     generator = np.random.default_rng(0)
-    made = []
+    made: list[Sequence] = []
     for length in LENGTHS:
         ids = generator.integers(0, 1990, length).astype(np.int32)
         half = length // 2
@@ -31,7 +33,11 @@ def sequences() -> list[Sequence]:
             trace_id=f"{length}.0", prompt_len=half, response_ids=ids[half:], temperature=0.7
         )
         head = Slice(trace_id=f"{length}.1", prompt_len=2, response_ids=ids[2:half], one_pass=True)
-        made.append(Sequence(ids=ids[:-1], slices=(tail, head)))
+        under = None
+        if replay and len(made) % 2:
+            routes = generator.random((length - 1, 4, 16)).argsort(-1)[..., :4].astype(np.uint8)
+            under = Replay(routes=routes, given=generator.random((length - 1, 4)) < 0.9)
+        made.append(Sequence(ids=ids[:-1], slices=(tail, head), replay=under))
     return made
 
 
@@ -64,13 +70,15 @@ def main(out: str, *model_dirs: str) -> None:
             if backend.rank > 0:
                 backend.serve()
                 continue
-            ours = backend.score(sequences())
+            moe = backend.no_replay is None
+            ours = backend.score(sequences(replay=moe))
             backend.dismiss()
-            wanted = ReferenceBackend.load(config).score(sequences())
+            wanted = ReferenceBackend.load(config).score(sequences(replay=moe))
             assert [a.trace_id for a in ours] == [b.trace_id for b in wanted]
             names = ("logprobs", "entropy", "at_temperature", "routes", "margins")
             found[f"{Path(model_dir).name} {dtype}"] = {
                 "slices": float(len(ours)),
+                "replays": float(moe),
                 **{name: difference(name, ours, wanted) for name in names},
             }
     if dist.get_rank() == 0:

@@ -67,7 +67,11 @@ def test_a_lost_lease_is_noticed_and_nothing_is_stored(
         assert asked.wait(timeout=30)
 
     quick = TeacherConfig(
-        store=config.store, model=config.model, lease_s=1.0, noise_floor_trajectories=0
+        store=config.store,
+        model=config.model,
+        lease_s=1.0,
+        noise_floor_trajectories=0,
+        replay=False,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Leases, "renew", lose)

@@ -38,6 +38,7 @@ def test_two_ranks_equal_the_reference_exactly(
 ) -> None:
     seen = differences[f"{kind} {dtype}"]
     assert seen["slices"] == 10
+    assert seen["replays"] == (kind == "moe")
     assert seen["logprobs"] == 0.0
     assert seen["entropy"] == 0.0
     assert seen["at_temperature"] == 0.0

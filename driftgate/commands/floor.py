@@ -1,0 +1,142 @@
+"""``driftgate floor``: each side against itself, so that drift can be read against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from driftgate.commands.options import DEFAULT_STORE, StoreOption
+from driftgate.errors import DriftgateError
+from driftgate.floor import label_of
+from driftgate.mismatch import Bucket
+from driftgate.router import RouterBucket
+from driftgate.terminal import number, percent, safe
+from driftgate.trace import Engine, Score
+
+__all__ = ["floor"]
+
+
+def floor(
+    engine: Annotated[
+        str | None, typer.Option(help="Base URL of the engine, without /v1: run it twice.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The trainer's checkpoint directory: run it twice.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    traces: Annotated[int, typer.Option(min=1, help="Answers to run again, the newest.")] = 32,
+    served_model: Annotated[
+        str | None, typer.Option(help="Only answers of this served model name.")
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests at the engine at once; more let it batch.")
+    ] = 4,
+    key: Annotated[
+        str | None, typer.Option(help="The engine's API key.", envvar="DRIFTGATE_ENGINE_KEY")
+    ] = None,
+    backend: Annotated[
+        Literal["reference", "fsdp"], typer.Option(help="The trainer's backend.")
+    ] = "reference",
+    nproc: Annotated[int, typer.Option(help="Processes of the fsdp backend.")] = 1,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Precision of the trainer's weights."),
+    ] = "auto",
+) -> None:
+    """Measure the noise floors: the same side twice on the same tokens.
+
+    Of the engine, the same request again and, decoded tokens read back as a prompt; of the
+    trainer, the same forward again. They are stored as cells of their own, and `driftgate cells`
+    shows them beside every number.
+    """
+    if engine is None and model is None:
+        raise typer.BadParameter("give --engine URL, --model DIR, or both")
+    try:
+        if engine is not None:
+            _engine(engine, store, traces, served_model, concurrency, key)
+        if model is not None:
+            raise typer.Exit(_trainer(model, store, traces, served_model, backend, nproc, dtype))
+    except ModuleNotFoundError as error:
+        raise DriftgateError(
+            f"`driftgate floor --model` needs {error.name}: pip install 'driftgate[teacher]'"
+        ) from error
+
+
+def _engine(
+    url: str, store: Path, limit: int, model: str | None, concurrency: int, key: str | None
+) -> None:
+    from contextlib import closing
+
+    from driftgate.storage import Reader, Writer
+    from driftgate.teacher.engine_floor import EngineFloors
+    from driftgate.teacher.floors import choose
+
+    with closing(Reader(store)) as reader:
+        chosen = choose(reader, model=model, limit=limit)
+        known = {
+            (row.meta.trace_id, row.meta.trainer.digest)
+            for row in reader.scores(kind="noise_floor", limit=10_000)
+        }
+    if not chosen:
+        raise DriftgateError(f"{store} holds no answer that could be run again: capture some first")
+    floors = EngineFloors(url, key=key, concurrency=concurrency)
+    scores = floors.measure(chosen, known)
+    with closing(Writer(store, name="floor")) as writer:
+        for pending in [writer.submit(score) for score in scores]:
+            pending.result()
+    print("\n".join(_lines(scores)) or "nothing was measured")
+    for reason, count in floors.skipped.most_common():
+        print(f"  {count} left out: {safe(reason)}")
+
+
+def _lines(scores: Iterable[Score]) -> Iterable[str]:
+    """One line for each kind of floor, from the merged sums."""
+    kinds: dict[str, list[Score]] = {}
+    for score in scores:
+        assert isinstance(score.meta.engine, Engine)
+        kinds.setdefault(label_of(score.meta.trainer), []).append(score)
+    for label, group in sorted(kinds.items()):
+        bucket = reduce(Bucket.merge, [s.meta.bucket for s in group if s.meta.bucket])
+        values = bucket.metrics()
+        routers = [s.meta.router for s in group if s.meta.router]
+        line = (
+            f"engine {label}: {bucket.n_tokens} tokens of {bucket.n_seqs} answers, "
+            f"k3 {number(values['kl_k3_rollout_train'])}, "
+            f"mean|D| {number(values['abs_log_ratio_mean'])}, "
+            f"max|D| {number(values['abs_log_ratio_max'])}"
+        )
+        if routers:
+            rate = reduce(RouterBucket.merge, routers).metrics()["router_set_disagree_rate"]
+            line += f", router set-disagree {percent(rate)}"
+        yield line
+
+
+def _trainer(
+    model: str,
+    store: Path,
+    limit: int,
+    served_model: str | None,
+    backend: Literal["reference", "fsdp"],
+    nproc: int,
+    dtype: Literal["auto", "bfloat16", "float16", "float32"],
+) -> int:
+    from driftgate.teacher.config import TeacherConfig
+    from driftgate.teacher.launch import launch
+
+    try:
+        settings = TeacherConfig(
+            store=str(store),
+            model=model,
+            backend=backend,
+            nproc=nproc,
+            dtype=dtype,
+            served_model=served_model,
+            floor_traces=limit,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return launch(settings)

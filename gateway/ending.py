@@ -1,0 +1,225 @@
+"""How one call ends: made known to attribution, recorded, and in ``strict`` recorded first. Once.
+
+The ways to serve a call (JSON, a stream, a stream that the gateway writes) differ in what they send
+and share this."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import aiohttp
+from aiohttp import web
+
+from driftgate.errors import StorageError, UpstreamError
+from driftgate.gateway.capture import Folded
+from driftgate.gateway.conversation import Turn
+from driftgate.gateway.history import History
+from driftgate.gateway.openai import Plan
+from driftgate.gateway.prompts import End
+from driftgate.gateway.recorder import Answer, Recorder
+from driftgate.gateway.sessions import Call, Sessions
+
+__all__ = ["Asked", "Ending", "Fetched", "Outcome", "chunks", "read_whole", "said", "words"]
+
+SAID_CHARS = 300
+"""Of an engine's error, in an outcome."""
+
+UNDELIVERED = "the answer was recorded before it was sent (strict), and then could not be delivered"
+
+Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]]
+Outcome: TypeAlias = Literal[
+    "answered", "engine_error", "unreachable", "cut", "cancelled", "not_recorded"
+]
+Fetched: TypeAlias = tuple[int, Mapping[str, str], bytes]
+"""Status, headers and body of an answer in one piece."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One call, ready to be sent."""
+
+    send: Ask
+    """Sends the request to the engine."""
+    call: Call
+    plan: Plan
+    body: bytes
+    """The agent's."""
+    history: History
+    started_ns: int
+    expect_routes: bool | None
+    max_answer_bytes: int
+    hide_key: Callable[[bytes], bytes]
+    """Takes the engine's key out of an error that repeats it."""
+
+
+class Ending:
+    """What becomes of one call."""
+
+    def __init__(
+        self, request: web.Request, asked: Asked, *, sessions: Sessions, recorder: Recorder
+    ) -> None:
+        self.outcome: Outcome = "answered"
+        self.first_byte_ns: int | None = None
+        self.streamed = asked.plan.stream
+        self.known = False
+        """All of the answer has come."""
+        self.released = False
+        """The end of the answer is on its way to the agent: what breaks now is no failed try."""
+        self._request = request
+        self._asked = asked
+        self._sessions = sessions
+        self._recorder = recorder
+        self._recorded = False
+        self._promised = False
+        """It was recorded as delivered and is yet to be sent."""
+        self._claimed_bytes = 0
+
+    async def before_end(
+        self, turns: Iterable[Turn | End], fold: Callable[[], Folded], size_bytes: int
+    ) -> None:
+        """All of the answer is here and its end may be sent next: it is known, storage has room
+        for it and, in ``strict``, has it. StorageError where failures refuse the call."""
+        self.known = True
+        self._sessions.answered(self._asked.call, turns)
+        self._claimed_bytes = await self._recorder.claim(size_bytes + len(self._asked.body))
+        if self._recorder.strict:
+            self._promised = True
+            future = self._record(fold, size_bytes, delivered=True)
+            try:
+                await self._recorder.closed(future)
+            except StorageError:
+                self._promised = False
+                raise
+        self.released = True
+
+    def over(self, fold: Callable[[], Folded], size_bytes: int, *, delivered: bool) -> None:
+        """The answer has been sent, or as much of it as could be."""
+        if not self._recorded:
+            self._record(fold, size_bytes, delivered=delivered)
+        elif not delivered:
+            self._take_back()
+        self._promised = False
+
+    def unkept(self, why: str) -> None:
+        """The answer cannot be recorded."""
+        if not self._recorded:
+            self._recorded = True
+            self._release()
+            self._recorder.failed(self._asked.call, "capture_failed", why)
+
+    def fail(self, outcome: Outcome, reason: str, http_status: int | None = None) -> None:
+        """There is no answer to record, or it did not reach the agent."""
+        self.outcome = outcome
+        self.failed_try()
+        if self._recorded:
+            self._take_back()
+            return
+        self._recorded = True
+        self._release()
+        status: Literal["cancelled", "failed"] = "cancelled" if outcome == "cancelled" else "failed"
+        self._recorder.failed(self._asked.call, status, reason, http_status=http_status)
+
+    def failed_try(self) -> None:
+        """The agent may ask the same again."""
+        if not self.released:
+            self._sessions.failed(self._asked.call)
+
+    def first_byte(self) -> None:
+        """The first byte of the answer is about to be sent, or was."""
+        self.first_byte_ns = self.first_byte_ns or time.time_ns()
+
+    def abort(self) -> None:
+        """Cut the agent's connection, so that what it got cannot be taken for a whole answer."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    def _take_back(self) -> None:
+        """Say of a promised answer that it was not delivered."""
+        if self._promised:
+            self._promised = False
+            self._recorder.failed(self._asked.call, "cancelled", UNDELIVERED)
+
+    def _record(
+        self, fold: Callable[[], Folded], size_bytes: int, *, delivered: bool
+    ) -> Future[None] | None:
+        self._recorded = True
+        self._release()
+        answer = Answer(
+            fold=fold,
+            size_bytes=size_bytes + len(self._asked.body),
+            request=self._asked.body,
+            started_ns=self._asked.started_ns,
+            first_byte_ns=self.first_byte_ns,
+            ended_ns=time.time_ns(),
+            delivered=delivered,
+            streamed=self.streamed,
+            cancelled=self.outcome == "cancelled",
+        )
+        return self._recorder.close(self._asked.call, self._asked.plan, answer)
+
+    def _release(self) -> None:
+        self._recorder.release(self._claimed_bytes)
+        self._claimed_bytes = 0
+
+
+async def chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The body as it comes. UpstreamError where the engine breaks it off."""
+    _end_with_its_connection(answer)
+    try:
+        async for chunk in answer.content.iter_any():
+            yield chunk
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise UpstreamError(f"the engine broke off its answer: {words(error)}") from error
+
+
+def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
+    """aiohttp 3.14 closes the connection at a chunk that is none and leaves the body's reader
+    waiting for ever."""
+    connection, body = answer.connection, answer.content
+    if connection is None or connection.protocol is None:
+        return  # the body is here as a whole
+
+    def gone(closed: asyncio.Future[None] | None) -> None:
+        if closed is not None and not closed.cancelled():
+            closed.exception()  # of the connection; the body's is what matters
+        if not body.is_eof() and body.exception() is None:
+            why = "its connection ended in the middle of the body, or carried what is no HTTP"
+            body.set_exception(aiohttp.ClientPayloadError(why))
+
+    closed = connection.protocol.closed
+    if closed is None:
+        gone(None)  # it has ended already
+    else:
+        closed.add_done_callback(gone)
+
+
+async def read_whole(answer: aiohttp.ClientResponse, asked: Asked) -> bytes:
+    """The whole body; an error without the engine's key. UpstreamError where it is cut or too
+    long."""
+    parts, size = [], 0
+    limit_bytes = asked.max_answer_bytes
+    async for chunk in chunks(answer):
+        parts.append(chunk)
+        size += len(chunk)
+        if size > limit_bytes:
+            raise UpstreamError(
+                f"the engine's answer is longer than max_answer_bytes ({limit_bytes}); raise it"
+            )
+    whole = b"".join(parts)
+    return whole if answer.status == 200 else asked.hide_key(whole)
+
+
+def words(error: BaseException) -> str:
+    """An error's text, or at least its name."""
+    return str(error) or type(error).__name__
+
+
+def said(raw: bytes) -> str:
+    """What an engine's error answer says, for an outcome."""
+    return f"the engine answered: {raw[:SAID_CHARS].decode(errors='replace')}"

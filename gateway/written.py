@@ -1,0 +1,115 @@
+"""A stream that the engine is not asked for: its JSON answer is fetched and written as one.
+
+Comments keep the connection alive meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from functools import partial
+
+import aiohttp
+from aiohttp import web
+
+from driftgate.adapters.base import EngineAdapter
+from driftgate.errors import StorageError, UpstreamError
+from driftgate.gateway import http, synthesis
+from driftgate.gateway.capture import fold_answer
+from driftgate.gateway.ending import Asked, Ending, Fetched, read_whole, said, words
+from driftgate.gateway.history import turns_of_answer
+from driftgate.gateway.openai import Stripped, strip_answer
+from driftgate.gateway.tasks import beside
+
+__all__ = ["KEEP_ALIVE_S", "Written"]
+
+KEEP_ALIVE_S = 10.0
+"""Silence after which a comment is sent: below the idle limits of common proxies. Headers are held
+until then, so that an engine's early error keeps its status."""
+
+
+class Written:
+    """Serves one call; ``run`` is used once."""
+
+    def __init__(
+        self, request: web.Request, asked: Asked, end: Ending, adapter: EngineAdapter
+    ) -> None:
+        self._request = request
+        self._asked = asked
+        self._end = end
+        self._adapter = adapter
+
+    async def run(self) -> web.StreamResponse:
+        """Ask for JSON and write the stream. Errors as in ``Exchange.run``."""
+        response: web.StreamResponse | None = None
+        async with beside("synthesise", self._fetch()) as fetching:
+            while not (await asyncio.wait({fetching}, timeout=KEEP_ALIVE_S))[0]:
+                response = response or await self._begin()
+                await self._write(response, synthesis.KEEP_ALIVE)
+            try:
+                status, headers, raw = fetching.result()
+                stripped = strip_answer(raw, self._asked.plan) if status == 200 else None
+                events = synthesis.stream_of(stripped.body, self._asked.plan) if stripped else []
+            except (aiohttp.ClientError, TimeoutError, OSError, UpstreamError) as error:
+                if response is None:
+                    raise
+                self._end.fail("cut", words(error))
+                self._end.abort()
+                return response
+        if stripped is None:
+            return await self._error(response, status, headers, raw)
+        return await self._answer(response or await self._begin(), raw, stripped, events)
+
+    async def _fetch(self) -> Fetched:
+        async with self._asked.send() as answer:
+            raw = await read_whole(answer, self._asked)
+            return answer.status, http.answer_headers(answer.headers), raw
+
+    async def _answer(
+        self, response: web.StreamResponse, raw: bytes, stripped: Stripped, events: list[bytes]
+    ) -> web.StreamResponse:
+        asked = self._asked
+        turns = turns_of_answer(asked.history, asked.plan, raw, stripped.messages)
+        fold = partial(
+            fold_answer,
+            stripped.pieces or raw,
+            asked.plan,
+            self._adapter,
+            expect_routes=asked.expect_routes,
+            via="synthesised",
+        )
+        delivered = False
+        try:
+            await self._write(response, b"".join(events))
+            await self._end.before_end(turns, fold, len(raw))
+            await self._write(response, synthesis.DONE_EVENT)
+            await response.write_eof()
+            delivered = True
+        except ConnectionError:
+            pass
+        except StorageError:
+            self._end.abort()
+        finally:  # whole as the answer is, it is kept also when the agent does not wait for it
+            self._end.over(fold, len(raw), delivered=delivered)
+        return response
+
+    async def _error(
+        self,
+        response: web.StreamResponse | None,
+        status: int,
+        headers: Mapping[str, str],
+        raw: bytes,
+    ) -> web.StreamResponse:
+        self._end.fail("engine_error", said(raw), status)
+        if response is None:
+            return web.Response(status=status, body=raw, headers=headers)
+        await self._write(response, synthesis.error_event(raw) + synthesis.DONE_EVENT)
+        return response
+
+    async def _begin(self) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(self._request)
+        return response
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        self._end.first_byte()
+        await response.write(data)
