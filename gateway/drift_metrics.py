@@ -21,7 +21,7 @@ from driftgate.storage import Counts
 from driftgate.trace import Engine, Trainer
 from driftgate.views import CellView
 
-__all__ = ["DriftMetrics"]
+__all__ = ["DriftMetrics", "families"]
 
 MIN_AGE_S = 5.0
 """Scrapes come every 15 s or more; a second scraper does not cost a second reading."""
@@ -67,6 +67,12 @@ class DriftMetrics(Collector):
             text = "Readings of the store for metrics that failed"
             yield CounterMetricFamily("driftgate_metrics_read_errors", text, value=self._errors)
             yield from self._families
+
+
+def families() -> list[Metric]:
+    """The families as they are without numbers, for the documentation."""
+    nothing = dict.fromkeys(Counts.__struct_fields__, 0)
+    return [*_coverage(Counts(**nothing)), *_drift([])]
 
 
 def _coverage(counts: Counts) -> Iterable[Metric]:
