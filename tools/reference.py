@@ -241,7 +241,7 @@ def reasons() -> str:
         parts.append("")
     parts += ["## Gates that trainers ship", "", "| metric | of | rule | in force | source |"]
     parts.append("|---|---|---|---|---|")
-    parts += [_row(f"`{g.metric}`", g.of, g.rule, g.on, g.source) for g in GATES.values()]
+    parts += [_row(f"`{g.metric}`", g.of, g.rule, g.on, _prose(g.source)) for g in GATES.values()]
     return "\n".join([*parts, ""])
 
 
@@ -268,6 +268,8 @@ def prometheus() -> str:
         "|---|---|---|---|",
     ]
     for family in (*shown, *drift):
+        if family.name.endswith("_created"):  # when a counter began, beside each of them
+            continue
         name = f"{family.name}_total" if family.type == "counter" else family.name
         names = ", ".join(f"`{label}`" for label in labels.get(family.name, ()))
         parts.append(_row(f"`{name}`", family.type, names, family.documentation))
