@@ -22,6 +22,7 @@ from driftgate.gateway.config import GatewayConfig
 from driftgate.glossary import METRICS, ROUTER_METRICS
 from driftgate.replay import REPLAY_METRICS
 from driftgate.teacher.config import TeacherConfig
+from examples.tutorial import BLOCK, TUTORIAL, Shell, run
 from tests.commands import parse
 from tools.reference import PAGES, field_docs
 
@@ -157,3 +158,20 @@ def test_the_site_builds_without_a_warning_and_asks_nobody_else(tmp_path: Path) 
         assert "class=mermaid" not in text  # its script would come from a CDN
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"url\(\"?(https?:)?//", style.read_text()), style
+
+
+def test_the_tutorial_is_its_own_script() -> None:
+    shell = Shell({"8000": "43210", "8787": "43211"})
+    text = (
+        "a\n```console\n$ export A=b\n```\n\n"
+        "```console\n$ echo $A :8000 $((43000+211))\nold\n```\nz\n"
+    )
+    assert run(text, shell) == text.replace("old", "b :8000 8787")
+    with pytest.raises(SystemExit, match="status 3"):
+        shell.run("exit 3")
+    blocks = list(BLOCK.finditer((ROOT / TUTORIAL).read_text()))
+    silent = [block["command"] for block in blocks if not block["output"]]
+    assert [command.split()[:2] for command in silent] == [
+        ["export", "OPENAI_API_KEY=none-needed"],
+        ["driftgate", "teach"],
+    ]

@@ -119,7 +119,8 @@ async def seen(connect: Callable[..., Any], tmp_path: Path) -> dict[str, dict[st
                 found[sample.name][label].add(value)
     # Counters with labels have no sample before the first event.
     labelled = agent.gateway.metrics
-    for counter in (labelled.held_back, labelled.lost, labelled.calls, labelled.traces):
+    counters = (labelled.held_back, labelled.lost, labelled.calls, labelled.refused)
+    for counter in (*counters, labelled.traces):
         for label in counter._labelnames:
             found[f"{counter._name}_total"].setdefault(label, set())
     return found
