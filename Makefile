@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo test foreign lint types contracts bench faults soak requirements audit \
+.PHONY: setup browser demo test foreign lint types contracts bench faults soak fuzz requirements audit \
 	docs tutorial image-check web-vendor pictures clean
 
 setup: $(STAMP) browser
@@ -62,6 +62,10 @@ faults: setup
 
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
+
+# A million cases of each reader of foreign bytes, some ten minutes; `make test` runs a few thousand.
+fuzz: setup
+	$(BIN)/python -m reliability.fuzz --write
 
 # In a virtual environment of its own: these tools would pull our pins about.
 TOOLS := $(VENV)-tools/bin

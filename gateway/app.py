@@ -246,9 +246,12 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         message = error.reason
         if error.status in (404, 405):
-            message = f"there is no {request.method} {_path(request)} here; there are " + ", ".join(
-                http.SUPPORTED
+            there = (
+                "/api/openapi.json lists what there is"
+                if request.path.startswith("/api/")
+                else f"there are {', '.join(http.SUPPORTED)}"
             )
+            message = f"there is no {request.method} {_path(request)} here; {there}"
         elif error.status == 408:
             message = f"the request's body took longer than {limits.BODY_TIMEOUT_S:g} s"
         elif error.status == 413:
