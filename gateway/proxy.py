@@ -207,10 +207,8 @@ class Proxy:
         url = self._engine_url(PATHS[plan.api], request)
         headers = http.request_headers(request.headers, self._config)
         if self.spans is not None:
-            call.span = self.spans.begin(
-                call, plan, request.headers, engine=self._upstream.name, started_ns=started_ns
-            )
-            call.span.inject(headers)
+            engine = self._upstream.name
+            self.spans.begin(call, plan, request.headers, headers, engine, started_ns)
         return call, Asked(
             send=lambda: self._session.post(
                 url, data=_payload(sent), headers=headers, allow_redirects=False

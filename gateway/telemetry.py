@@ -119,19 +119,20 @@ class Spans:
         self,
         call: Call,
         plan: Plan,
-        headers: CIMultiDictProxy[str],
-        *,
+        came: CIMultiDictProxy[str],
+        sent: CIMultiDict[str],
         engine: str,
         started_ns: int,
-    ) -> CallSpan:
-        """The span of a call that arrived with ``headers``."""
-        from opentelemetry import propagate
+    ) -> None:
+        """Give ``call`` its span: a child of the one in the headers that ``came``, and the parent
+        of the engine's by the headers that are ``sent``."""
+        from opentelemetry import propagate, trace
         from opentelemetry.trace import SpanKind
 
         operation = OPERATIONS[plan.api]
         span = self._tracer.start_span(
             f"{operation} {plan.model}".rstrip(),
-            context=propagate.extract(headers),
+            context=propagate.extract(came),
             kind=SpanKind.CLIENT,
             attributes=self._server
             | {
@@ -146,7 +147,8 @@ class Spans:
             },
             start_time=started_ns,
         )
-        return CallSpan(span, started_ns)
+        propagate.inject(sent, context=trace.set_span_in_context(span))
+        call.span = CallSpan(span, started_ns)
 
     def close(self) -> None:
         """Export what is left, for at most ``STOP_WAIT_S``. Blocks."""
@@ -167,12 +169,6 @@ class CallSpan:
         self._ended_ns: int | None = None
         self._folding = False
         self._lock = threading.Lock()
-
-    def inject(self, headers: CIMultiDict[str]) -> None:
-        """Make the engine's spans children of this one."""
-        from opentelemetry import propagate, trace
-
-        propagate.inject(headers, context=trace.set_span_in_context(self._span))
 
     def wait_for(self, recording: Future[None]) -> None:
         """The answer is being folded; the span stays open for ``folded`` until that is done."""
