@@ -32,6 +32,8 @@ GENERATION_TOKENS = 16
 """What templates put between the last message and the answer is shorter: ``<|im_start|>assistant``,
 ``<think>`` and blanks."""
 
+THOUGHT_END = b"</think>"
+
 MAX_REASONS = 4
 """The cause, and what else differs behind it."""
 
@@ -312,7 +314,7 @@ def _answer_change(
         return reason
     sampled, offset = _sampled(parted)
     if offset is not None:
-        if offset < sampled.find(b"</think>") + len(b"</think>"):
+        if offset < _thought_end(sampled):
             return _by_template(turn)
         if said.calls and offset >= _calls_start(sampled, said):
             detail = (
@@ -337,10 +339,14 @@ def _sampled(parted: Parted) -> tuple[bytes, int | None]:
     return parted.at.token_bytes, int(offsets[index])
 
 
+def _thought_end(sampled: bytes) -> int:
+    """Where the text begins; 0 without reasoning."""
+    return sampled.find(THOUGHT_END) + len(THOUGHT_END) if THOUGHT_END in sampled else 0
+
+
 def _calls_start(sampled: bytes, said: Said) -> int:
     """Where the tool calls begin in what was sampled: behind reasoning and text."""
-    thought = sampled.find(b"</think>")
-    start = 0 if thought < 0 else thought + len(b"</think>")
+    start = _thought_end(sampled)
     text = said.text.strip().encode(errors="surrogatepass")
     found = sampled.find(text, start) if text else start
     return start if found < 0 else found + len(text)

@@ -1,4 +1,4 @@
-"""Draws a run's tree for a terminal, in as many lines as it has shapes: runs of equal calls are one.
+"""Draws a run's tree for a terminal: as many lines as it has shapes, runs of equal calls are one.
 
 Calls that go on in one context stand below one another; what leaves it (a branch, a parallel call,
 a sub-agent, a further choice) is indented under the call that it left. Nothing recurses: a tree may
@@ -50,8 +50,10 @@ def tree(found: Tree) -> RenderableType:
     for code, count in sorted(found.breaks.items(), key=lambda item: -item[1]):
         line = Text("! ", "yellow").append(code, "bold").append(f" ×{count}: ", "default")
         lines.append(line.append(safe(_fix(found, code)), "default"))
-    for name in found.outside:
-        lines.append(Text(safe(f"! agent {name}, which started one of these, made no call here")))
+    lines.extend(
+        Text(safe(f"! agent {name}, which started one of these, made no call in this run"))
+        for name in found.outside
+    )
     return Group(*lines)
 
 

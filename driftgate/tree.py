@@ -24,7 +24,7 @@ from driftgate.breaks import Broken
 from driftgate.placing import Evidence, Found, Kind, Placing
 from driftgate.trace import Trace, TraceMeta
 
-__all__ = ["Node", "Tokens", "Tree", "build_tree"]
+__all__ = ["Node", "Tokens", "Tree", "build_tree", "retried_calls"]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +95,7 @@ def build_tree(
 ) -> Tree:
     """The tree of a trajectory's traces. ``load`` reads one; None where it is lost or damaged."""
     placing = Placing(load)
-    retried = _retried(metas)
+    retried = retried_calls(metas)
     nodes: list[Node] = []
     for call in _calls(metas):
         if call[0].call_id in retried:
@@ -128,7 +128,7 @@ def _calls(metas: Sequence[TraceMeta]) -> Iterator[list[TraceMeta]]:
         yield list(call)
 
 
-def _retried(metas: Sequence[TraceMeta]) -> set[str]:
+def retried_calls(metas: Sequence[TraceMeta]) -> set[str]:
     """Calls whose client asked again, and got an answer, because this one did not reach it."""
     last: dict[int, int] = {}
     for meta in metas:
