@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
 import typer.main
 
 from driftgate.bands import BANDS
+from driftgate.breaks import BREAKS
 from driftgate.cli import app
 from driftgate.codes import CODES
 from driftgate.gateway.config import GatewayConfig
 from driftgate.glossary import METRICS, ROUTER_METRICS
+from driftgate.placing import Kind
 from driftgate.replay import REPLAY_METRICS
 
 ROOT = Path(__file__).parents[1]
@@ -71,3 +74,11 @@ def test_the_readmes_bands_are_the_codes_own() -> None:
     assert len(rows) == 4
     for name, green, red in rows:
         assert (BANDS[name].green, BANDS[name].red) == (float(green), float(red)), name
+
+
+def test_every_shape_and_every_break_of_the_tree_is_explained() -> None:
+    text = (ROOT / "docs" / "tree.md").read_text()
+    for kind in get_args(Kind):
+        assert f"| `{kind}` |" in text
+    for code, (meaning, fix) in BREAKS.items():
+        assert f"| `{code}` | {meaning} | {fix} |" in text

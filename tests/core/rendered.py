@@ -123,7 +123,7 @@ class Run:
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         text = self.tokenizer.apply_chat_template(
             given,
-            tools=tools,  # type: ignore[arg-type]
+            tools=tools,
             chat_template=self.template,
             add_generation_prompt=True,
             tokenize=False,
