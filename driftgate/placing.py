@@ -125,7 +125,7 @@ class Placing:
                 first, parent = twin[0].meta.trace_id, twin[2]
                 found = Found(kind="choice", parent=twin[1].parent, after=first, evidence="tokens")
             found.prompt_len, found.response_len = len(asked.prompt), len(asked.response)
-            found.known = asked.walk.common
+            found.known = asked.walk.common if twin is None else len(asked.prompt)
             placed.append((asked, found, parent))
             yield meta, found
         for asked, _, parent in placed:

@@ -8,7 +8,7 @@ be 1,000 calls deep.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rich.console import Group, RenderableType
@@ -82,19 +82,21 @@ def _body(nodes: Sequence[Node]) -> Iterator[Text]:
         else:
             sides[after].append(node)
     lone = {n.trace_id for n in nodes if n.trace_id not in heirs and n.trace_id not in sides}
-    stack = [(group, 0) for group in reversed(list(_fans(sides[None], lone)))]
+    places = {node.trace_id: _place(node) for node in nodes}
+    stack = [(group, 0, True) for group in reversed(list(_fans(sides[None], lone)))]
     while stack:
-        run, depth = stack.pop()
+        run, depth, leaves = stack.pop()
         while len(run) == 1 or run[-1].trace_id in heirs:
             heir = heirs.get(run[-1].trace_id)
             if heir is None or run[-1].trace_id in sides or _shape(heir) != _shape(run[-1]):
                 break
             run.append(heir)
-        yield from _line(run, depth)
+        yield from _line(run, depth, leaves, places)
         last = run[-1].trace_id
         if last in heirs:
-            stack.append(([heirs[last]], depth))
-        stack.extend((group, depth + 1) for group in reversed(list(_fans(sides[last], lone))))
+            stack.append(([heirs[last]], depth, False))
+        fans = reversed(list(_fans(sides[last], lone)))
+        stack.extend((group, depth + 1, True) for group in fans)
 
 
 def _fans(nodes: Sequence[Node], lone: set[str]) -> Iterator[list[Node]]:
@@ -109,15 +111,19 @@ def _shape(node: Node) -> tuple[str, str, str | None, bool]:
     return node.kind, cause, node.agent, bool(node.ambiguous)
 
 
-def _line(run: Sequence[Node], depth: int) -> Iterator[Text]:
+def _line(
+    run: Sequence[Node], depth: int, leaves: bool, places: Mapping[str, str]
+) -> Iterator[Text]:
+    """``leaves``: its first call leaves the column of the one that it follows."""
     first, last = run[0], run[-1]
-    indent = "  " * min(depth, MAX_INDENT) + ("└ " if depth else "")
+    indent = "  " * min(depth, MAX_INDENT) + (("└ " if leaves else "  ") if depth else "")
     place = _place(first) if len(run) == 1 else f"{_place(first)} – {_place(last)}"
     text = Text(f"{indent}{place:<9} ").append(NAMES[first.kind], STYLES.get(first.kind, "bold"))
     if len(run) > 1:
         text.append(f" ×{len(run)}")
     if first.kind not in ("extension", "root") and first.after is not None:
-        text.append(safe(f" of {_short(first.after)}" if len(run) == 1 else ""), "dim")
+        after = places.get(first.after)
+        text.append(safe(f" after step {after}" if after else f" after {first.after}"), "dim")
     text.append(_counts(run), "dim")
     if first.evidence not in (None, "tokens"):
         text.append(f"  by {first.evidence}", "dim")
@@ -126,16 +132,16 @@ def _line(run: Sequence[Node], depth: int) -> Iterator[Text]:
     if first.ambiguous:
         text.append(f"  ambiguous: {len(first.ambiguous)} others could be meant", "yellow")
     yield text
-    yield from _break(first, " " * (len(indent) + 10))
+    yield from _break(first, " " * (len(indent) + 10), "the first at" if len(run) > 1 else "at")
 
 
-def _break(node: Node, indent: str) -> Iterator[Text]:
+def _break(node: Node, indent: str, at: str) -> Iterator[Text]:
     if node.broken is None:
         return
     found = node.broken
-    at = f"at token {number(found.position)} of {number(found.of)}: "
+    where = f"{indent}{at} token {number(found.position)} of {number(found.of)}: "
     cause, *others = found.reasons
-    yield Text(indent + at).append(cause.code, "bold").append(safe(f": {cause.detail}"), "default")
+    yield Text(where).append(cause.code, "bold").append(safe(f": {cause.detail}"), "default")
     yield Text(safe(f"{indent}was {_quoted(found.was)}  now {_quoted(found.now)}"), "dim")
     if others:
         yield Text(f"{indent}and behind it: {', '.join(reason.code for reason in others)}", "dim")
@@ -152,11 +158,6 @@ def _counts(run: Sequence[Node]) -> str:
 
 def _place(node: Node) -> str:
     return f"{node.step}.{node.choice}" if node.choice else str(node.step)
-
-
-def _short(trace_id: str) -> str:
-    """Trace ids hold a call's 32 hex digits: enough of them to find it."""
-    return trace_id if len(trace_id) <= 16 else f"{trace_id[:10]}…{trace_id[-2:]}"
 
 
 def _quoted(text: str) -> str:

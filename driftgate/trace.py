@@ -246,7 +246,8 @@ class Trace:
     token_offsets: I32 | None
     """[R + 1] byte offsets into ``token_bytes``; token j is ``[o[j]:o[j+1]]``."""
     request: bytes
-    """The agent's request body, verbatim JSON (credentials are headers and never reach a trace)."""
+    """The agent's request body, verbatim JSON but for fields that the gateway was told to redact
+    (credentials are headers and never reach a trace)."""
     response: bytes
     """JSON of this choice as the agent got it: message or text, finish_reason, and the like."""
 

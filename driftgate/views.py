@@ -108,6 +108,8 @@ class WorstView(msgspec.Struct, frozen=True, kw_only=True):
     """The token with the largest |log ratio|, in its text."""
 
     trace_id: str
+    trajectory: str | None = None
+    """Null where the trace itself could not be read."""
     step: int
     choice: int
     token_index: int

@@ -170,7 +170,7 @@ def keep_running(console: Console, urls: dict[str, str], store: Path) -> None:
     """Leave everything up until the user ends it."""
     console.print("\nStill running; Ctrl-C ends it.")
     for kind, url in urls.items():
-        console.print(f"  {kind:5}  export OPENAI_BASE_URL={url}/v1   [dim]{url}/api/cells[/]")
+        console.print(f"  {kind:5}  export OPENAI_BASE_URL={url}/v1   [dim]dashboard {url}/[/]")
     console.print(f"  driftgate tail --url {urls['moe']}")
     console.print(f"  driftgate export --store {store}")
     with contextlib.suppress(KeyboardInterrupt):

@@ -171,6 +171,13 @@ class Answers:
             for row in rows
         ]
 
+    def worst_token(self, worst: Worst | None) -> WorstView | None:
+        """A worst token with its place and text; None where its trace is not there any more."""
+        found = self._context(worst.trace_id, worst.token_index) if worst else None
+        if worst is None or found is None:
+            return None
+        return self._in_context(shape.placed(worst, worst.trace_id, found["step"], found["choice"]))
+
     def _scores(self, trajectory: str, kind: Kind | None = None) -> Iterator[ScoreRow]:
         after, page = 0, SCORES_PAGE
         while page == SCORES_PAGE:
@@ -214,12 +221,19 @@ class Answers:
 
     def _read_context(self, trace_id: str, index: int) -> dict[str, Any] | None:
         """The fields of ``WorstView`` that only the trace knows."""
-        trace = self._readable(trace_id)
-        if trace is None:
+        try:
+            trace = self.reader.answer_text(trace_id)
+        except (NotFoundError, FormatError) as error:
+            log.warning("%s", error)
             return None
-        found: dict[str, Any] = {"step": trace.meta.step, "choice": trace.meta.choice}
-        if trace.prompt_ids is not None:
-            found["position"] = len(trace.prompt_ids) + index
+        meta = trace.meta
+        found: dict[str, Any] = {
+            "trajectory": meta.trajectory,
+            "step": meta.step,
+            "choice": meta.choice,
+        }
+        if trace.prompt_len is not None:
+            found["position"] = trace.prompt_len + index
         if trace.token_offsets is not None:
             last = len(trace.token_offsets) - 1
             first, upto = max(0, index - CONTEXT_TOKENS), min(last, index + 1 + CONTEXT_TOKENS)
@@ -302,16 +316,10 @@ class Answers:
             all_measures=shape.measures(row.bucket),
             router=shape.router(row.router),
             replay=shape.replay(row.replay),
-            worst=self._cell_worst(row.worst),
+            worst=self.worst_token(row.worst),
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),
         )
-
-    def _cell_worst(self, worst: Worst | None) -> WorstView | None:
-        found = self._context(worst.trace_id, worst.token_index) if worst else None
-        if worst is None or found is None:
-            return None
-        return self._in_context(shape.placed(worst, worst.trace_id, found["step"], found["choice"]))
 
 
 def _same_pair(row: CellRow, meta: ScoreMeta) -> bool:

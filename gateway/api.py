@@ -26,6 +26,7 @@ from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
 from driftgate.gateway import api_judge, api_tree, openapi
 from driftgate.gateway.answers import Answers
+from driftgate.gateway.api_live import LIVE_ROUTES, LiveAnswers, LiveHandlers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
 from driftgate.gateway.openapi import Route
 from driftgate.gateway.wire import (
@@ -118,7 +119,7 @@ class DriftQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["drift", "noise_floor"] | None = None
 
 
-class Api:
+class Api(LiveHandlers):
     """The handlers, over one store."""
 
     def __init__(self, context: ApiContext) -> None:
@@ -126,6 +127,7 @@ class Api:
         self.reader = context.reader
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="driftgate-api")
         self._answers = Answers(context.reader)
+        self.live = LiveAnswers(context.reader, self._answers)
         self.feed = Feed(
             Source(context.reader.last_seq, self._events),
             executor=self._threads,
@@ -219,7 +221,10 @@ class Api:
         return response
 
     async def no_such_route(self, request: web.Request) -> web.StreamResponse:
-        """Everything else below /api/."""
+        """Everything else below /api/; 405 where it is only the method that is not there."""
+        resolved = [await one.resolve(request) for one in request.app.router.resources()]
+        if allowed := {method for _, methods in resolved for method in methods if method != "*"}:
+            raise web.HTTPMethodNotAllowed(request.method, allowed)
         raise NotFoundError(
             f"there is no {request.method} {request.path}; /api/openapi.json lists what there is"
         )
@@ -337,6 +342,7 @@ ROUTES: tuple[Route, ...] = (
         answer=DriftEvent,
         stream=True,
     ),
+    *LIVE_ROUTES,
     Route(method="GET", path="/api/openapi.json", handler=Api.get_openapi, answer=dict),
 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,17 +23,23 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import DriftgateError, StorageError
-from driftgate.gateway import http
+from driftgate.gateway import http, limits, telemetry
+from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.drift_metrics import DriftMetrics
+from driftgate.gateway.guard import Guard
+from driftgate.gateway.listen import listening, raise_file_limit
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Api
+from driftgate.gateway.pages import add_pages
 from driftgate.gateway.proxy import Proxy
 from driftgate.gateway.recorder import STOPPED, Recorder, Sink
 from driftgate.gateway.restore import restore
 from driftgate.gateway.sessions import Sessions
 from driftgate.gateway.tasks import Calls, Tasks, watch_lag
 from driftgate.gateway.upstream import Upstream
+from driftgate.gateway.wire import error_answer
 from driftgate.storage import Reader, Writer
 
 __all__ = ["GATEWAY", "Gateway", "create_app", "run", "serve"]
@@ -53,6 +60,9 @@ SWITCH_INTERVAL_S = 0.0005
 """How long the writer thread may keep the interpreter while the event loop waits for it: Python's
 5 ms would be a call's whole delay."""
 
+MAX_LOGGED_PATH = 300
+"""Characters; a trajectory's name has up to 200."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger("driftgate.gateway")
@@ -69,7 +79,9 @@ class Gateway:
         self.sink: Sink = sink or self._writer or _unreachable()
         self.reader = Reader(config.store) if sink is None else None
         self.metrics = Metrics(lambda: self.sink.stats)
-        self.sessions = Sessions()
+        keys = config.keys()
+        self.guard = Guard(keys, lambda why: self.metrics.refused.labels(why).inc())
+        self.sessions = Sessions(keys.trajectories)
         self.upstream = Upstream(config, adapter, self.metrics)
         self.recorder = Recorder(
             self.sink,
@@ -89,6 +101,7 @@ class Gateway:
             reader=self.reader,
             upstream=self.upstream,
             metrics=self.metrics,
+            spans=telemetry.from_environment(os.environ, config.upstream),
         )
         self.calls = Calls()
         self._tasks = Tasks()
@@ -117,6 +130,8 @@ class Gateway:
             )
         if self.reader is not None:
             self.reader.close()
+        if self.proxy.spans is not None:
+            await asyncio.to_thread(self.proxy.spans.close)
 
     async def _restore(self) -> None:
         try:
@@ -128,6 +143,7 @@ class Gateway:
     async def call(self, request: web.Request, api: Api) -> web.StreamResponse:
         """One model call; a stop knows of it."""
         with self.calls.running():
+            await limits.read_body(request)
             return await self.proxy.call(request, api)
 
     async def stop(self, _app: web.Application) -> None:
@@ -143,10 +159,12 @@ class Gateway:
         """The process runs."""
         return web.json_response({"status": "ok"})
 
-    async def readyz(self, _request: web.Request) -> web.Response:
-        """Calls can be served: the last probe found the engine. 503 says why not."""
+    async def readyz(self, request: web.Request) -> web.Response:
+        """Calls can be served: the last probe found the engine. 503 says why not, to readers."""
         report, error = self.upstream.report, self.upstream.error
-        body = {"ready": error is None, "error": error, "engine": report}
+        body: dict[str, object] = {"ready": error is None}
+        if self.guard.may_read(request):
+            body |= {"error": error, "engine": report}
         return web.Response(
             status=200 if error is None else 503,
             body=msgspec.json.encode(body),
@@ -156,7 +174,8 @@ class Gateway:
     async def render_metrics(self, _request: web.Request) -> web.Response:
         """Prometheus exposition."""
         return web.Response(
-            body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+            body=await asyncio.to_thread(self.metrics.render),
+            headers={"Content-Type": CONTENT_TYPE_LATEST},
         )
 
 
@@ -169,8 +188,11 @@ context of its own."""
 
 def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Application:
     """The gateway as an aiohttp application. Serve it with ``handler_cancellation=True``."""
-    app = web.Application(middlewares=[_errors], client_max_size=config.max_request_bytes)
-    gateway = app[GATEWAY] = Gateway(config, sink)
+    gateway = Gateway(config, sink)
+    app = web.Application(
+        middlewares=[_errors, gateway.guard.check], client_max_size=config.max_request_bytes
+    )
+    app[GATEWAY] = gateway
     app.cleanup_ctx.append(gateway.lifetime)
     for prefix in ("", "/t/{trajectory}"):
         app.router.add_post(f"{prefix}/v1/chat/completions", partial(gateway.call, api="chat"))
@@ -185,7 +207,9 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
             reader=gateway.reader, submit=gateway.sink.submit, mint=gateway.sessions.mint
         )
         feed = add_api_routes(app, context)
+        add_pages(app)
         gateway.metrics.count_poll_errors(lambda: feed.poll_errors)
+        gateway.metrics.add(DriftMetrics(Answers(gateway.reader)))
     app.on_response_prepare.append(_remember)
     app.on_shutdown.append(gateway.stop)  # after the API's: its followers end at once
     return app
@@ -206,7 +230,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     begun = BEGUN.get()
     if begun is None or begun is response:
         return response
-    log.warning("%s %s: cut, because it failed after its start", request.method, request.path)
+    log.warning("%s %s: cut, because it failed after its start", request.method, _path(request))
     if request.transport is not None:
         request.transport.abort()
     return begun
@@ -217,35 +241,64 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except DriftgateError as error:
-        log.warning("%s %s: %s", request.method, request.path, error)
-        return http.error_response(error)
+        log.warning("%s %s: %s", request.method, _path(request), error)
+        return _error(request, error.status, str(error))
     except web.HTTPException as error:
         message = error.reason
         if error.status in (404, 405):
-            message = (
-                f"driftgate does not serve {request.method} {request.path}; it serves "
-                + ", ".join(http.SUPPORTED)
+            there = (
+                "/api/openapi.json lists what there is"
+                if request.path.startswith("/api/")
+                else f"there are {', '.join(http.SUPPORTED)}"
             )
+            message = f"there is no {request.method} {_path(request)} here; {there}"
+        elif error.status == 408:
+            message = f"the request's body took longer than {limits.BODY_TIMEOUT_S:g} s"
         elif error.status == 413:
             limit = request.app[GATEWAY].config.max_request_bytes
             message = (
                 f"the request is longer than max_request_bytes ({limit}); send less, or raise it "
                 "in the gateway's configuration"
             )
-        return _json_error(error.status, message)
+        return _error(request, error.status, message, error.headers.get("Allow"))
     except Exception as error:
-        log.exception("%s %s failed", request.method, request.path)
-        return _json_error(500, f"{type(error).__name__} inside the gateway")
+        log.exception("%s %s failed", request.method, _path(request))
+        return _error(request, 500, f"{type(error).__name__} inside the gateway")
 
 
-def _json_error(status: int, message: str) -> web.Response:
-    return web.Response(
-        status=status, body=http.error_body(status, message), content_type="application/json"
-    )
+def _error(
+    request: web.Request, status: int, message: str, allow: str | None = None
+) -> web.Response:
+    """As the API's or as OpenAI's clients read it."""
+    if request.path.startswith("/api/"):
+        response = error_answer(status, message)
+    else:
+        response = web.Response(
+            status=status,
+            body=http.error_body(status, f"driftgate: {message}"),
+            content_type="application/json",
+        )
+    if status == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="driftgate"'
+    if allow is not None:
+        response.headers["Allow"] = allow
+    if status == 503:
+        response.headers["Retry-After"] = str(http.RETRY_AFTER_S)
+    if status in (408, 413):
+        response.force_close()  # the rest of the body is not waited for
+    return response
+
+
+def _path(request: web.Request) -> str:
+    """The path for a log's line: percent-encoded, so that it cannot begin a line of its own."""
+    path: str = request.rel_url.raw_path[:MAX_LOGGED_PATH]
+    return path.encode("ascii", "backslashreplace").decode()
 
 
 def _open_store(config: GatewayConfig) -> Writer:
     try:
+        # Other users of the machine do not read prompts, unless somebody made the folder for them.
+        config.store.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Writer(config.store, durability=config.durability, queue_bytes=QUEUE_BYTES)
     except OSError as error:
         raise StorageError(
@@ -268,23 +321,14 @@ async def serve(
     """Serve for the length of the block; gives the base URL. ``hurry`` ends the wait for calls at
     its end."""
     app = create_app(config, sink=sink)
+    gateway = app[GATEWAY]
     if hurry is not None:
-        app[GATEWAY].calls.hurry = hurry
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,  # a client that leaves frees the engine at once
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-        access_log=None,
-    )
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, config.host, config.port)
-        await site.start()
-        port = runner.addresses[0][1]
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        yield f"http://{host}:{port}"
-    finally:
-        await runner.cleanup()
+        gateway.calls.hurry = hurry
+    refused = gateway.metrics.refused.labels("connections").inc
+    async with listening(
+        app, config, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S, refused=refused
+    ) as url:
+        yield url
 
 
 def run(config: GatewayConfig, *, started: Callable[[str], None] | None = None) -> None:
@@ -295,6 +339,7 @@ def run(config: GatewayConfig, *, started: Callable[[str], None] | None = None) 
     import uvloop
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    raise_file_limit()
     uvloop.run(_until_stopped(config, started))
 
 

@@ -54,6 +54,8 @@ class Asked:
     started_ns: int
     expect_routes: bool | None
     max_answer_bytes: int
+    hide_key: Callable[[bytes], bytes]
+    """Takes the engine's key out of an error that repeats it."""
 
 
 class Ending:
@@ -197,9 +199,11 @@ def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
         closed.add_done_callback(gone)
 
 
-async def read_whole(answer: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
-    """The whole body. UpstreamError where it is cut or too long."""
+async def read_whole(answer: aiohttp.ClientResponse, asked: Asked) -> bytes:
+    """The whole body; an error without the engine's key. UpstreamError where it is cut or too
+    long."""
     parts, size = [], 0
+    limit_bytes = asked.max_answer_bytes
     async for chunk in chunks(answer):
         parts.append(chunk)
         size += len(chunk)
@@ -207,7 +211,8 @@ async def read_whole(answer: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
             raise UpstreamError(
                 f"the engine's answer is longer than max_answer_bytes ({limit_bytes}); raise it"
             )
-    return b"".join(parts)
+    whole = b"".join(parts)
+    return whole if answer.status == 200 else asked.hide_key(whole)
 
 
 def words(error: BaseException) -> str:

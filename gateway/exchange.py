@@ -96,7 +96,7 @@ class Exchange:
             if answer.content_type == "text/event-stream":
                 return await self._stream(answer)
             return await self._json(answer)
-        raw = await self._read(answer)
+        raw = await read_whole(answer, self._asked)
         if answer.status == 200:
             self._end.unkept("the engine compressed its answer although identity was asked for")
         else:
@@ -107,7 +107,7 @@ class Exchange:
 
     async def _json(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         asked, end = self._asked, self._end
-        raw = await self._read(answer)
+        raw = await read_whole(answer, self._asked)
         end.streamed = False
         # On the loop at any size: the parser holds the GIL, a thread would only add its switch.
         body, messages, pieces = strip_answer(raw, asked.plan)
@@ -130,9 +130,6 @@ class Exchange:
         finally:  # whole as the answer is, it is kept also when the agent does not wait for it
             end.over(fold, size, delivered=delivered)
         return response
-
-    async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
-        return await read_whole(answer, self._asked.max_answer_bytes)
 
     # A stream.
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import msgspec
-from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from driftgate.errors import DriftgateError
-from driftgate.gateway.sessions import TRAJECTORY_HEADER, minted_key
+from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.keys import minted_key
+from driftgate.gateway.sessions import TRAJECTORY_HEADER
 
-__all__ = ["SUPPORTED", "answer_headers", "error_body", "error_response", "request_headers"]
+__all__ = [
+    "RETRY_AFTER_S",
+    "SUPPORTED",
+    "answer_headers",
+    "error_body",
+    "is_model",
+    "request_headers",
+    "without_key",
+]
 
 SUPPORTED = (
     "POST /v1/chat/completions",
@@ -48,6 +56,9 @@ NOT_SENT = HOP_BY_HOP | {
     TRAJECTORY_HEADER,
 }
 
+CREDENTIALS = frozenset({"authorization", "x-api-key"})
+"""What may hold one of the gateway's keys, or stand beside the engine's."""
+
 NOT_RETURNED = HOP_BY_HOP | {"content-length"}
 
 RETRY_AFTER_S = 2
@@ -55,32 +66,52 @@ RETRY_AFTER_S = 2
 then."""
 
 _TYPES = {400: "invalid_request_error", 404: "not_found_error", 502: "upstream_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    502: "upstream_error",
+}
 
 
-def request_headers(headers: CIMultiDictProxy[str], upstream_key: str | None) -> CIMultiDict[str]:
-    """The agent's headers as the engine gets them. A minted key never leaves the gateway."""
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+def request_headers(headers: CIMultiDictProxy[str], config: GatewayConfig) -> CIMultiDict[str]:
+    """The agent's headers as the engine gets them. The gateway's own keys never leave it."""
+    dropped = NOT_SENT | _named_by_connection(headers)
+    if config.asks_for_keys or config.upstream_key is not None or minted_key(headers) is not None:
+        dropped |= CREDENTIALS
     out = CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in NOT_SENT and name.lower() not in named
+        (name, value) for name, value in headers.items() if name.lower() not in dropped
     )
-    if upstream_key is not None:
-        out["Authorization"] = f"Bearer {upstream_key}"
-    elif minted_key(headers) is not None:
-        del out["Authorization"]
+    if config.upstream_key is not None:
+        out["Authorization"] = f"Bearer {config.upstream_key}"
     out["Accept-Encoding"] = "identity"
     return out
 
 
+def without_key(said: bytes, key: str | None) -> bytes:
+    """What an engine said, should it repeat the key that it was given: some do, in a 401."""
+    return said.replace(key.encode(), b"***") if key else said
+
+
+def is_model(name: str) -> bool:
+    """``name``, decoded once, can be a model's: nothing in it leads out of ``/v1/models/``,
+    whatever decodes it again or cleans it up behind us."""
+    return name.isprintable() and not any(part in name for part in ("..", "\\", "%", ";", "//"))
+
+
 def answer_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """The engine's headers as the agent gets them."""
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    dropped = NOT_RETURNED | _named_by_connection(headers)
     return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in NOT_RETURNED and name.lower() not in named
+        (name, value) for name, value in headers.items() if name.lower() not in dropped
     )
+
+
+def _named_by_connection(headers: CIMultiDictProxy[str]) -> frozenset[str]:
+    """Further headers that belong to one connection: any line of ``Connection`` can name them."""
+    lines = headers.getall("Connection", ())
+    return frozenset(name.strip().lower() for line in lines for name in line.split(","))
 
 
 def error_body(status: int, message: str, *, code: str | None = None) -> bytes:
@@ -88,13 +119,3 @@ def error_body(status: int, message: str, *, code: str | None = None) -> bytes:
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     error = {"message": message, "type": kind, "param": None, "code": code or status}
     return msgspec.json.encode({"error": error})
-
-
-def error_response(error: DriftgateError) -> web.Response:
-    """The answer to an agent for one of our errors."""
-    return web.Response(
-        status=error.status,
-        headers={"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else None,
-        body=error_body(error.status, f"driftgate: {error}"),
-        content_type="application/json",
-    )

@@ -48,6 +48,13 @@ class Metrics:
             ["record"],
             registry=registry,
         )
+        self.refused = Counter(
+            "driftgate_refused",
+            "Requests that may not be made, by why: no_key, wrong_key, foreign_page; and "
+            "connections that were one too many",
+            ["why"],
+            registry=registry,
+        )
         self.ambiguous = Counter(
             "driftgate_ambiguous_calls",
             "Calls that several trajectories could have led to",
@@ -76,8 +83,12 @@ class Metrics:
         """Show ``errors()`` as the failed looks for new scores."""
         self._registry.register(_PollErrors(errors))
 
+    def add(self, collector: Collector) -> None:
+        """Show what ``collector`` reads at each scrape."""
+        self._registry.register(collector)
+
     def render(self) -> bytes:
-        """The exposition text."""
+        """The exposition text. Blocks while the store is read: call it on a thread."""
         return generate_latest(self._registry)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 
 from driftgate.client import CURSOR_HEADER
+from driftgate.gateway.keys import access_of
+from driftgate.gateway.wire import MAX_STEP
 from driftgate.views import ApiError
 
 __all__ = ["Route", "document"]
@@ -26,13 +28,24 @@ RESUME = {
     "name": "Last-Event-ID",
     "in": "header",
     "required": False,
-    "schema": {"type": "string", "pattern": "^([0-9]{1,18}|now)$"},
+    "schema": {"type": "string", "pattern": "^([0-9]{1,18}|now)?$"},
     "description": "Wins over `after`; browsers' EventSource sends it when it reconnects.",
 }
 CURSOR = {
     "required": True,
     "schema": {"type": "integer", "minimum": 0},
     "description": "The cursor that the stream starts behind.",
+}
+
+
+SCHEMES = {
+    name: {"type": "http", "scheme": "bearer", "description": text}
+    for name, text in {
+        "read": "A key for reading. No key is asked for where the gateway has none.",
+        "admin": "A key for administration; it opens what the others open.",
+        "trajectory": "A trajectory's own key, which `POST /api/trajectories` gives: it opens what "
+        "belongs to that trajectory. Of `/api/drift` that is `?trajectory=` with its name.",
+    }.items()
 }
 
 
@@ -70,7 +83,7 @@ def document(routes: Sequence[Route], *, version: str) -> dict[str, Any]:
             "description": "Would the trainer see the policy that produced this rollout?",
         },
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {"schemas": components, "securitySchemes": SCHEMES},
     }
 
 
@@ -81,6 +94,7 @@ def _operation(route: Route, of: dict[Any, Any]) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__.strip("_"),
         "summary": summary,
+        "security": _security(route),
         "parameters": [*_path_parameters(route.path), *_query_parameters(route.query)],
         "responses": {
             "200": {
@@ -105,13 +119,24 @@ def _operation(route: Route, of: dict[Any, Any]) -> dict[str, Any]:
     return operation
 
 
+def _security(route: Route) -> list[dict[str, list[str]]]:
+    """Any one of these keys."""
+    if access_of(route.method, route.path) == "admin":
+        return [{"admin": []}]
+    own = "{trajectory}" in route.path or (route.query is not None and route.stream)
+    return [{name: []} for name in ("read", "admin", *(["trajectory"] if own else []))]
+
+
+_STEP = {"type": "integer", "minimum": 0, "maximum": MAX_STEP}
+
+
 def _path_parameters(path: str) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
             "in": "path",
             "required": True,
-            "schema": {"type": "integer", "minimum": 0} if name == "step" else {"type": "string"},
+            "schema": _STEP if name == "step" else {"type": "string"},
             "description": "Percent-encoded; an encoded slash belongs to the name.",
         }
         for name in re.findall(r"\{(\w+)\}", path)

@@ -17,9 +17,10 @@ import msgspec
 from driftgate.adapters.base import EngineAdapter
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.adapters.vllm import Vllm
-from driftgate.errors import UpstreamError
+from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.gateway import sse
+from driftgate.gateway.http import without_key
 from driftgate.trace import LogprobsMode
 
 __all__ = ["ModelInfo", "ProbeReport", "logprobs_mode", "probe", "sampling_defaults"]
@@ -117,7 +118,7 @@ async def probe(
         headers["Authorization"] = f"Bearer {key}"
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-        return await _Probe(session, url.rstrip("/"), adapter or Vllm()).run(model)
+        return await _Probe(session, url.rstrip("/"), adapter or Vllm(), key).run(model)
 
 
 class _Refused(UpstreamError):
@@ -127,8 +128,11 @@ class _Refused(UpstreamError):
 class _Probe:
     """The requests of one probe."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, adapter: EngineAdapter) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, adapter: EngineAdapter, key: str | None
+    ) -> None:
         self._session = session
+        self._key = key
         self._url = url
         self._adapter = adapter
         self._notes: list[str] = []
@@ -233,7 +237,7 @@ class _Probe:
         raw = await self._request(method, path, body)
         try:
             return msgspec.json.decode(raw, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise UpstreamError(f"{self._url}{path} did not answer with JSON: {error}") from error
 
     async def _request(
@@ -251,7 +255,7 @@ class _Probe:
                 f"no engine answers at {self._url}: {reason}; start it, or correct the upstream URL"
             ) from error
         if status >= 400:
-            said = raw[:300].decode(errors="replace")
+            said = without_key(raw, self._key)[:300].decode(errors="replace")
             kind = _Refused if status < 500 else UpstreamError
             raise kind(f"{method} {self._url}{path} answered {status}: {said}")
         return raw
@@ -301,7 +305,7 @@ def sampling_defaults(root: Path) -> dict[str, float] | None:
             said = msgspec.json.decode(file.read(MAX_GENERATION_CONFIG_BYTES), type=dict[str, Any])
     except FileNotFoundError:
         said = {}
-    except (OSError, msgspec.DecodeError):
+    except (*UNREADABLE, OSError):
         return None
     return {
         name: float(value) if isinstance(value := said.get(name), (int, float)) else neutral

@@ -31,6 +31,7 @@ from driftgate.gateway.openai import Api, Fields, Plan
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.sessions import Call, Place, Sessions
+from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
 from driftgate.storage import Reader
 from driftgate.trace import CallIntent
@@ -70,7 +71,9 @@ class Proxy:
         reader: Reader | None,
         upstream: Upstream,
         metrics: Metrics,
+        spans: Spans | None = None,
     ) -> None:
+        self.spans = spans
         self._config = config
         self._base = config.upstream.rstrip("/")
         self._adapter = adapter
@@ -102,14 +105,14 @@ class Proxy:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """``GET /v1/models`` and ``/v1/models/{model}``."""
-        if ".." in request.match_info.get("model", "").split("/"):
+        if not http.is_model(request.match_info.get("model", "")):
             raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
-        headers = http.request_headers(request.headers, self._config.upstream_key)
+        headers = http.request_headers(request.headers, self._config)
         url = self._engine_url(path, request)
         try:
             async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
-                body = await answer.read()
+                body = http.without_key(await answer.read(), self._config.upstream_key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._upstream.lost()
             reason = str(error) or type(error).__name__
@@ -144,6 +147,13 @@ class Proxy:
             raise
         finally:
             self._count(exchange, api, started_ns)
+            if call.span is not None:
+                call.span.end(
+                    exchange.outcome,
+                    first_byte_ns=exchange.first_byte_ns,
+                    streamed=exchange.streamed,
+                    now_ns=time.time_ns(),
+                )
 
     def _prepare(self, api: Api, body: bytes) -> tuple[bytes, Fields, Plan]:
         """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
@@ -195,18 +205,22 @@ class Proxy:
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
         url = self._engine_url(PATHS[plan.api], request)
-        headers = http.request_headers(request.headers, self._config.upstream_key)
+        headers = http.request_headers(request.headers, self._config)
+        if self.spans is not None:
+            engine = self._upstream.name
+            self.spans.begin(call, plan, request.headers, headers, engine, started_ns)
         return call, Asked(
             send=lambda: self._session.post(
                 url, data=_payload(sent), headers=headers, allow_redirects=False
             ),
             call=call,
             plan=plan,
-            body=body,
+            body=self._config.redacted(body),
             history=history,
             started_ns=started_ns,
             expect_routes=self._upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,
+            hide_key=lambda said: http.without_key(said, self._config.upstream_key),
         )
 
     def _engine_url(self, path: str, request: web.Request) -> URL:

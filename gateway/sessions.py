@@ -16,18 +16,21 @@ import secrets
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from driftgate.errors import RequestError
 from driftgate.gateway.agents import read_agent
 from driftgate.gateway.conversation import Conversation, Turn
 from driftgate.gateway.history import History
+from driftgate.gateway.keys import TrajectoryKeys, minted_key
 from driftgate.gateway.prompts import End, Kind, Prompt
 from driftgate.gateway.recent import Recent
 from driftgate.trace import Agent, Attribution
 
+if TYPE_CHECKING:
+    from driftgate.gateway.telemetry import CallSpan
+
 __all__ = [
-    "KEY_PREFIX",
     "TRAJECTORY_HEADER",
     "Begun",
     "Call",
@@ -39,8 +42,6 @@ __all__ = [
 TRAJECTORY_HEADER = "x-driftgate-trajectory"
 SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-id")
 """Claude Code, Codex, OpenCode."""
-
-KEY_PREFIX = "dgk_"
 
 MAX_ID_CHARS = 200
 """Twice the longest session id seen; an id stands in every record."""
@@ -57,9 +58,6 @@ MAX_CANDIDATES = 64
 
 MAX_CALLS = 20_000
 """Calls that a retry can repeat; SDKs retry within minutes."""
-
-MAX_KEYS = 50_000
-"""Minted keys."""
 
 
 Scope: TypeAlias = tuple[str | None, str]
@@ -93,6 +91,8 @@ class Call:
     failed: bool = False
     repeated: bool = False
     """A retry of it has come."""
+    span: CallSpan | None = None
+    """Where spans are asked for."""
 
 
 @dataclass(slots=True)
@@ -128,23 +128,21 @@ class Begun(NamedTuple):
 class Sessions:
     """What the gateway remembers of trajectories. Not thread-safe: use it on the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: TrajectoryKeys | None = None) -> None:
+        self._keys = keys or TrajectoryKeys()
         self._steps: Recent[str, int] = Recent(MAX_TRAJECTORIES)
         self._turns: Recent[bytes, _Known] = Recent(MAX_TURNS)
         self._lengths: Recent[bytes, set[int]] = Recent(MAX_TURNS)
         self._begun: Recent[str, Begun] = Recent(MAX_TRAJECTORIES)
         self._calls: Recent[Scope, list[Call]] = Recent(MAX_CALLS)
-        self._keys: Recent[str, str] = Recent(MAX_KEYS)
 
     def mint(self, trajectory: str | None = None) -> tuple[str, str]:
         """``(trajectory, key)``: an API key that names the trajectory. RequestError for a bad name.
 
-        Keys are kept in memory: they end with the gateway's process.
+        The key is the trajectory's own: minting it again gives the same one.
         """
         name = new_trajectory() if trajectory is None else check_trajectory(trajectory)
-        key = KEY_PREFIX + secrets.token_urlsafe(24)
-        self._keys.put(key, name)
-        return name, key
+        return name, self._keys.make(name)
 
     def place(
         self,
@@ -173,11 +171,11 @@ class Sessions:
         if (named := headers.get(TRAJECTORY_HEADER)) is not None:
             return Place(check_trajectory(named), "header")
         if (key := minted_key(headers)) is not None:
-            trajectory = self._keys.get(key)
+            trajectory = self._keys.trajectory_of(key)
             if trajectory is None:
                 raise RequestError(
-                    "this driftgate key is not known: keys end with the gateway's process; "
-                    "mint a new one with POST /api/trajectories"
+                    "this driftgate key is not known: keys end with the gateway's process unless "
+                    "it has a signing_key; mint a new one with POST /api/trajectories"
                 )
             return Place(trajectory, "key")
         for name in SESSION_HEADERS:
@@ -327,12 +325,6 @@ def _repeated(earlier: list[Call], place: Place, sdk_retry: int) -> Call | None:
     if sdk_retry > 0 and not failed:
         return next((call for call in reversed(own) if call.retry < sdk_retry), None)
     return failed[0] if failed else None
-
-
-def minted_key(headers: Mapping[str, str]) -> str | None:
-    """The minted key that a request carries as its API key."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" and token.startswith(KEY_PREFIX) else None
 
 
 def new_trajectory() -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from driftgate.mismatch import Bucket, Worst
 from driftgate.replay import ReplayPair
 from driftgate.router import RouterBucket
+from driftgate.storage import AnswerText
 from driftgate.trace import Routes, Score, Trace
 from driftgate.views import (
     Measures,
@@ -77,7 +78,7 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def text(trace: Trace, first: int, upto: int) -> str:
+def text(trace: Trace | AnswerText, first: int, upto: int) -> str:
     """Text of sampled tokens ``first`` to ``upto`` (exclusive)."""
     assert trace.token_offsets is not None
     start, end = int(trace.token_offsets[first]), int(trace.token_offsets[upto])

@@ -61,7 +61,7 @@ class Written:
 
     async def _fetch(self) -> Fetched:
         async with self._asked.send() as answer:
-            raw = await read_whole(answer, self._asked.max_answer_bytes)
+            raw = await read_whole(answer, self._asked)
             return answer.status, http.answer_headers(answer.headers), raw
 
     async def _answer(

@@ -1,5 +1,6 @@
 """Append-only segments (the truth) and a SQLite index (derived): FORMAT.md."""
 
+from driftgate.storage.glance import Activity, AnswerText
 from driftgate.storage.leases import Leases
 from driftgate.storage.reader import Reader
 from driftgate.storage.records import Record
@@ -18,6 +19,8 @@ from driftgate.storage.segments import read_segment
 from driftgate.storage.writer import Writer, WriterStats
 
 __all__ = [
+    "Activity",
+    "AnswerText",
     "CallRow",
     "CellRow",
     "Counts",

@@ -14,6 +14,7 @@ import numpy as np
 
 from driftgate.errors import NotFoundError
 from driftgate.storage.cells import Cells
+from driftgate.storage.glance import Activity, AnswerText, read_activity, read_text
 from driftgate.storage.index import Connections
 from driftgate.storage.load import TraceCache, load_payload, load_trace
 from driftgate.storage.records import Kind, decode_score
@@ -61,6 +62,16 @@ class Reader:
     def trace(self, trace_id: str) -> Trace:
         """A whole trace; its arrays are read-only (copy what you change). NotFoundError."""
         return load_trace(self._connections.get(), self._root, trace_id, self._cache).trace
+
+    def answer_text(self, trace_id: str) -> AnswerText:
+        """What an answer says, from its own record alone: cheap where ``trace`` reads its whole
+        chain. NotFoundError."""
+        return read_text(self._connections.get(), self._root, trace_id)
+
+    def activity(self, *, now_ns: int, window_s: float, stale_s: float) -> Activity:
+        """What happened within the last ``window_s`` seconds, and what waits to be scored."""
+        connection = self._connections.get()
+        return read_activity(connection, now_ns=now_ns, window_s=window_s, stale_s=stale_s)
 
     def score(self, trace_id: str, trainer: str | None = None, *, kind: str = "drift") -> Score:
         """The score of a trace by the trainer of that digest (None: the latest). NotFoundError."""

@@ -7,9 +7,11 @@ from typing import Literal
 
 import msgspec
 
+from driftgate.logs import LogFormat
+
 __all__ = ["BackendName", "TeacherConfig"]
 
-BackendName = Literal["reference", "fsdp"]
+BackendName = Literal["reference", "fsdp", "megatron"]
 
 
 class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,9 +23,17 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Directory of the trainer's checkpoint."""
     backend: BackendName = "reference"
     """``reference``: one process, the oracle. ``fsdp``: torch ``fully_shard`` over ``nproc``
-    processes."""
+    processes. ``megatron``: Megatron-Core over ``nproc`` processes."""
     nproc: int = 1
-    """Processes of the ``fsdp`` backend on this machine."""
+    """Processes of the ``fsdp`` or ``megatron`` backend on this machine."""
+    tensor_parallel: int = 1
+    """``megatron``: ranks that share each layer."""
+    pipeline_parallel: int = 1
+    """``megatron``: ranks that hold consecutive layers."""
+    expert_parallel: int = 1
+    """``megatron``: ranks that share the experts of a layer."""
+    sequence_parallel: bool = False
+    """``megatron``: the tensor-parallel ranks also share the positions between their layers."""
     follow: bool = False
     """Keep scoring as traces arrive; else stop when nothing is left."""
     served_model: str | None = None
@@ -53,6 +63,8 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Score a mixture of experts a second time under the rollout's routes, where it has them. It
     costs a forward more for each one, and a dense model nothing. On unless switched off: a score is
     taken once, and what routing contributes to its drift cannot be told later without this."""
+    log_format: LogFormat = "text"
+    """``json``: one object a line on stderr, for a collector."""
     lease_s: float = 120.0
     """A trajectory leased by a worker that died is free again after this many seconds."""
 
@@ -63,9 +75,25 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"nproc={self.nproc}: reference is one process, fsdp at least one")
         if self.floor_traces < 0 or (self.floor_traces and self.follow):
             raise ValueError(f"floor_traces={self.floor_traces}: at least 0, and not with follow")
+        self._check_layout()
         if self.lease_s < 1 or self.noise_floor_trajectories < 0:
             raise ValueError("lease_s must be at least 1 and noise_floor_trajectories at least 0")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(
                 f"max_tokens={self.max_tokens} leaves no room for a prompt and a response"
             )
+
+    def _check_layout(self) -> None:
+        tp, pp, ep = self.tensor_parallel, self.pipeline_parallel, self.expert_parallel
+        if min(tp, pp, ep) < 1:
+            raise ValueError(f"tp={tp}, pp={pp} and ep={ep} must be at least 1")
+        if self.backend != "megatron":
+            if (tp, pp, ep) != (1, 1, 1) or self.sequence_parallel:
+                raise ValueError(f"tp, pp, ep and sequence_parallel are not for {self.backend}")
+        elif self.nproc % (tp * pp) or self.nproc % (ep * pp):
+            raise ValueError(
+                f"nproc={self.nproc} must be a multiple of tp * pp = {tp * pp} and of "
+                f"ep * pp = {ep * pp}"
+            )
+        elif self.sequence_parallel and tp == 1:
+            raise ValueError("sequence_parallel shares positions over tp ranks: tp must be above 1")

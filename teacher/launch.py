@@ -1,4 +1,4 @@
-"""Starts a teacher: in this process for the reference, under torchrun for FSDP.
+"""Starts a teacher: in this process for the reference, under torchrun for FSDP and Megatron.
 
 Rank 0 is the one that is asked to stop: it finishes what it has in hand, stores it, gives its
 leases back and sends the other ranks home. torchrun itself is only signalled when that takes too
@@ -37,29 +37,33 @@ GRACE_S = 60.0
 
 POLL_S = 0.1
 
+RANK_MODULE = "driftgate.teacher.rank"
+"""What torchrun starts."""
 
-def launch(config: TeacherConfig) -> int:
+
+def launch(config: TeacherConfig, *, rank_module: str = RANK_MODULE) -> int:
     """Run a teacher until it is done or told to stop; the exit status.
 
     0 also after SIGTERM or SIGINT, at any time, unless what was in hand took more than ``GRACE_S``.
     Else 1, or torchrun's own status, and one line in the log that says why.
 
     Installs handlers for SIGTERM and SIGINT while it runs: call it from the main thread.
+    ``rank_module`` stands in for the ranks' own where they need more than this machine has.
     """
     if config.backend == "reference":
         from driftgate.teacher.rank import run_reference
 
         return run_reference(config)
     with tempfile.TemporaryDirectory(prefix="driftgate-teacher-") as scratch:
-        return _torchrun(config, Path(scratch))
+        return _torchrun(config, Path(scratch), rank_module)
 
 
-def _torchrun(config: TeacherConfig, scratch: Path) -> int:
+def _torchrun(config: TeacherConfig, scratch: Path, rank_module: str) -> int:
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nproc-per-node", str(config.nproc), "--max-restarts", "0"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
-        *("-m", "driftgate.teacher.rank"),
+        *("-m", rank_module),
     ]
     stopped_at: list[float] = []
 

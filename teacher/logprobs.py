@@ -1,7 +1,7 @@
 """Log-probabilities from hidden states, for as many positions as a trajectory has.
 
-Shape letters: ``N`` scored positions, ``H`` hidden size, ``V`` vocabulary, ``C`` positions of a
-chunk, ``B`` of a block.
+Shape letters: ``N`` scored positions, ``H`` hidden size, ``V`` vocabulary (this rank's part of it
+under tensor parallelism), ``C`` positions of a chunk, ``B`` of a block.
 
 The logits of a long trajectory do not fit: 32k positions of a 150k vocabulary are 20 GB in float32.
 So the head runs over chunks of the scored positions only, and each chunk's logits give the
@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["CHUNK_POSITIONS", "Scored", "score_hidden"]
+__all__ = ["CHUNK_POSITIONS", "Scored", "VocabShard", "score_hidden"]
 
 CHUNK_POSITIONS = 1024
 """Positions that the head runs over at once: 0.6 GB of float32 logits for a vocabulary of 150k.
@@ -39,6 +40,14 @@ class Scored(NamedTuple):
     given."""
 
 
+class VocabShard(NamedTuple):
+    """The part of the vocabulary that this rank's head has; the ranks of ``group`` have the
+    others."""
+
+    group: dist.ProcessGroup
+    first_id: int
+
+
 def score_hidden(
     head: Callable[[Tensor], Tensor],
     hidden_NH: Tensor,
@@ -46,11 +55,16 @@ def score_hidden(
     *,
     temperature_N: Tensor | None = None,
     chunk: int = CHUNK_POSITIONS,
+    shard: VocabShard | None = None,
 ) -> Scored:
     """Score ``targets_N`` (int64 ids) under ``head(hidden)``, the logits in the model's own dtype.
 
     ``head`` is the model's own ``lm_head``, so that a bias and tied or sharded weights are right by
     construction. The logits are widened to float32 before anything else, as engines do.
+
+    With ``shard`` the head gives this rank's part of the logits. Every rank of its group calls with
+    the same rows and gets the same result; only sums over the vocabulary are exchanged, never
+    logits.
     """
     parts = []
     for start in range(0, len(targets_N), chunk):
@@ -60,7 +74,7 @@ def score_hidden(
             rows = slice(start + offset, start + min(offset + block, len(logits_CV)))
             temperature = None if temperature_N is None else temperature_N[rows]
             z_BV = logits_CV[offset : offset + block].float()
-            parts.append(_reduce(z_BV, targets_N[rows], temperature))
+            parts.append(_reduce(z_BV, targets_N[rows], temperature, shard))
     scaled = [part.at_temperature for part in parts if part.at_temperature is not None]
     return Scored(
         torch.cat([part.logprobs for part in parts]),
@@ -69,22 +83,45 @@ def score_hidden(
     )
 
 
-def _reduce(z_BV: Tensor, target_B: Tensor, temperature_B: Tensor | None) -> Scored:
+def _reduce(
+    z_BV: Tensor, target_B: Tensor, temperature_B: Tensor | None, shard: VocabShard | None
+) -> Scored:
     """Numbers of a block of logits.
 
     All exponents are relative to the largest logit m: with s = sum e^(z-m) the entropy is
     log s + sum p (m - z), a sum of what is not negative, so nothing cancels.
     """
-    z_BV = z_BV - z_BV.amax(-1, keepdim=True)
-    picked_B = z_BV.gather(-1, target_B[:, None]).squeeze(-1)
+    z_BV = z_BV - _over_ranks(z_BV.amax(-1, keepdim=True), shard, dist.ReduceOp.MAX)
     e_BV = z_BV.exp()
-    s_B = e_BV.sum(-1)
-    entropy_B = s_B.log() - torch.linalg.vecdot(e_BV, z_BV) / s_B
+    sums_3B = torch.stack(
+        [_picked(z_BV, target_B, shard), e_BV.sum(-1), torch.linalg.vecdot(e_BV, z_BV)]
+    )
+    picked_B, s_B, weighted_B = _over_ranks(sums_3B, shard)
+    entropy_B = s_B.log() - weighted_B / s_B
     if not entropy_B.isfinite().all():  # a banned token has z = -inf, and adds nothing
         p_BV = e_BV / s_B[:, None]
-        entropy_B = torch.special.entr(p_BV).sum(-1)
+        entropy_B = _over_ranks(torch.special.entr(p_BV).sum(-1), shard)
     scaled_B = None
     if temperature_B is not None:
-        log_s_B = torch.div(z_BV, temperature_B[:, None], out=z_BV).exp_().sum(-1).log()
-        scaled_B = picked_B / temperature_B - log_s_B
+        scaled_s_B = torch.div(z_BV, temperature_B[:, None], out=z_BV).exp_().sum(-1)
+        scaled_B = picked_B / temperature_B - _over_ranks(scaled_s_B, shard).log()
     return Scored(picked_B - s_B.log(), entropy_B, scaled_B)
+
+
+def _picked(z_BV: Tensor, target_B: Tensor, shard: VocabShard | None) -> Tensor:
+    """[B] the targets' logits, 0 for those that another rank has."""
+    if shard is None:
+        return z_BV.gather(-1, target_B[:, None]).squeeze(-1)
+    local_B = target_B - shard.first_id
+    mine_B = (local_B >= 0) & (local_B < z_BV.shape[-1])
+    there_B = z_BV.gather(-1, torch.where(mine_B, local_B, 0)[:, None]).squeeze(-1)
+    return torch.where(mine_B, there_B, 0.0)
+
+
+def _over_ranks(
+    values: Tensor, shard: VocabShard | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    """``values`` reduced over the ranks that share the vocabulary, in place."""
+    if shard is not None:
+        dist.all_reduce(values, op=op, group=shard.group)
+    return values

@@ -14,15 +14,20 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
+from driftgate import logs
 from driftgate.errors import DriftgateError, TeacherError
 from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.launch import CONFIG_ENV, REPORT_ENV
 from driftgate.teacher.worker import Worker
+
+if TYPE_CHECKING:
+    from driftgate.teacher.fsdp import FsdpBackend
+    from driftgate.teacher.megatron import MegatronBackend
 
 __all__ = ["main", "run_reference"]
 
@@ -58,8 +63,8 @@ def run_reference(config: TeacherConfig) -> int:
 def main() -> int:
     """One rank under torchrun; its settings come in the environment
     (``driftgate.teacher.launch``)."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     config = msgspec.json.decode(os.environ[CONFIG_ENV], type=TeacherConfig)
+    logs.configure(config.log_format)
     reports = Path(os.environ[REPORT_ENV]) if REPORT_ENV in os.environ else None
     try:
         if int(os.environ["RANK"]) > 0:
@@ -79,15 +84,13 @@ def main() -> int:
 
 def _lead(config: TeacherConfig, reports: Path | None) -> str:
     """Rank 0: work until there is nothing left; why the model could not be loaded, or ''."""
-    from driftgate.teacher.fsdp import FsdpBackend
-
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if reports is not None:
         (reports / "pid").write_text(str(os.getpid()))
     try:
-        backend = FsdpBackend.load(config)
+        backend = _load(config)
     except TeacherError as error:
         return str(error)
     _work(config, backend, stop)
@@ -96,15 +99,28 @@ def _lead(config: TeacherConfig, reports: Path | None) -> str:
 
 def _serve(config: TeacherConfig) -> str:
     """Other ranks: do what rank 0 sends; why the model could not be loaded, or ''."""
-    from driftgate.teacher.fsdp import FsdpBackend
-
     try:
-        backend = FsdpBackend.load(config)
+        backend = _load(config)
     except TeacherError as error:
         return str(error)
     backend.serve()
     backend.close()
     return ""
+
+
+def _load(config: TeacherConfig) -> FsdpBackend | MegatronBackend:
+    """This rank's part of the backend that ``config`` names."""
+    if config.backend == "megatron":
+        try:
+            from driftgate.teacher.megatron import MegatronBackend
+        except ModuleNotFoundError as error:
+            raise TeacherError(
+                f"--backend megatron needs {error.name}: pip install 'driftgate[teacher,megatron]'"
+            ) from error
+        return MegatronBackend.load(config)
+    from driftgate.teacher.fsdp import FsdpBackend
+
+    return FsdpBackend.load(config)
 
 
 def _report(reports: Path | None, message: str) -> None:

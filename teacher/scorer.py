@@ -21,7 +21,7 @@ from driftgate.teacher.base import SliceResult
 from driftgate.teacher.logprobs import Scored, score_hidden
 from driftgate.teacher.sequences import Replay, Sequence
 
-__all__ = ["PROBE_TOKENS", "Scorer"]
+__all__ = ["PROBE_TOKENS", "PROBE_TOLERANCE", "Scorer", "split_rows", "temperatures"]
 
 Forced: TypeAlias = tuple[Tensor, Tensor]
 """Routes to use, int64 [T, L, K], and where, bool [T, L]."""
@@ -71,7 +71,7 @@ class Scorer(nn.Module):
         slices = sequence.slices
         rows = torch.cat([torch.arange(part.first, part.last) for part in slices])
         targets = torch.from_numpy(np.concatenate([part.response_ids for part in slices]))
-        temperature = _temperatures(sequence)
+        temperature = temperatures(sequence)
         scored, routed = self(
             torch.from_numpy(sequence.ids).long().to(device)[None],
             rows.to(device),
@@ -79,7 +79,7 @@ class Scorer(nn.Module):
             None if temperature is None else temperature.to(device),
             _on(sequence.replay, device),
         )
-        return _split(sequence, scored, routed, started)
+        return split_rows(sequence, scored, routed, time.perf_counter() - started)
 
     @torch.no_grad()
     def probe(self, device: torch.device) -> bool:
@@ -140,7 +140,7 @@ def _on(replay: Replay | None, device: torch.device) -> Forced | None:
     return routes, torch.from_numpy(replay.given).to(device)
 
 
-def _temperatures(sequence: Sequence) -> Tensor | None:
+def temperatures(sequence: Sequence) -> Tensor | None:
     """[N] temperature of each row, 1 where none was asked for; None if no slice asked."""
     if all(part.temperature is None for part in sequence.slices):
         return None
@@ -149,13 +149,13 @@ def _temperatures(sequence: Sequence) -> Tensor | None:
     )
 
 
-def _split(
-    sequence: Sequence, scored: Scored, routed: Routed | None, started: float
+def split_rows(
+    sequence: Sequence, scored: Scored, routed: Routed | None, forward_s: float
 ) -> list[SliceResult]:
     """Cut a forward's rows into the results of its slices."""
     logprobs, entropy = scored.logprobs.cpu().numpy(), scored.entropy.cpu().numpy()
     scaled = None if scored.at_temperature is None else scored.at_temperature.cpu().numpy()
-    per_row_s = (time.perf_counter() - started) / len(logprobs)
+    per_row_s = forward_s / len(logprobs)
     margins = routed.margins if routed is not None else None
     results, end = [], 0
     for part in sequence.slices:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
 
-from driftgate import cli_io
+from driftgate import cli_io, logs
+from driftgate.commands.options import LogFormatOption
 from driftgate.errors import DriftgateError
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ def serve(
     weight_version: Annotated[
         str | None, typer.Option(help="Version of the policy that the engine serves.")
     ] = None,
+    log_format: LogFormatOption = None,
     upstream_key: Annotated[
         str | None,
         typer.Option(
@@ -56,12 +60,23 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM file with the certificate, to listen with TLS.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(help="PEM file with its private key; else it is in the same."),
+    ] = None,
 ) -> None:
     """Run the gateway in front of an engine.
 
     Then point an agent's OPENAI_BASE_URL at http://HOST:PORT/v1. Options win over --config.
+
+    Any other --host than loopback needs keys, from `driftgate key`: their digests in --config, or
+    the keys themselves in DRIFTGATE_CALL_KEY, DRIFTGATE_READ_KEY and DRIFTGATE_ADMIN_KEY, several
+    with commas between. DRIFTGATE_SIGNING_KEY signs the keys of trajectories.
     """
-    given = {
+    given: dict[str, Any] = {
         "upstream": upstream,
         "store": store,
         "host": host,
@@ -71,12 +86,17 @@ def serve(
         "streaming_routes": streaming_routes,
         "logprobs_mode": logprobs_mode,
         "weight_version": weight_version,
+        "log_format": log_format,
         "upstream_key": upstream_key,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
     }
+    given |= keys_from(os.environ)
     settings = _gateway_config(config, {k: v for k, v in given.items() if v is not None})
     from driftgate.gateway.app import run
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format)
+    _warn(settings)
     try:
         run(settings, started=lambda url: print(_welcome(url, settings), flush=True))
     except OSError as error:
@@ -104,12 +124,39 @@ def probe(
     raise typer.Exit(0 if report.captures else 1)
 
 
+def keys_from(environment: Mapping[str, str]) -> dict[str, list[str] | str]:
+    """The keys' settings that the environment gives; BadParameter for one that is too weak."""
+    from driftgate.gateway.keys import digest_of
+
+    found: dict[str, list[str] | str] = {}
+    for name in ("CALL", "READ", "ADMIN"):
+        variable = f"DRIFTGATE_{name}_KEY"
+        if keys := environment.get(variable):
+            try:
+                found[f"{name.lower()}_keys"] = [digest_of(k.strip()) for k in keys.split(",")]
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint=variable) from error
+    if signing := environment.get("DRIFTGATE_SIGNING_KEY"):
+        found["signing_key"] = signing
+    return found
+
+
+def _warn(settings: GatewayConfig) -> None:
+    """What is allowed and still not wise."""
+    from driftgate.gateway.keys import is_loopback
+
+    if not is_loopback(settings.host) and settings.tls_cert is None:
+        log = logging.getLogger("driftgate")
+        log.warning("keys and prompts pass in the clear: set tls_cert, or put TLS in front")
+
+
 def _welcome(url: str, settings: GatewayConfig) -> str:
     return (
         f"driftgate at {url}, in front of {settings.upstream}, store {settings.store}\n"
         f"  agents:  OPENAI_BASE_URL={url}/v1\n"
         f"  teacher: driftgate teach --follow --store {settings.store} --model DIR\n"
-        f"  drift:   driftgate tail --url {url}"
+        f"  drift:   driftgate tail --url {url}\n"
+        f"  look:    {url}/"
     )
 
 

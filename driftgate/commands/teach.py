@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from driftgate.commands.options import DEFAULT_STORE, StoreOption
+from driftgate import logs
+from driftgate.commands.options import DEFAULT_STORE, LogFormatOption, StoreOption
 from driftgate.errors import DriftgateError
 
 __all__ = ["teach"]
@@ -16,10 +17,19 @@ def teach(
     model: Annotated[str, typer.Option(help="Directory of the trainer's checkpoint.")],
     store: StoreOption = DEFAULT_STORE,
     backend: Annotated[
-        Literal["reference", "fsdp"],
-        typer.Option(help="reference: one process of Hugging Face; fsdp: torch fully_shard."),
+        Literal["reference", "fsdp", "megatron"],
+        typer.Option(
+            help="reference: one process of Hugging Face; fsdp: torch fully_shard; "
+            "megatron: Megatron-Core."
+        ),
     ] = "reference",
-    nproc: Annotated[int, typer.Option(help="Processes of the fsdp backend.")] = 1,
+    nproc: Annotated[int, typer.Option(help="Processes of the fsdp or megatron backend.")] = 1,
+    tp: Annotated[int, typer.Option(help="megatron: tensor parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(help="megatron: pipeline parallel ranks.")] = 1,
+    ep: Annotated[int, typer.Option(help="megatron: expert parallel ranks.")] = 1,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="megatron: share positions over --tp.")
+    ] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Keep scoring what arrives.")] = False,
     served_model: Annotated[
         str | None, typer.Option(help="Score only traces of this served model name.")
@@ -50,6 +60,7 @@ def teach(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
     ] = "auto",
+    log_format: LogFormatOption = None,
 ) -> None:
     """Score the store's traces with the trainer.
 
@@ -68,6 +79,10 @@ def teach(
             model=model,
             backend=backend,
             nproc=nproc,
+            tensor_parallel=tp,
+            pipeline_parallel=pp,
+            expert_parallel=ep,
+            sequence_parallel=sequence_parallel,
             follow=follow,
             served_model=served_model,
             weight_version=weight_version,
@@ -77,7 +92,9 @@ def teach(
             device=device,
             replay=replay,
             lease_s=lease_s,
+            log_format=log_format or "text",
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    logs.configure(settings.log_format)
     raise typer.Exit(launch(settings))

@@ -23,11 +23,12 @@ from typer.testing import CliRunner, Result
 from driftgate import cli, cli_io
 from driftgate.client import DEFAULT_URL
 from driftgate.commands.options import DEFAULT_STORE
-from driftgate.commands.serve import _gateway_config
+from driftgate.commands.serve import _gateway_config, keys_from
 from driftgate.errors import RequestError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.keys import digest_of
 from driftgate.gateway.probe import ProbeReport
 from driftgate.storage import Reader
 from driftgate.testing.stores import SLASHED, example_records, write_store
@@ -35,7 +36,7 @@ from driftgate.trace import Trace
 from driftgate.views import Cells, DriftEvent, StepDetail, TrajectoryDetail
 
 COMMANDS = ["serve", "probe", "teach", "tail", "show", "cells", "export", "version", "index"]
-COMMANDS += ["explain", "verdict", "feedback"]
+COMMANDS += ["explain", "verdict", "feedback", "key"]
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +291,26 @@ def test_defaults_are_the_gateways() -> None:
     config = GatewayConfig(upstream="http://engine:8000")
     assert config.store == DEFAULT_STORE
     assert f"http://{config.host}:{config.port}" == DEFAULT_URL
+
+
+def test_a_made_key_opens_what_its_digest_is_set_for() -> None:
+    lines = dict(line.split() for line in output("key").splitlines())
+    assert digest_of(lines["key:"]) == lines["digest:"]
+    assert lines["key:"] not in output("key")
+
+
+def test_other_addresses_than_loopback_need_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("serve", "--upstream", "http://e:1", "--host", "0.0.0.0")
+    assert result.exit_code == 2
+    assert "driftgate key" in result.output
+    monkeypatch.setenv("DRIFTGATE_READ_KEY", "much-too-short")
+    result = run("serve", "--upstream", "http://e:1", "--host", "0.0.0.0")
+    assert result.exit_code == 2
+    assert "DRIFTGATE_READ_KEY" in result.output
+    assert "much-too-short" not in result.output
+
+
+def test_keys_come_from_the_environment_as_digests() -> None:
+    one, two = "first-key-0123456789", "second-key-0123456789"
+    given = keys_from({"DRIFTGATE_CALL_KEY": f"{one}, {two}", "DRIFTGATE_SIGNING_KEY": "s"})
+    assert given == {"call_keys": [digest_of(one), digest_of(two)], "signing_key": "s"}

@@ -31,7 +31,7 @@ def test_a_break_says_where_why_and_what_to_do(tokenizer: PreTrainedTokenizerFas
     answer = run.ask(START, THOUGHT)
     run.ask([*START, {**answer, "reasoning": None}, user("Go on.")], "Yes.")
     shown = text(run.tree())
-    assert "BROKEN of c0.0" in shown
+    assert "BROKEN after step 0" in shown
     assert "reasoning_dropped: message 2 came back without its reasoning (21 chars)" in shown
     assert "was “<think>I have to look at it.</think>" in shown
     assert "! reasoning_dropped ×1: send `reasoning` back" in shown
@@ -46,7 +46,7 @@ def test_a_sub_agent_is_indented_and_named(tokenizer: PreTrainedTokenizerFast) -
     run.ask([*START, answer, user("Go on.")], "Yes.", agent=agent("main"))
     lines = text(run.tree()).splitlines()[2:]
     assert [line.split()[:2] for line in lines] == [["0", "root"], ["└", "1"], ["2", "extends"]]
-    assert "sub-agent of c0.0" in lines[1]
+    assert "sub-agent after step 0" in lines[1]
     assert lines[1].endswith("by headers  agent child")
 
 

@@ -23,6 +23,7 @@ from aiohttp import web
 
 from driftgate.gateway.app import GATEWAY, Gateway, create_app
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.listen import listening
 from driftgate.trace import CallOutcome, Trace
 
 VOCABULARY = ["Hel", "lo", " wor", "ld", "!", " é", "…", " 1.50", '"', "\n"]
@@ -473,11 +474,12 @@ async def connect(engine: StandIn, tmp_path: Path) -> AsyncIterator[Callable[...
     async with AsyncExitStack() as stack:
 
         async def connect(*, sink: Any = None, **settings: Any) -> Agent:
-            known: dict[str, Any] = {"upstream": engine.url, "store": tmp_path / "store"}
+            known: dict[str, Any] = {"upstream": engine.url, "port": 0, "store": tmp_path / "store"}
             config = GatewayConfig(**(known | settings))
             app = create_app(config, sink=sink)
-            runner, url = await start(app)
-            stack.push_async_callback(runner.cleanup)
+            url = await stack.enter_async_context(
+                listening(app, config, shutdown_timeout_s=0.5, refused=lambda: None)
+            )
             http = await stack.enter_async_context(aiohttp.ClientSession())
             return Agent(app[GATEWAY], http, url, engine)
 

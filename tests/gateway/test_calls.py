@@ -391,7 +391,7 @@ async def test_routes_that_are_not_streamed_are_named(connect: Connect, engine: 
         ("GET", "/v1/chat/completions"),
         ("POST", "/v1/chat/completions/../../update_weights"),
         ("POST", "/v1/models/..%2F..%2Fupdate_weights"),
-        ("GET", "/"),
+        ("POST", "/"),
     ],
 )
 async def test_other_paths_are_not_forwarded(agent: Agent, method: str, path: str) -> None:

@@ -167,6 +167,11 @@ def test_a_checkpoint_without_weights_is_one_clear_line(
         ({"nproc": 2}, "reference is one process"),
         ({"lease_s": 0.1}, "lease_s must be at least 1"),
         ({"max_tokens": 1}, "leaves no room"),
+        ({"tensor_parallel": 2}, "are not for reference"),
+        ({"backend": "megatron", "nproc": 3, "tensor_parallel": 2}, "must be a multiple of tp"),
+        ({"backend": "megatron", "nproc": 2, "expert_parallel": 4}, "of ep \\* pp = 4"),
+        ({"backend": "megatron", "pipeline_parallel": 0}, "at least 1"),
+        ({"backend": "megatron", "sequence_parallel": True}, "tp must be above 1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(

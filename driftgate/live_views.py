@@ -1,0 +1,160 @@
+"""What the dashboard asks besides ``driftgate.views``: now, over time, and token by token.
+
+Values only, as in ``driftgate.views``: the gateway fills them, the page and OpenAPI read them.
+Times are wall clock in nanoseconds since the epoch; rates and durations say their unit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from driftgate.bands import Band
+from driftgate.glossary import Metric
+from driftgate.views import Kind, WorstView
+
+__all__ = [
+    "Alarm",
+    "CellSeries",
+    "Glossary",
+    "Overview",
+    "Series",
+    "SeriesPoint",
+    "StepRoutes",
+    "TokenLayers",
+    "WorstTrajectory",
+]
+
+
+class Alarm(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that a person should look at, in words."""
+
+    severity: Literal["red", "amber"]
+    code: str
+    """Stable: ``drift_red``, ``routes_misaligned``, ``capture_gaps``, …"""
+    text: str
+    """What is seen, with its number and unit."""
+    fix: str
+    since_ns: int | None = None
+    """Start of the unbroken stretch up to now; null where it has no start."""
+    engine_digest: str | None = None
+    trainer_digest: str | None = None
+    model: str | None = None
+
+
+class WorstTrajectory(msgspec.Struct, frozen=True, kw_only=True):
+    """A trajectory with its worst token among comparable scores."""
+
+    trajectory: str
+    model: str
+    worst: WorstView
+
+
+class Overview(msgspec.Struct, frozen=True, kw_only=True):
+    """What is live now."""
+
+    now_ns: int
+    window_s: float
+    """Rates and ``running`` look back so far."""
+    running: int
+    """Trajectories with a call that is open, or that began within the window."""
+    open_calls: int
+    """Calls with neither a trace nor an outcome, begun within the last hour."""
+    stale_calls: int
+    """The same, begun earlier: their gateway was most likely killed."""
+    steps_per_s: float
+    """Calls begun within the window, a second."""
+    response_tokens_per_s: float
+    """Sampled tokens of answers to calls begun within the window, a second."""
+    trajectories: int
+    incomplete: int
+    """Trajectories with a call that ended without all it should have given."""
+    steps: int
+    captured: int
+    """Traces stored."""
+    scorable: int
+    scored: int
+    waiting: int
+    """Scorable traces without a drift score."""
+    oldest_waiting_ns: int | None
+    """When the oldest of them was asked for: the worker's lag is ``now_ns`` less this."""
+    last_call_ns: int | None
+    last_score_ns: int | None
+    alarms: list[Alarm]
+    """The worst first; empty: nothing to look at."""
+    worst: list[WorstTrajectory]
+    """The largest |D| first."""
+
+
+class SeriesPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Scores of one cell that were made in one slot of time, merged."""
+
+    start_ns: int
+    scores: int
+    """With numbers that are comparable."""
+    not_comparable: int
+    """Scores of the slot that are left out of ``metrics``."""
+    n_tokens: int
+    metrics: dict[str, float | None]
+    """By METRICS name; null where the slot has nothing to compare."""
+
+
+class CellSeries(msgspec.Struct, frozen=True, kw_only=True):
+    """One cell over time."""
+
+    engine_digest: str
+    trainer_digest: str
+    model: str
+    kind: Kind
+    points: list[SeriesPoint]
+    """In order of time; slots without a score are left out."""
+    forgotten: int
+    """Older scores that are not held in memory any more."""
+
+
+class Series(msgspec.Struct, frozen=True, kw_only=True):
+    """Drift over time, by the time of scoring."""
+
+    slot_s: float
+    items: list[CellSeries]
+
+
+class TokenLayers(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one token was sent, layer by layer."""
+
+    index: int
+    rollout: list[list[int]]
+    """[L][K] expert ids, in the engine's order."""
+    train: list[list[int]]
+    """[L][K] expert ids, in the trainer's order."""
+
+
+class StepRoutes(msgspec.Struct, frozen=True, kw_only=True):
+    """Route disagreement of one answer, token by token: row j is the row that predicts token j."""
+
+    trajectory: str
+    step: int
+    choice: int
+    reason: str | None = None
+    """Why there is nothing to compare; null where there is."""
+    layers: list[int] = []
+    """Absolute numbers of the MoE layers."""
+    k: int = 0
+    """Experts per token and layer."""
+    missed: list[list[int | None]] = []
+    """[R][L]: experts of the engine that the trainer did not choose, 0 to K; null where a side's
+    row is no choice (padding, a sentinel)."""
+    token: TokenLayers | None = None
+    """Only with ``token=j``."""
+
+
+class Glossary(msgspec.Struct, frozen=True, kw_only=True):
+    """What each name means: metrics, colour bands, reason codes."""
+
+    metrics: dict[str, Metric]
+    router_metrics: dict[str, Metric]
+    bands: dict[str, Band]
+    moe_slack: float
+    """The k3 band of a cell with routes is this much wider."""
+    codes: dict[str, str]

@@ -1,0 +1,242 @@
+"""Scores over time, per cell, and the worst trajectories: folded as they come, each score once.
+
+`driftgate.storage.cells` keeps one sum per cell; this keeps one row per score, small enough to
+hold very many, so that drift can be shown against time and an alarm can say since when.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from driftgate.codes import SPOILS_ROUTES
+from driftgate.live_views import CellSeries, SeriesPoint
+from driftgate.mismatch import Bucket, Worst
+from driftgate.router import RouterBucket
+from driftgate.storage import ScoreRow
+from driftgate.trace import ScoreMeta
+from driftgate.views import Kind
+
+__all__ = ["BLOCK_TOKENS", "CellKey", "Live", "Sums", "TrajectoryWorst", "stretch"]
+
+MAX_SCORES = 50_000
+"""Rows kept of one cell, the newest: about 15 MB."""
+
+KEPT_WORST = 200
+"""Trajectories whose worst token is kept, those with the largest |D|."""
+
+PAGE = 1000
+"""Scores read from the index at once."""
+
+BLOCK_TOKENS = 512
+"""Tokens that are judged together when a stretch is dated: single answers are too short to tell
+drift from chance."""
+
+CellKey = tuple[str, str, str, Kind]
+"""Engine digest, trainer digest, model, kind."""
+
+
+class Sums(NamedTuple):
+    """What one score, or several, add to a point of a line."""
+
+    scored_ns: int = 0
+    scores: int = 0
+    not_comparable: int = 0
+    n_tokens: int = 0
+    n_bad_tokens: int = 0
+    k3: float | None = 0.0
+    """Sum over tokens; None where float64 cannot hold it."""
+    abs_log_ratio: float = 0.0
+    over_2: int = 0
+    """Tokens whose ratio leaves [1/2, 2]."""
+    cells: int = 0
+    """Valid (token, layer) pairs of routes that nothing is known against."""
+    disagree: int = 0
+    all_cells: int = 0
+    """Valid pairs of all routes, misaligned ones too."""
+    zero_overlap: int = 0
+    """Of ``all_cells``: this is how misaligned ones show."""
+
+    @classmethod
+    def of(cls, meta: ScoreMeta) -> Sums:
+        """Of one score; numbers that are not comparable are left out, the score is counted."""
+        counted = meta.bucket is not None and meta.comparable.verdict != "no"
+        bucket = meta.bucket if counted and meta.bucket is not None else Bucket()
+        router = meta.router or RouterBucket()
+        same = sum(layer[-1] for layer in router.shared)
+        spoiled = any(reason.code in SPOILS_ROUTES for reason in meta.comparable.reasons)
+        return cls(
+            scored_ns=meta.scored_ns,
+            scores=int(counted),
+            not_comparable=int(not counted),
+            n_tokens=bucket.n_tokens,
+            n_bad_tokens=bucket.n_bad_tokens,
+            k3=bucket.linear.k3 if bucket.linear is not None else None,
+            abs_log_ratio=bucket.sum_abs,
+            over_2=bucket.token_hits.get("extreme_frac_tau2", 0),
+            cells=0 if spoiled else router.n_cells,
+            disagree=0 if spoiled else router.n_cells - same,
+            all_cells=router.n_cells,
+            zero_overlap=sum(layer[0] for layer in router.shared),
+        )
+
+    @classmethod
+    def merge(cls, parts: Iterable[Sums]) -> Sums:
+        """The sums of all; ``scored_ns`` is the first one's."""
+        rows = list(parts)
+        k3 = [row.k3 for row in rows if row.k3 is not None]
+        total = {
+            name: sum(getattr(row, name) for row in rows)
+            for name in cls._fields
+            if name not in ("scored_ns", "k3")
+        }
+        return cls(
+            scored_ns=rows[0].scored_ns if rows else 0,
+            k3=sum(k3) if len(k3) == len(rows) else None,
+            **total,
+        )
+
+    def metrics(self) -> dict[str, float | None]:
+        """By METRICS name; None where there is nothing to divide by."""
+        return {
+            "kl_k3_rollout_train": None if self.k3 is None else _over(self.k3, self.n_tokens),
+            "abs_log_ratio_mean": _over(self.abs_log_ratio, self.n_tokens),
+            "extreme_frac_tau2": _over(self.over_2, self.n_tokens),
+            "router_set_disagree_rate": _over(self.disagree, self.cells),
+            "router_zero_overlap_rate": _over(self.zero_overlap, self.all_cells),
+        }
+
+
+class TrajectoryWorst(NamedTuple):
+    """The worst comparable token of a trajectory and where it stands."""
+
+    trajectory: str
+    model: str
+    step: int
+    choice: int
+    worst: Worst
+
+
+class Live:
+    """The fold of one store. Thread-safe; ``read(after)`` gives scores behind a cursor."""
+
+    def __init__(self, read: Callable[[int, int], Sequence[ScoreRow]]) -> None:
+        self._read = read
+        self._lock = threading.Lock()
+        self._cells: dict[CellKey, deque[Sums]] = {}
+        self._forgotten: dict[CellKey, int] = {}
+        self._worst: dict[str, TrajectoryWorst] = {}
+        self._last_seq = 0
+        self.last_score_ns: int | None = None
+
+    def refresh(self) -> None:
+        """Fold what came since the last call."""
+        with self._lock:
+            page = PAGE
+            while page == PAGE:
+                rows = self._read(self._last_seq, PAGE)
+                for row in rows:
+                    self._fold(row.meta)
+                    self._last_seq = row.seq
+                page = len(rows)
+
+    def cells(self) -> dict[CellKey, list[Sums]]:
+        """Each cell's scores in the order they came."""
+        with self._lock:
+            return {key: list(rows) for key, rows in self._cells.items()}
+
+    def worst(self, limit: int) -> list[TrajectoryWorst]:
+        """Trajectories by their worst token, the largest |D| first."""
+        with self._lock:
+            return sorted(self._worst.values(), key=_size, reverse=True)[:limit]
+
+    def series(self, slot_s: float) -> list[CellSeries]:
+        """Every cell's scores merged by slots of ``slot_s`` seconds."""
+        return [
+            CellSeries(
+                engine_digest=engine,
+                trainer_digest=trainer,
+                model=model,
+                kind=kind,
+                points=_points(rows, int(slot_s * 1e9)),
+                forgotten=self._forgotten.get((engine, trainer, model, kind), 0),
+            )
+            for (engine, trainer, model, kind), rows in sorted(self.cells().items())
+        ]
+
+    def span_s(self) -> float:
+        """From the first to the last score that is kept, in seconds."""
+        times = [row.scored_ns for rows in self.cells().values() for row in rows]
+        return (max(times) - min(times)) / 1e9 if times else 0.0
+
+    def _fold(self, meta: ScoreMeta) -> None:
+        key = (meta.engine.digest, meta.trainer.digest, meta.model, meta.kind)
+        rows = self._cells.setdefault(key, deque(maxlen=MAX_SCORES))
+        if len(rows) == MAX_SCORES:
+            self._forgotten[key] = self._forgotten.get(key, 0) + 1
+        rows.append(Sums.of(meta))
+        self.last_score_ns = max(self.last_score_ns or 0, meta.scored_ns)
+        if meta.kind != "drift" or meta.worst is None or meta.comparable.verdict == "no":
+            return
+        found = TrajectoryWorst(meta.trajectory, meta.model, meta.step, meta.choice, meta.worst)
+        known = self._worst.get(meta.trajectory)
+        if known is None or _size(found) > _size(known):
+            self._worst[meta.trajectory] = found
+        if len(self._worst) > KEPT_WORST:
+            del self._worst[min(self._worst.values(), key=_size).trajectory]
+
+
+def stretch(rows: Sequence[Sums], holds: Callable[[Sums], bool]) -> Sums | None:
+    """The newest unbroken stretch of which ``holds`` is true, merged; None where there is none.
+
+    Judged in blocks of at least ``BLOCK_TOKENS`` tokens, or (token, layer) pairs, from the newest
+    back.
+    """
+    found: list[Sums] = []
+    for block in _blocks(rows):
+        if not holds(Sums.merge(block)):
+            break
+        found = block + found
+    return Sums.merge(found) if found else None
+
+
+def _blocks(rows: Sequence[Sums]) -> Iterable[list[Sums]]:
+    block: list[Sums] = []
+    weight = 0
+    for row in reversed(rows):
+        block.insert(0, row)
+        weight += max(row.n_tokens, row.all_cells)
+        if weight >= BLOCK_TOKENS:
+            yield block
+            block, weight = [], 0
+    if block:
+        yield block
+
+
+def _points(rows: Sequence[Sums], slot_ns: int) -> list[SeriesPoint]:
+    slots: dict[int, list[Sums]] = {}
+    for row in rows:
+        slots.setdefault(row.scored_ns // slot_ns, []).append(row)
+    points = []
+    for slot in sorted(slots):
+        total = Sums.merge(slots[slot])
+        points.append(
+            SeriesPoint(
+                start_ns=slot * slot_ns,
+                scores=total.scores,
+                not_comparable=total.not_comparable,
+                n_tokens=total.n_tokens,
+                metrics=total.metrics(),
+            )
+        )
+    return points
+
+
+def _size(entry: TrajectoryWorst) -> float:
+    return abs(entry.worst.log_ratio)
+
+
+def _over(total: float, count: int) -> float | None:
+    return total / count if count else None

@@ -1,0 +1,156 @@
+// The only place that talks to the gateway: JSON, the stream of scores, and the reader's key.
+import { useCallback, useEffect, useRef, useState } from "./html.js";
+
+const KEY = "driftgate-read-key";
+
+export class ApiFailure extends Error {
+  constructor(status, message, fix) {
+    super(message);
+    this.status = status;
+    this.fix = fix;
+  }
+}
+
+export const readKey = () => sessionStorage.getItem(KEY);
+export const setReadKey = (key) => sessionStorage.setItem(KEY, key);
+
+const headers = () => (readKey() ? { authorization: `Bearer ${readKey()}` } : {});
+
+async function ask(path, signal) {
+  let response;
+  try {
+    response = await fetch(path, { headers: headers(), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiFailure(0, "The gateway does not answer.", "Is it still running? This page tries again by itself.");
+  }
+  if (response.ok) return response;
+  const body = await response.json().catch(() => ({}));
+  const error = body.error ?? {};
+  // 401: no key, or none that it knows; 403: one that opens something else.
+  const refused = response.status === 401 || (response.status === 403 && readKey());
+  if (refused) window.dispatchEvent(new Event("driftgate-key"));
+  throw new ApiFailure(response.status, error.message ?? `HTTP ${response.status}`, error.fix ?? "");
+}
+
+export async function get(path, signal) {
+  return (await ask(path, signal)).json();
+}
+
+export const paths = {
+  overview: "/api/overview",
+  cells: "/api/cells",
+  glossary: "/api/glossary",
+  series: "/api/series?points=120",
+  trajectories: (query) => `/api/trajectories?${new URLSearchParams(query)}`,
+  trajectory: (name) => `/api/trajectories/${encodeURIComponent(name)}`,
+  mismatch: (name) => `/api/trajectories/${encodeURIComponent(name)}/mismatch`,
+  step: (name, step) => `/api/trajectories/${encodeURIComponent(name)}/steps/${step}`,
+  verdict: (name, profile) => `/api/trajectories/${encodeURIComponent(name)}/verdict?profile=${profile}`,
+  explain: (name) => `/api/trajectories/${encodeURIComponent(name)}/explain`,
+  routes: (name, step, choice, token) =>
+    `/api/trajectories/${encodeURIComponent(name)}/steps/${step}/routes?choice=${choice}` +
+    (token == null ? "" : `&token=${token}`),
+};
+
+const glossary = { promise: null };
+/** Asked once for the life of the page; a failure is asked again. */
+export function getGlossary() {
+  glossary.promise ??= get(paths.glossary).catch((error) => {
+    glossary.promise = null;
+    throw error;
+  });
+  return glossary.promise;
+}
+
+/**
+ * `{data, error, reload}` of an answer, asked again every `everyS` seconds while the page is seen.
+ * What was there stays while the next answer is under way.
+ */
+export function useAnswer(path, everyS = 0) {
+  const [state, set] = useState({ path: null, data: null, error: null });
+  const [turn, setTurn] = useState(0);
+  const reload = useCallback(() => setTurn((n) => n + 1), []);
+  useEffect(() => {
+    if (path == null) return undefined;
+    const stop = new AbortController();
+    let timer = 0;
+    const load = async () => {
+      if (!document.hidden || turn === 0) {
+        try {
+          const data = await (path === paths.glossary ? getGlossary() : get(path, stop.signal));
+          set({ path, data, error: null });
+        } catch (error) {
+          if (stop.signal.aborted) return;
+          set((old) => ({ path, data: old.path === path ? old.data : null, error }));
+        }
+      }
+      if (everyS && !stop.signal.aborted) timer = setTimeout(load, everyS * 1000);
+    };
+    load();
+    return () => {
+      stop.abort();
+      clearTimeout(timer);
+    };
+  }, [path, everyS, turn]);
+  const current = state.path === path;
+  return { data: current ? state.data : null, error: current ? state.error : null, reload };
+}
+
+const FIRST_RETRY_MS = 500;
+const LAST_RETRY_MS = 10000;
+
+/** Newest cursor of the stream of scores. */
+async function newestCursor(signal) {
+  const response = await ask("/api/drift?after=now", signal);
+  await response.text();
+  return Number(response.headers.get("x-driftgate-cursor"));
+}
+
+/** Follows the scores from `back` events before now; calls `onEvent` with each, once, in order. */
+async function follow({ back, onEvent, onState, signal }) {
+  let cursor = null;
+  let wait = FIRST_RETRY_MS;
+  while (!signal.aborted) {
+    try {
+      cursor ??= Math.max(0, (await newestCursor(signal)) - back);
+      const response = await ask(`/api/drift?follow=1&after=${cursor}`, signal);
+      onState("live");
+      wait = FIRST_RETRY_MS;
+      for await (const event of lines(response.body)) {
+        cursor = event.cursor;
+        onEvent(event);
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      onState(error.status === 401 || error.status === 403 ? "key" : "lost");
+    }
+    await new Promise((resolve) => setTimeout(resolve, wait));
+    wait = Math.min(2 * wait, LAST_RETRY_MS);
+  }
+}
+
+async function* lines(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n");
+    rest = parts.pop();
+    for (const part of parts) if (part.trim()) yield JSON.parse(part);
+  }
+}
+
+/** Follows the scores while the component lives. */
+export function useScores(back, onEvent) {
+  const [state, set] = useState("connecting");
+  const handler = useRef(onEvent);
+  handler.current = onEvent;
+  useEffect(() => {
+    const stop = new AbortController();
+    follow({ back, onEvent: (e) => handler.current(e), onState: set, signal: stop.signal });
+    return () => stop.abort();
+  }, [back]);
+  return state;
+}

@@ -1,0 +1,182 @@
+// Small pieces that every view is made of.
+import { html, useEffect, useRef, useState } from "./html.js";
+import { band, BAND_WORDS } from "./scale.js";
+import { clock, date, num, signed, visible } from "./format.js";
+
+export const routeTo = {
+  overview: () => "#/",
+  matrix: () => "#/matrix",
+  cell: (c) => `#/cell/${[c.engine_digest, c.trainer_digest, c.model, c.kind].map(encodeURIComponent).join("/")}`,
+  trajectories: () => "#/trajectories",
+  trajectory: (name, query = {}) => {
+    const given = Object.entries(query).filter(([, v]) => v != null && v !== "");
+    const text = new URLSearchParams(given).toString();
+    return `#/t/${encodeURIComponent(name)}${text ? `?${text}` : ""}`;
+  },
+  token: (worst, trajectory = worst.trajectory) =>
+    routeTo.trajectory(trajectory, { step: worst.step, choice: worst.choice, token: worst.token_index }),
+  compare: (a, b) => `#/compare?${new URLSearchParams({ a: a ?? "", b: b ?? "" })}`,
+};
+
+let entered = false;
+
+/** Heading of a page; takes the focus when the page is entered, so that readers start there. */
+export function Title({ children, raw, note }) {
+  const ref = useRef(null);
+  useEffect(() => {
+    // Not on the first page: there the first Tab is the skip link's.
+    if (entered) ref.current?.focus({ preventScroll: true });
+    entered = true;
+  }, []);
+  return html`<header class="title">
+    <h1 tabindex="-1" ref=${ref}>${children}</h1>
+    ${note && html`<p class="muted">${note}</p>`}
+    ${raw && html`<${Raw} href=${raw} what="this page" />`}
+  </header>`;
+}
+
+export function Section({ title, raw, aside, children, id }) {
+  return html`<section class="card" aria-labelledby=${id}>
+    <div class="card-head">
+      <h2 id=${id}>${title}</h2>
+      <div class="card-aside">${aside}${raw && html`<${Raw} href=${raw} what=${title} />`}</div>
+    </div>
+    ${children}
+  </section>`;
+}
+
+/** The JSON behind what is shown. With a read key the browser cannot send it: then it is a download. */
+export function Raw({ href, what }) {
+  const open = async (event) => {
+    const key = sessionStorage.getItem("driftgate-read-key");
+    if (!key) return;
+    event.preventDefault();
+    const answer = await fetch(href, { headers: { authorization: `Bearer ${key}` } });
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await answer.blob());
+    link.download = "driftgate.json";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  return html`<a class="raw" href=${href} onClick=${open}>JSON<span class="sr"> behind ${what}</span></a>`;
+}
+
+export function Waiting({ what }) {
+  return html`<p class="muted waiting" role="status">Loading ${what}…</p>`;
+}
+
+export function Failure({ error, retry }) {
+  return html`<div class="failure" role="alert">
+    <p><strong>${error.message}</strong> ${error.fix}</p>
+    ${retry && html`<button type="button" onClick=${retry}>Try again</button>`}
+  </div>`;
+}
+
+/** An answer's content, or why there is none. */
+export function Show({ answer, what, children }) {
+  if (answer.data != null) return children(answer.data);
+  if (answer.error) return html`<${Failure} error=${answer.error} retry=${answer.reload} />`;
+  return html`<${Waiting} what=${what} />`;
+}
+
+export function Empty({ children }) {
+  return html`<p class="empty">${children}</p>`;
+}
+
+/** A wide table scrolls by itself, by keyboard too, so that the page never does. */
+export function Scroll({ label, children, tall }) {
+  return html`<div class=${tall ? "scroll tall" : "scroll"} role="region" aria-label=${`Table: ${label}`} tabindex="0">${children}</div>`;
+}
+
+export function BandMark({ colour, words = false }) {
+  if (!colour) return null;
+  const [sign, word] = BAND_WORDS[colour];
+  return html`<span class=${`band ${colour}`} title=${word}
+    ><span aria-hidden="true">${sign}</span><span class=${words ? "" : "sr"}> ${word}</span></span
+  >`;
+}
+
+/** A metric's value with its band's sign and its unit; a null says why it is one. */
+export function Metric({ glossary, name, measures, moe, unit = true, digits }) {
+  const value = measures?.metrics[name] ?? null;
+  if (value == null) {
+    const why = measures?.undefined?.[name] ?? "no numbers";
+    return html`<span class="muted" title=${why}>–<span class="sr"> ${why}</span></span>`;
+  }
+  const colour = band(glossary, name, value, { bad: measures.metrics.n_bad_tokens, moe });
+  const known = glossary?.metrics[name] ?? glossary?.router_metrics[name];
+  const of = unit && known && known.unit !== "1" ? html` <span class="unit">${known.unit}</span>` : null;
+  return html`<span class="value"><${BandMark} colour=${colour} /> ${num(value, digits)}${of}</span>`;
+}
+
+const VERDICTS = {
+  yes: ["✓", "comparable"],
+  converted: ["≈", "comparable, converted"],
+  no: ["✕", "not comparable"],
+};
+
+export function Verdict({ verdict, short }) {
+  const [sign, word] = VERDICTS[verdict];
+  return html`<span class=${`verdict ${verdict}`} title=${word}
+    ><span aria-hidden="true">${sign} </span><span class=${short ? "sr" : ""}>${word}</span></span
+  >`;
+}
+
+export function Time({ ns, seconds }) {
+  if (ns == null) return html`<span>–</span>`;
+  return html`<time datetime=${date(ns).toISOString()} title=${date(ns).toISOString()}>${clock(ns, seconds)}</time>`;
+}
+
+/** The worst token between the words around it. */
+export function InContext({ worst, chars = 44 }) {
+  const dim = (text) => text && html`<span class="dim">${visible(text)}</span>`;
+  return html`<span class="context"
+    >${dim((worst.before ?? "").slice(-chars))}<mark>${visible(worst.text)}</mark>${dim((worst.after ?? "").slice(0, chars))}</span
+  >`;
+}
+
+export function LogRatio({ value }) {
+  if (value == null) return html`<span class="muted">–</span>`;
+  return html`<span class="value">${signed(value)} <span class="unit">nats</span></span>`;
+}
+
+/** One of a few: real radio buttons, so that arrow keys and readers work as they should. */
+export function Choice({ label, name, value, options, onChange }) {
+  return html`<fieldset class="choice">
+    <legend class="sr">${label}</legend>
+    ${options.map(
+      ([key, text, title]) => html`<label title=${title ?? ""} class=${key === value ? "on" : ""}
+        ><input type="radio" name=${name} value=${key} checked=${key === value} onChange=${() => onChange(key)} />${text}</label
+      >`,
+    )}
+  </fieldset>`;
+}
+
+export function Select({ label, value, options, onChange, hideLabel }) {
+  return html`<label class="field"
+    ><span class=${hideLabel ? "sr" : ""}>${label}</span>
+    <select value=${value} onChange=${(e) => onChange(e.target.value)}>
+      ${options.map(([key, text]) => html`<option value=${key} selected=${key === value}>${text}</option>`)}
+    </select></label
+  >`;
+}
+
+export function Reasons({ reasons }) {
+  return html`<ul class="reasons">
+    ${reasons.map(
+      (r) => html`<li>
+        <code>${r.code}</code> ${r.detail}
+        ${r.fix && html`<span class="fix">→ ${r.fix}</span>`}
+      </li>`,
+    )}
+  </ul>`;
+}
+
+/** Open or closed is remembered while the page lives. */
+export function Fold({ summary, children, open = false }) {
+  const [shown, set] = useState(open);
+  return html`<details open=${shown} onToggle=${(e) => set(e.target.open)}>
+    <summary>${summary}</summary>
+    ${shown && children}
+  </details>`;
+}

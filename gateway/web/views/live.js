@@ -1,0 +1,95 @@
+// The events of `driftgate tail`, as they come: filter, follow, pause.
+import { html, useEffect, useRef, useState } from "../html.js";
+import { paths, useAnswer, useScores } from "../api.js";
+import { count, plural } from "../format.js";
+import { Choice, Empty, InContext, LogRatio, Metric, routeTo, Scroll, Section, Time, Title, Verdict } from "../parts.js";
+
+const KEPT = 500;
+const BACK = 50;
+const SPEAK_EVERY_MS = 5000;
+
+export function Live() {
+  const [events, setEvents] = useState([]);
+  const [paused, setPaused] = useState(false);
+  const [text, setText] = useState("");
+  const [kind, setKind] = useState("drift");
+  const held = useRef([]);
+  const [waiting, setWaiting] = useState(0);
+  const add = (found) => setEvents((old) => [...found.reverse(), ...old].slice(0, KEPT));
+  const state = useScores(BACK, (event) => {
+    if (!paused) return add([event]);
+    held.current = [...held.current, event].slice(-KEPT);
+    return setWaiting((n) => n + 1);
+  });
+  const pause = () => {
+    if (paused) {
+      add(held.current);
+      held.current = [];
+      setWaiting(0);
+    }
+    setPaused(!paused);
+  };
+  const shown = events.filter((e) => fits(e.score, text, kind));
+  return html`<${Title} raw="/api/drift" note=${html`The same events as <code>driftgate tail</code>, newest first.`}>Live<//>
+    <form class="filters" onSubmit=${(e) => e.preventDefault()}>
+      <label class="field grow"><span>Filter</span><input type="search" value=${text} placeholder="trajectory, model, verdict or reason" onInput=${(e) => setText(e.target.value)} /></label>
+      <${Choice} label="Kind of score" name="kind" value=${kind} options=${[["drift", "drift"], ["noise_floor", "noise floor"], ["", "both"]]} onChange=${setKind} />
+      <button type="button" aria-pressed=${paused} onClick=${pause}>${paused ? `Go on${waiting ? ` (${count(waiting)} new)` : ""}` : "Pause"}</button>
+    </form>
+    <p class="stream" data-state=${state}><span class="dot" aria-hidden="true"></span>${STATES[state]}${paused ? ", paused" : ""} · ${plural(shown.length, "event")} shown</p>
+    <${Spoken} event=${shown[0]} />
+    <${Section} id="events" title="Scores">
+      ${shown.length ? html`<${Rows} events=${shown} />` : html`<${Empty}>${events.length ? "No event fits the filter." : "No score yet: they appear here as the worker makes them."}<//>`}
+    <//>`;
+}
+
+const STATES = {
+  connecting: "connecting",
+  live: "live",
+  lost: "connection lost, trying again",
+  key: "a read key is needed",
+};
+
+function fits(score, text, kind) {
+  if (kind && score.kind !== kind) return false;
+  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  const all = [score.trajectory, score.model, score.comparable.verdict, score.kind, ...score.comparable.reasons.map((r) => r.code)].join(" ").toLowerCase();
+  return words.every((word) => all.includes(word));
+}
+
+/** Says the newest event to screen readers, at most every few seconds. */
+function Spoken({ event }) {
+  const [said, set] = useState("");
+  const newest = useRef(event);
+  newest.current = event;
+  useEffect(() => {
+    const timer = setInterval(() => {
+      const e = newest.current;
+      if (e) set(`${e.score.trajectory} step ${e.score.step} scored: ${e.score.comparable.verdict === "no" ? "not comparable" : "comparable"}`);
+    }, SPEAK_EVERY_MS);
+    return () => clearInterval(timer);
+  }, []);
+  return html`<p class="sr" aria-live="polite">${said}</p>`;
+}
+
+function Rows({ events }) {
+  const glossary = useAnswer(paths.glossary);
+  return html`<${Scroll} label="Scores as they come">
+    <table class="rows live-rows">
+      <thead><tr><th scope="col">scored</th><th scope="col">trajectory</th><th scope="col" class="n">step</th><th scope="col">model</th><th scope="col">comparable</th><th scope="col" class="n">k3</th><th scope="col" class="n">tokens</th><th scope="col">worst token</th><th scope="col" class="n">D</th></tr></thead>
+      <tbody>
+        ${events.map(({ cursor, score: s }) => html`<tr key=${cursor}>
+          <td class="nowrap"><${Time} ns=${s.scored_ns} seconds /></td>
+          <th scope="row"><a href=${routeTo.trajectory(s.trajectory, { step: s.step, choice: s.choice })}>${s.trajectory}</a></th>
+          <td class="n">${s.step}${s.choice ? `.${s.choice}` : ""}</td>
+          <td>${s.model}${s.kind === "noise_floor" ? html` <span class="tag">floor</span>` : ""}</td>
+          <td title=${s.comparable.reasons.map((r) => `${r.code}: ${r.detail}`).join("\n")}><${Verdict} verdict=${s.comparable.verdict} short /> ${s.comparable.reasons[0]?.code ?? s.comparable.verdict}</td>
+          <td class="n nowrap">${s.comparable.verdict === "no" ? html`<span class="muted">left out</span>` : html`<${Metric} glossary=${glossary.data} name="kl_k3_rollout_train" measures=${s.measures} moe=${s.router != null} />`}</td>
+          <td class="n">${count(s.measures?.metrics.n_tokens ?? 0)}</td>
+          <td>${s.worst && html`<a class="token-link" href=${routeTo.token(s.worst, s.trajectory)}><${InContext} worst=${s.worst} chars=${16} /></a>`}</td>
+          <td class="n nowrap">${s.worst && html`<${LogRatio} value=${s.worst.log_ratio} />`}</td>
+        </tr>`)}
+      </tbody>
+    </table>
+  <//>`;
+}

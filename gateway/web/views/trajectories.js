@@ -1,0 +1,72 @@
+// All agent runs, newest first, with what is missing of each.
+import { html, useEffect, useState } from "../html.js";
+import { get, paths, useAnswer } from "../api.js";
+import { count, duration, num } from "../format.js";
+import { Empty, Failure, routeTo, Scroll, Section, Select, Show, Time, Title } from "../parts.js";
+
+const PAGE = 50;
+
+export function Trajectories({ query, go }) {
+  const filters = Object.fromEntries(["model", "complete", "scored"].map((k) => [k, query.get(k) ?? ""]));
+  const asked = { limit: PAGE, ...Object.fromEntries(Object.entries(filters).filter(([, v]) => v)) };
+  const path = paths.trajectories(asked);
+  const first = useAnswer(path, 10);
+  const [more, setMore] = useState({ items: [], next: undefined, error: null });
+  useEffect(() => setMore({ items: [], next: undefined, error: null }), [path]);
+  const set = (name, value) => {
+    const next = new URLSearchParams(Object.entries({ ...filters, [name]: value }).filter(([, v]) => v));
+    go(`#/trajectories${next.size ? `?${next}` : ""}`);
+  };
+  return html`<${Title} raw=${path}>Trajectories<//>
+    <form class="filters" onSubmit=${(e) => e.preventDefault()}>
+      <label class="field"><span>Model</span><input value=${filters.model} placeholder="any" onChange=${(e) => set("model", e.target.value.trim())} /></label>
+      <${Select} label="Capture" value=${filters.complete} options=${[["", "any"], ["true", "complete"], ["false", "with gaps"]]} onChange=${(v) => set("complete", v)} />
+      <${Select} label="Scoring" value=${filters.scored} options=${[["", "any"], ["true", "scored"], ["false", "not all scored"]]} onChange=${(v) => set("scored", v)} />
+    </form>
+    <${Show} answer=${first} what="trajectories">
+      ${(page) => {
+        const rows = [...page.items, ...more.items];
+        const next = more.next === undefined ? page.next : more.next;
+        const load = () =>
+          get(paths.trajectories({ ...asked, before: next }))
+            .then((p) => setMore((old) => ({ items: [...old.items, ...p.items], next: p.next, error: null })))
+            .catch((error) => setMore((old) => ({ ...old, error })));
+        return html`<${Section} id="runs" title=${`${count(rows.length)} newest`}>
+          ${rows.length ? html`<${Rows} rows=${rows} />` : html`<${Empty}>No trajectory fits. Point an agent at this gateway: <code>export OPENAI_BASE_URL=${location.origin}/v1</code><//>`}
+          ${more.error && html`<${Failure} error=${more.error} retry=${load} />`}
+          ${next && html`<button type="button" onClick=${load}>Older ones</button>`}
+        <//>`;
+      }}
+    <//>`;
+}
+
+function Rows({ rows }) {
+  return html`<${Scroll} label="Trajectories">
+    <table class="rows">
+      <thead>
+        <tr><th scope="col">trajectory</th><th scope="col">started</th><th scope="col" class="n">took</th><th scope="col">model</th><th scope="col" class="n">steps</th><th scope="col" class="n">captured</th><th scope="col" class="n">scored</th><th scope="col">capture</th><th scope="col" class="n">reward</th></tr>
+      </thead>
+      <tbody>
+        ${rows.map(
+          (t) => html`<tr>
+            <th scope="row"><a href=${routeTo.trajectory(t.trajectory)}>${t.trajectory}</a></th>
+            <td class="nowrap"><${Time} ns=${t.started_ns} seconds /></td>
+            <td class="n nowrap">${duration((t.ended_ns - t.started_ns) / 1e9)}</td>
+            <td>${t.models.join(", ")}</td>
+            <td class="n">${count(t.steps)}</td>
+            <td class="n nowrap">${count(t.captured)} of ${count(t.choices)}</td>
+            <td class="n nowrap">${count(t.scored)} of ${count(t.scorable)}</td>
+            <td><${Capture} row=${t} /></td>
+            <td class="n">${num(t.reward)}</td>
+          </tr>`,
+        )}
+      </tbody>
+    </table>
+  <//>`;
+}
+
+export function Capture({ row }) {
+  if (row.open_calls) return html`<span class="verdict converted"><span aria-hidden="true">… </span>running</span>`;
+  if (row.complete) return html`<span class="verdict yes"><span aria-hidden="true">✓ </span>complete</span>`;
+  return html`<span class="verdict no" title=${row.gaps.join("\n")}><span aria-hidden="true">✕ </span>${row.gaps.length} gaps</span>`;
+}

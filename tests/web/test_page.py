@@ -1,0 +1,244 @@
+"""The dashboard in a real browser, on live data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import msgspec
+import pytest
+from playwright.sync_api import Page, expect
+
+from driftgate.storage import Writer
+from driftgate.testing.traces import make_intent, make_trajectory
+from driftgate.views import Cells
+from tests.web.conftest import PHONE, Watched
+from tests.web.stores import LONG_TOKENS, routed_score
+
+AXE = (Path(__file__).parent / "vendor" / "axe-core" / "axe.js").read_text()
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+VIEWS = (
+    "",
+    "matrix",
+    "trajectories",
+    "trajectories?complete=false",
+    "t/moe-3?step=2&choice=0&token=1",
+    "t/dense-0?step=1",
+    "t/gap?step=0",
+    "compare",
+    "compare?a=t:moe-0&b=t:moe-1",
+    "live",
+    "nowhere",
+)
+
+MakePage = Callable[..., Watched]
+
+
+def cell_of(url: str, *, kind: str = "drift") -> str:
+    cells = msgspec.json.decode(httpx.get(f"{url}/api/cells").content, type=Cells).items
+    cell = next(c for c in cells if (c.kind == kind and c.router is not None) or c.kind != "drift")
+    return "/".join([cell.engine_digest, cell.trainer_digest, cell.model, cell.kind])
+
+
+def violations(page: Page) -> list[str]:
+    """What axe finds, each with the first element it is about."""
+    if not page.evaluate("typeof axe === 'object'"):
+        page.evaluate(AXE)
+    found = page.evaluate("rules => axe.run({runOnly: rules})", RULES)
+    return [
+        f"{v['id']}: {node['html'][:160]} {node['failureSummary']}"
+        for v in found["violations"]
+        for node in v["nodes"][:2]
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_view_is_accessible(make_page: MakePage, url: str, scheme: str) -> None:
+    watched = make_page(scheme=scheme)
+    found = {}
+    for view in (*VIEWS, f"cell/{cell_of(url)}"):
+        page = watched.open(view)
+        if problems := violations(page):
+            found[view] = problems
+    assert found == {}
+
+
+def test_a_phone_never_scrolls_sideways(make_page: MakePage, url: str) -> None:
+    watched = make_page(viewport=PHONE)
+    for view in (*VIEWS, f"cell/{cell_of(url)}"):
+        page = watched.open(view)
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"], view
+    watched.open("")
+    assert violations(watched.page) == []
+
+
+def test_the_worst_token_is_within_three_clicks(make_page: MakePage, url: str) -> None:
+    worst = httpx.get(f"{url}/api/overview").json()["worst"][0]
+    watched = make_page()
+    page = watched.open()
+    page.get_by_role("table").last.get_by_role("link").first.click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(worst["trajectory"])
+    chosen = page.locator("[role=option][aria-selected=true]")
+    expect(chosen).to_have_attribute("data-i", str(worst["worst"]["token_index"]))
+    shown = page.get_by_role("complementary", name="Token")
+    expect(shown).to_contain_text(f"{abs(worst['worst']['log_ratio']):.3g}")
+    expect(shown).to_contain_text("experts differ")
+    expect(chosen).to_be_in_viewport()
+
+
+def test_overview_says_what_is_wrong_in_words(make_page: MakePage) -> None:
+    page = make_page().open()
+    alarms = page.get_by_role("region", name="Alarms")
+    expect(alarms).to_contain_text("Routes of tiny-shift misaligned: zero overlap")
+    expect(alarms).to_contain_text("1 of 10 trajectories have a gap")
+    expect(
+        page.get_by_role("img", name=re.compile("kl_k3_rollout_train of tiny-moe"))
+    ).to_be_visible()
+
+
+def test_the_matrix_leads_to_a_cell_and_its_layers(make_page: MakePage) -> None:
+    page = make_page().open("matrix")
+    expect(page.get_by_role("table").nth(1)).to_contain_text("worst layer")
+    page.get_by_role("link", name=re.compile("nats.*not comparable|not comparable")).first.click()
+    expect(page.get_by_role("heading", name="Reasons")).to_be_visible()
+    expect(page.get_by_text("evidence of what is wrong, not drift")).to_be_visible()
+
+
+def test_a_response_can_be_read_by_keyboard(make_page: MakePage) -> None:
+    page = make_page().open("t/moe-3?step=2")
+    tokens = page.get_by_role("listbox")
+    tokens.focus()
+    page.keyboard.press("n")
+    largest = page.get_by_role("table", name=None).filter(has_text="p trainer").last
+    index = largest.get_by_role("cell").first.inner_text()
+    expect(tokens).to_have_attribute("aria-activedescendant", f"token-{index}")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    expect(tokens).to_have_attribute("aria-activedescendant", "token-1")
+    page.keyboard.press("End")
+    expect(tokens).to_have_attribute("aria-activedescendant", "token-39")
+    for mode in ("|D|", "p", "entropy", "routes"):
+        page.get_by_role("radio", name=mode, exact=True).check()
+    expect(page.get_by_text("share of the engine's experts").first).to_be_visible()
+    expect(page.get_by_role("table").filter(has_text="missed")).to_contain_text("of 4")
+
+
+def test_the_first_tab_skips_to_the_content(make_page: MakePage) -> None:
+    page = make_page().open("matrix")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    assert page.url.endswith("#/matrix")
+
+
+def test_a_trajectory_says_whether_to_train_on_it_and_why_not(make_page: MakePage) -> None:
+    page = make_page().open("t/dense-0")
+    verdict = page.get_by_role("region", name="Train on it?")
+    expect(verdict).to_contain_text("quarantine")
+    expect(verdict).to_contain_text("1 of 3 scores: grammar_masked")
+    expect(verdict.get_by_role("row").filter(has_text="unexplained")).to_contain_text("%")
+    verdict.get_by_role("radio", name="observatory").check()
+    expect(verdict.get_by_role("link", name="JSON").first).to_have_attribute(
+        "href", re.compile("profile=observatory")
+    )
+
+
+def test_the_scheme_can_be_chosen_and_stays(make_page: MakePage) -> None:
+    watched = make_page(scheme="dark")
+    page = watched.open()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.get_by_label("Colour scheme").select_option("light")
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+
+
+def test_ten_thousand_tokens_stay_smooth(make_page: MakePage) -> None:
+    watched = make_page()
+    page = watched.open("t/long")
+    expect(page.locator("[role=option]")).to_have_count(LONG_TOKENS)
+    # From the click to the next frame: the bound is what a person calls stuck, not a figure.
+    seconds = cast(
+        float,
+        page.evaluate(
+            """async () => {
+              const start = performance.now();
+              document.querySelector('input[name=mode][value=entropy]').click();
+              await new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)));
+              return (performance.now() - start) / 1000;
+            }"""
+        ),
+    )
+    assert seconds < 3.0
+    expect(page.locator("[data-i='0']")).to_have_class(re.compile(r"t q\d"))
+
+
+def write(root: Path, name: str) -> None:
+    writer = Writer(root)
+    try:
+        for trace in make_trajectory(name, steps=1, response=40):
+            records: list[Any] = [make_intent(trace), trace, routed_score(trace, flips=2, seed=9)]
+            for record in records:
+                writer.submit(record).result(timeout=30)
+    finally:
+        writer.close()
+
+
+def test_the_tail_follows_pauses_and_filters(make_page: MakePage, root: Path) -> None:
+    page = make_page().open("live")
+    expect(page.locator(".stream")).to_have_attribute("data-state", "live")
+    write(root, "arrived-1")
+    first = page.get_by_role("table").get_by_role("rowheader").first
+    expect(first).to_have_text("arrived-1")
+    page.get_by_role("button", name="Pause").click()
+    write(root, "arrived-2")
+    resume = page.get_by_role("button", name="Go on (1 new)")
+    expect(resume).to_be_visible()
+    expect(first).to_have_text("arrived-1")
+    resume.click()
+    expect(first).to_have_text("arrived-2")
+    page.get_by_label("Filter").fill("arrived-1 yes")
+    expect(page.get_by_role("table").get_by_role("rowheader")).to_have_text(["arrived-1"])
+    page.get_by_label("Filter").fill("nothing-like-it")
+    expect(page.get_by_text("No event fits the filter.")).to_be_visible()
+
+
+def test_compare_says_where_two_runs_part(make_page: MakePage) -> None:
+    page = make_page().open("compare")
+    page.get_by_role("combobox", name=re.compile("^A")).select_option("t:moe-0")
+    page.get_by_role("combobox", name=re.compile("^B")).select_option("t:moe-1")
+    page.get_by_role("button", name="compare tokens of step 1").click()
+    expect(page.get_by_text("other prompt; first other token at 0")).to_be_visible()
+
+
+def test_a_read_key_is_asked_for_and_sent(make_page: MakePage, locked_url: str) -> None:
+    watched = make_page(at=locked_url)
+    watched.allowed = ("401", "403")
+    page = watched.page
+    page.goto(f"{locked_url}/#/live")
+    expect(page.get_by_role("heading", name="Read key")).to_be_visible()
+    page.get_by_label("Key", exact=True).fill("wrong")
+    page.get_by_role("button", name="Read").click()
+    expect(page.get_by_text("The gateway refuses this key.")).to_be_visible()
+    page.get_by_label("Key", exact=True).fill("right")
+    page.get_by_role("button", name="Read").click()
+    expect(page.locator(".stream")).to_have_attribute("data-state", "live")
+    expect(page.get_by_role("table").get_by_role("rowheader").first).to_be_visible()
+    assert page.evaluate("sessionStorage.length") == 1
+    assert "right" not in page.url
+
+
+def test_a_lost_gateway_is_said(make_page: MakePage) -> None:
+    watched = make_page()
+    watched.allowed = ("ERR_FAILED",)
+    page = watched.open("matrix")
+    page.route("**/api/**", lambda route: route.abort())
+    page.get_by_role("link", name="Trajectories", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("The gateway does not answer.")
+    page.unroute("**/api/**")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("table")).to_be_visible()

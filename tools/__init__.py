@@ -1,0 +1,1 @@
+"""Scripts that people run by hand: front-end parts, pictures for the docs."""
