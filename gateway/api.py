@@ -273,10 +273,7 @@ class Api(LiveHandlers):
     ) -> list[Event]:
         return [
             Event(
-                event.cursor,
-                event.score.trajectory,
-                event.score.kind,
-                msgspec.json.encode(event),
+                event.cursor, event.score.trajectory, event.score.kind, msgspec.json.encode(event)
             )
             for event in self._answers.drift(after, limit, trajectory, kind)
         ]
