@@ -24,7 +24,7 @@ from aiohttp import web
 
 from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
-from driftgate.gateway import api_judge, openapi
+from driftgate.gateway import api_judge, api_tree, openapi
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api_live import LIVE_ROUTES, LiveAnswers, LiveHandlers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
@@ -273,10 +273,7 @@ class Api(LiveHandlers):
     ) -> list[Event]:
         return [
             Event(
-                event.cursor,
-                event.score.trajectory,
-                event.score.kind,
-                msgspec.json.encode(event),
+                event.cursor, event.score.trajectory, event.score.kind, msgspec.json.encode(event)
             )
             for event in self._answers.drift(after, limit, trajectory, kind)
         ]
@@ -332,6 +329,7 @@ ROUTES: tuple[Route, ...] = (
         answer=Reward,
     ),
     *api_judge.ROUTES,
+    *api_tree.ROUTES,
     Route(method="GET", path="/api/cells", handler=Api.get_cells, answer=Cells),
     Route(
         method="GET",
