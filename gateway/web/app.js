@@ -1,8 +1,8 @@
 // The page's frame: which view the address names, the navigation, the scheme, the read key.
 import { html, render, useEffect, useState } from "./html.js";
 import { readKey, setReadKey } from "./api.js";
-import { plural } from "./format.js";
-import { Fold, Time } from "./parts.js";
+import { day, plural } from "./format.js";
+import { Fold } from "./parts.js";
 import { report } from "./report.js";
 import { Cell } from "./views/cell.js";
 import { Compare } from "./views/compare.js";
@@ -88,7 +88,7 @@ function KeyForm({ onKey }) {
 /** Of a report: when and of what it was made, and what is not in it. */
 function Made() {
   return html`<aside class="made" aria-label="About this report">
-    <p>${report.title} <${Time} ns=${report.made_ns} seconds />.</p>
+    <p>${report.title} ${day(report.made_ns)}.</p>
     ${report.left_out.length > 0 && html`<${Fold} summary=${`Left out: ${plural(report.left_out.length, "thing")}`}><ul class="reasons">${report.left_out.map((line) => html`<li>${line}</li>`)}</ul><//>`}
   </aside>`;
 }

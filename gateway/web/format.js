@@ -57,6 +57,9 @@ export function clock(ns, seconds = false) {
   return `${at.toLocaleDateString("en-GB", { day: "numeric", month: "short" })} ${time}`;
 }
 
+/** With the day, always: for what is read later. */
+export const day = (ns) => date(ns).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+
 /** One side of a cell in a few words. */
 export function side(value) {
   return value.side === "engine"
@@ -80,7 +83,7 @@ export function sideDetail(value, digest) {
 
 /** A token as it can be seen: blanks and line ends get a sign. */
 export function visible(text) {
-  if (text == null) return "▯";
+  if (text == null) return "⟨?⟩";
   if (text === "") return "∅";
   return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍");
 }

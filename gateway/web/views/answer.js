@@ -32,7 +32,7 @@ function Asked({ trace, path }) {
   return html`<${Section} id="asked" title="Asked" raw=${path}>
     <${Messages} request=${trace.request} />
     <p class="muted small">
-      ${count(trace.prompt_ids?.length)} prompt tokens · ${sampling.join(", ") || "the engine's defaults"} ·
+      ${count(trace.prompt_ids?.length ?? meta.proof.prompt_ids)} prompt tokens · ${sampling.join(", ") || "the engine's defaults"} ·
       ${" "}${meta.streamed ? "streamed" : "JSON"} · named by ${meta.attribution} · at ${clock(meta.started_ns, true)}
       ${meta.parent && !meta.prefix_exact ? ` · the prompt continues its parent for ${count(meta.prefix_len)} tokens, then differs` : ""}
     </p>
