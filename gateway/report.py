@@ -215,6 +215,7 @@ async def _trajectory(
         root: detail,
         f"{root}/mismatch": await source.mismatch(name),
         f"{root}/explain": await source.explain(name),
+        f"{root}/tree": await source.tree(name),
     }
     for profile in get_args(ProfileName):
         whole[f"{root}/verdict?profile={profile}"] = await source.verdict(name, profile=profile)

@@ -8,12 +8,14 @@ from typing import Literal, Protocol
 from driftgate.explain import TrajectoryExplanation
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api_live import POINTS, LiveAnswers
+from driftgate.gateway.api_tree import read_tree
 from driftgate.gateway.explanations import Explanations
 from driftgate.gateway.verdicts import Verdicts
 from driftgate.judgements import TrajectoryVerdicts
 from driftgate.live_views import Overview, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.storage import Reader
+from driftgate.tree import Tree
 from driftgate.views import (
     Cells,
     DriftEvent,
@@ -45,6 +47,7 @@ class Source(Protocol):
         self, trajectory: str, *, profile: ProfileName = "default"
     ) -> TrajectoryVerdicts: ...
     async def explain(self, trajectory: str) -> TrajectoryExplanation: ...
+    async def tree(self, trajectory: str) -> Tree: ...
     async def step(self, trajectory: str, step: int) -> StepDetail: ...
     async def step_routes(
         self, trajectory: str, step: int, *, choice: int = 0, token: int | None = None
@@ -99,6 +102,10 @@ class StoreSource:
     async def explain(self, trajectory: str) -> TrajectoryExplanation:
         """As its ``/explain``."""
         return Explanations(self._reader).trajectory(trajectory)
+
+    async def tree(self, trajectory: str) -> Tree:
+        """As its ``/tree``."""
+        return read_tree(self._reader, trajectory)
 
     async def step(self, trajectory: str, step: int) -> StepDetail:
         """As its ``/steps/{step}``."""

@@ -24,18 +24,33 @@ BODIES = frozenset({"request", "response", "prompt_ids"})
 OUTCOME = frozenset({"reason"})
 """Of whatever has an ``http_status``: an engine's refusal often quotes what it refused."""
 
+BREAK = frozenset({"was", "now"})
+"""Of whatever has a ``was``: both sides of a prefix that broke."""
+
 GAP_PARTS = 2
 """A gap reads ``step 3: failed: …``; what an engine said stands behind the second colon."""
 
 
+MARKS = (
+    ("token_id", TOKEN),
+    ("prompt_ids", BODIES),
+    ("http_status", OUTCOME),
+    ("was", BREAK),
+)
+
+
 def without_text(answer: Any) -> Any:
     """``answer`` (decoded JSON) with null for everything that was said."""
+    if isinstance(answer, dict) and "was" in answer:
+        # Its reasons quote the messages that were changed.
+        quoting = answer.get("reasons", ())
+        answer = {**answer, "reasons": [{**reason, "detail": None} for reason in quoting]}
     if isinstance(answer, list):
         return [without_text(item) for item in answer]
     if not isinstance(answer, dict):
         return answer
     hidden: frozenset[str] = frozenset()
-    for mark, fields in (("token_id", TOKEN), ("prompt_ids", BODIES), ("http_status", OUTCOME)):
+    for mark, fields in MARKS:
         if mark in answer:
             hidden |= fields
     return {

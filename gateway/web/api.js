@@ -62,6 +62,7 @@ export const paths = {
   mismatch: (name) => `/api/trajectories/${encodeURIComponent(name)}/mismatch`,
   step: (name, step) => `/api/trajectories/${encodeURIComponent(name)}/steps/${step}`,
   verdict: (name, profile) => `/api/trajectories/${encodeURIComponent(name)}/verdict?profile=${profile}`,
+  tree: (name) => `/api/trajectories/${encodeURIComponent(name)}/tree`,
   explain: (name) => `/api/trajectories/${encodeURIComponent(name)}/explain`,
   routes: (name, step, choice, token) =>
     `/api/trajectories/${encodeURIComponent(name)}/steps/${step}/routes?choice=${choice}` +

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 from playwright.sync_api import expect
 from typer.testing import CliRunner, Result
 
+from driftgate.breaks import Broken, break_reason
 from driftgate.cli import app
 from driftgate.gateway.pages import page_files
 from driftgate.gateway.report_page import one_file
+from driftgate.gateway.report_text import without_text
 from driftgate.storage import Reader
 from driftgate.testing.stores import SLASHED, example_records, write_store
 from driftgate.trace import Trace
@@ -126,6 +130,16 @@ def test_no_text_leaves_no_word_of_the_agents(tmp_path: Path) -> None:
             assert word not in everything(without), word
     assert '"token_id":null' in everything(without)
     assert not re.search(r'"token_id":\d|"prompt_ids":\[', everything(without))
+
+
+def test_no_text_leaves_out_what_a_break_quotes() -> None:
+    reason = break_reason("system_changed", "a line was `secret` and is `hidden`")
+    broken = Broken(position=3, of=9, was="secret", now="hidden", reasons=[reason])
+    told = json.dumps(without_text({"nodes": [msgspec.to_builtins(broken)]}))
+    assert "system_changed" in told
+    assert '"position": 3' in told
+    assert "secret" not in told
+    assert "hidden" not in told
 
 
 def test_the_size_is_kept(still: Path, tmp_path: Path) -> None:

@@ -9,24 +9,25 @@ import { Choice, Empty, LogRatio, Raw, Reasons, Scroll, Section, Show, Verdict }
 import { missShare, MODES } from "../scale.js";
 import { byDrift, Legend, Tokens } from "../tokens.js";
 import { Messages, Reply } from "./messages.js";
+import { Break } from "./steps.js";
 
 const LISTED = 12;
 
-export function Answer({ name, step, choice, token, onToken }) {
+export function Answer({ name, step, choice, token, node, onToken }) {
   const path = paths.step(name, step);
   const answer = useAnswer(path);
   return html`<${Show} answer=${answer} what=${`step ${step}`}>
     ${(detail) => {
       const all = detail.choices;
       const trace = all.find((c) => c.meta.choice === choice) ?? all[0];
-      return html`<${Asked} trace=${trace} path=${path} />
+      return html`<${Asked} trace=${trace} node=${node} name=${name} path=${path} />
         <${Response} key=${trace.meta.trace_id} trace=${trace} name=${name} step=${step} path=${path} token=${token} onToken=${onToken} />
         <${Replay} of=${trace.score} raw=${path} />`;
     }}
   <//>`;
 }
 
-function Asked({ trace, path }) {
+function Asked({ trace, node, name, path }) {
   const meta = trace.meta;
   const sampling = Object.entries(meta.sampling).map(([n, v]) => `${n} ${v}`);
   return html`<${Section} id="asked" title="Asked" raw=${path}>
@@ -34,8 +35,8 @@ function Asked({ trace, path }) {
     <p class="muted small">
       ${count(trace.prompt_ids?.length ?? meta.proof.prompt_ids)} prompt tokens · ${sampling.join(", ") || "the engine's defaults"} ·
       ${" "}${meta.streamed ? "streamed" : "JSON"} · named by ${meta.attribution} · at ${clock(meta.started_ns, true)}
-      ${meta.parent && !meta.prefix_exact ? ` · the prompt continues its parent for ${count(meta.prefix_len)} tokens, then differs` : ""}
     </p>
+    <${Break} node=${node} name=${name} />
   <//>`;
 }
 

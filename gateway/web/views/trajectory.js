@@ -6,22 +6,23 @@ import { BandMark, Empty, Failure, Metric, Partial, routeTo, Scroll, Section, Sh
 import { Answer } from "./answer.js";
 import { Exports } from "./exports.js";
 import { Judgement } from "./judgement.js";
-import { outline, Steps, worstOf } from "./steps.js";
+import { nodesOf, outline, Steps, worstOf } from "./steps.js";
 import { Capture } from "./trajectories.js";
 
 export function Trajectory({ name, query, go }) {
   const path = paths.trajectory(name);
   const detail = useAnswer(path, 5);
   const mismatch = useAnswer(paths.mismatch(name), 10);
+  const tree = useAnswer(paths.tree(name), 10).data;
   const glossary = useAnswer(paths.glossary).data;
   if (detail.error && !detail.data) return html`<${Title}>${name}<//><${Failure} error=${detail.error} retry=${detail.reload} />`;
   return html`<${Show} answer=${detail} what=${`trajectory ${name}`}>
-    ${(data) => html`<${Whole} name=${name} data=${data} mismatch=${mismatch} glossary=${glossary} query=${query} go=${go} path=${path} />`}
+    ${(data) => html`<${Whole} name=${name} data=${data} mismatch=${mismatch} tree=${tree} glossary=${glossary} query=${query} go=${go} path=${path} />`}
   <//>`;
 }
 
-function Whole({ name, data, mismatch, glossary, query, go, path }) {
-  const steps = useMemo(() => outline(data, glossary), [data, glossary]);
+function Whole({ name, data, mismatch, tree, glossary, query, go, path }) {
+  const steps = useMemo(() => outline(data, tree, glossary), [data, tree, glossary]);
   const answers = steps.flatMap((s) => s.answers);
   const worst = worstOf(answers);
   const divergent = answers.find((a) => a.comparable && (a.colour === "amber" || a.colour === "red"));
@@ -43,11 +44,11 @@ function Whole({ name, data, mismatch, glossary, query, go, path }) {
     <${Cells} mismatch=${mismatch} glossary=${glossary} name=${name} />
     <${Judgement} name=${name} />
     <div class="split">
-      <${Steps} steps=${steps} step=${step} choice=${choice} name=${name} />
+      <${Steps} steps=${steps} tree=${tree} step=${step} choice=${choice} name=${name} />
       <div class="main-column">
         ${step == null
           ? html`<${Empty}>No answer is stored yet.<//>`
-          : html`<${Answer} key=${`${step}`} name=${name} step=${step} choice=${choice} token=${token} onToken=${(i) => go(here({ token: i }), true)} />`}
+          : html`<${Answer} key=${`${step}`} name=${name} step=${step} choice=${choice} token=${token} node=${nodesOf(tree).get(`${step}.${choice}`)} onToken=${(i) => go(here({ token: i }), true)} />`}
       </div>
     </div>
     <${Exports} name=${name} />`;
