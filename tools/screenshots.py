@@ -44,6 +44,7 @@ async def views(url: str) -> dict[str, str]:
         "overview": "",
         "matrix": "matrix",
         "trajectory": worst,
+        "verdict": worst.split("?")[0],
         "live": "live",
         "glossary": "glossary",
     }

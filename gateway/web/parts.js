@@ -166,12 +166,17 @@ export function Select({ label, value, options, onChange, hideLabel }) {
   >`;
 }
 
+/** Prose with `code` in it. */
+export function Words({ text }) {
+  return (text ?? "").split("`").map((part, i) => (i % 2 ? html`<code>${part}</code>` : part));
+}
+
 export function Reasons({ reasons }) {
   return html`<ul class="reasons">
     ${reasons.map(
       (r) => html`<li>
-        <code>${r.code}</code> ${r.detail}
-        ${r.fix && html`<span class="fix">→ ${r.fix}</span>`}
+        <code>${r.code}</code> <${Words} text=${r.detail} />
+        ${r.fix && html`<span class="fix">→ <${Words} text=${r.fix} /></span>`}
       </li>`,
     )}
   </ul>`;

@@ -57,6 +57,7 @@ export function Live({ query, go }) {
     <p class="stream" data-state=${state}><span class="dot" aria-hidden="true"></span>${STATES[state]}${paused ? ", paused" : ""} · ${plural(shown.length, "event")} shown${shown.length < events.length ? `, ${count(events.length - shown.length)} filtered out` : ""}</p>
     <${Spoken} event=${shown[0]} />
     <${Section} id="events" title="Scores">
+      <p class="muted small">The sign before the time is the worst band of k3, mean |D|, the share beyond ×2 and routes.</p>
       ${shown.length ? html`<${Rows} events=${shown} glossary=${glossary} />` : html`<${Empty}>${events.length ? "No event fits the filter." : "No score yet: they appear here as the worker makes them."}<//>`}
     <//>`;
 }
