@@ -27,7 +27,7 @@ from driftgate.errors import (
 )
 from driftgate.explain import TrajectoryExplanation
 from driftgate.judgements import Feedback, TrajectoryVerdicts
-from driftgate.live_views import Overview, Series, StepRoutes
+from driftgate.live_views import Overview, PairedCells, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
 from driftgate.tree import Tree
@@ -144,6 +144,10 @@ class Client:
     async def cells(self) -> Cells:
         """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""
         return await self._get("/api/cells", Cells)
+
+    async def pair(self, a: str, b: str) -> PairedCells:
+        """Two cells on the prompts that both were given; each as ``ENGINE/TRAINER/MODEL``."""
+        return await self._get("/api/cells/pair", PairedCells, _query(a=a, b=b))
 
     async def overview(self) -> Overview:
         """What is live now: rates, coverage, lag, alarms in words, the worst trajectories."""

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
-from driftgate.gateway import api_judge, api_tree, openapi
+from driftgate.gateway import api_judge, api_pair, api_tree, openapi
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api_live import LIVE_ROUTES, LiveAnswers, LiveHandlers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
@@ -330,6 +330,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     *api_judge.ROUTES,
     *api_tree.ROUTES,
+    *api_pair.ROUTES,
     Route(method="GET", path="/api/cells", handler=Api.get_cells, answer=Cells),
     Route(
         method="GET",

@@ -237,6 +237,17 @@ class Reader:
         same = [other for trace, other in near if _equal(self.trace(trace).prompt_ids, ids)]
         return list(dict.fromkeys(same))
 
+    def answers_of(self, engine: str, model: str, *, limit: int) -> list[str]:
+        """Ids of an engine's newest scored traces, by its digest, oldest first."""
+        rows = self._all(
+            "SELECT trace_id FROM traces WHERE engine = ? AND model = ? AND scorable AND scored "
+            "AND retry = 0 ORDER BY started_ns DESC, trace_id LIMIT ?",
+            engine,
+            model,
+            min(limit, MAX_PAGE),
+        )
+        return [trace_id for (trace_id,) in reversed(rows)]
+
     def reward(self, trajectory: str) -> Reward | None:
         """The reward given last."""
         row = self._one("SELECT reward FROM rewards WHERE trajectory = ?", trajectory)

@@ -53,6 +53,7 @@ export async function save(path) {
 }
 
 export const paths = {
+  pair: (a, b) => `/api/cells/pair?${new URLSearchParams({ a, b })}`,
   overview: "/api/overview",
   cells: "/api/cells",
   glossary: "/api/glossary",

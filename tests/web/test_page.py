@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_args
+from urllib.parse import urlencode
 
 import httpx
 import msgspec
@@ -16,11 +17,11 @@ from driftgate.bands import Colour
 from driftgate.commands.export import FormatOption
 from driftgate.storage import Writer
 from driftgate.tailing import Wanted
-from driftgate.testing.traces import make_intent, make_trajectory
+from driftgate.testing.traces import TRAINER, make_intent, make_trajectory
 from driftgate.views import Cells, DriftEvent
 from tests.web.axe import COLOURS, RULES, violations
 from tests.web.conftest import PHONE, READ_KEY, WIDE, Watched
-from tests.web.stores import LONG_TOKENS, routed_score
+from tests.web.stores import LONG_TOKENS, OTHER_BUILD, routed_score
 
 VIEWS = (
     "",
@@ -94,7 +95,7 @@ def test_overview_says_what_is_wrong_in_words(make_page: MakePage) -> None:
     page = make_page().open()
     alarms = page.get_by_role("region", name="Alarms")
     expect(alarms).to_contain_text("Routes of tiny-shift misaligned: zero overlap")
-    expect(alarms).to_contain_text("1 of 10 trajectories have a gap")
+    expect(alarms).to_contain_text("1 of 11 trajectories have a gap")
     expect(
         page.get_by_role("img", name=re.compile("kl_k3_rollout_train of tiny-moe"))
     ).to_be_visible()
@@ -242,6 +243,22 @@ def test_compare_says_where_two_runs_part(make_page: MakePage) -> None:
     page.get_by_role("combobox", name=re.compile("^B")).select_option("t:moe-1")
     page.get_by_role("button", name="compare tokens of step 1").click()
     expect(page.get_by_text("other prompt; first other token at 0")).to_be_visible()
+
+
+def test_two_builds_are_compared_on_the_same_prompts(make_page: MakePage, url: str) -> None:
+    cells = msgspec.json.decode(httpx.get(f"{url}/api/cells").content, type=Cells).items
+    builds = [
+        f"c:{c.engine_digest}/{c.trainer_digest}/{c.model}/drift"
+        for c in cells
+        if (c.model, c.kind, c.trainer) == ("tiny-moe", "drift", TRAINER)
+    ]
+    a, b = sorted(builds, key=lambda name: OTHER_BUILD.digest in name)
+    page = make_page().open(f"compare?{urlencode({'a': a, 'b': b})}")
+    section = page.get_by_role("region", name="On the same prompts", exact=True)
+    expect(section).to_contain_text("2 prompts with the same token ids on both sides")
+    expect(section.get_by_role("link", name="other-build 1.0")).to_be_visible()
+    expect(section).to_contain_text("40 of 40")
+    assert violations(page) == []
 
 
 def test_a_read_key_is_asked_for_and_sent(make_page: MakePage, locked_url: str) -> None:
