@@ -30,8 +30,7 @@ RUNS = 5
 HOW = f"""\
 One answer of {TOKENS:,} tokens from the gateway's own page, {RUNS} times, drawn by the processor:
 opened, coloured anew by each measure, and scrolled from end to end in 120 frames. A frame at 60 Hz
-is 17 ms; at 100 ms a person sees a wait.
-"""
+is 17 ms; at 100 ms a person sees a wait."""
 
 MODES = ("abs", "p", "entropy", "d")
 SCROLL_FRAMES = 120

@@ -81,7 +81,7 @@ def page_records() -> Iterator[Record]:
     for trace in make_trajectory("moe-0", steps=2, response=40, engine=OTHER_BUILD):
         again = renamed(trace, "other-build")
         yield from called(again)
-        yield routed_score(again, flips=2, seed=7, noise=0.1)
+        yield routed_score(again, flips=2, seed=7, noise=0.03)
     yield Reward(trajectory="moe-0", value=0.5, source="verifier", given_ns=1)
     gap = list(make_trajectory("gap", steps=2, missing=["routed_experts: not asked for"]))
     yield from called(gap[0])

@@ -97,7 +97,7 @@ def test_overview_says_what_is_wrong_in_words(make_page: MakePage) -> None:
     expect(alarms).to_contain_text("Routes of tiny-shift misaligned: zero overlap")
     expect(alarms).to_contain_text("1 of 11 trajectories have a gap")
     expect(
-        page.get_by_role("img", name=re.compile("kl_k3_rollout_train of tiny-moe"))
+        page.get_by_role("img", name=re.compile("kl_k3_rollout_train of tiny-moe")).first
     ).to_be_visible()
 
 
