@@ -65,6 +65,8 @@ class GroupVerdict(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     engine_digest: str
     trainer_digest: str
+    of: int
+    """Runs that began with the prompt; ``members`` are the nearest in time of this engine."""
     members: list[GroupMember]
     verdict: Verdict
     ess_kish_trajectory: float | None

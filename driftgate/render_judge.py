@@ -51,7 +51,8 @@ def verdicts(found: TrajectoryVerdicts) -> RenderableType:
         head.append(f"  {item.scored} of {item.captured} scored, {item.n_tokens:,} tokens")
         parts += [head, *_verdict(item.verdict), *_gates(item.verdict)]
     for group in found.groups:
-        head = Text(f"prompt group of {len(group.members)}", "bold")
+        of = f" of {group.of}" if group.of > len(group.members) else ""
+        head = Text(f"prompt group of {len(group.members)}{of}", "bold")
         head.append(f"  trainer {group.trainer_digest}", "default")
         head.append(f"  ess_kish_trajectory {number(group.ess_kish_trajectory)}")
         parts += [head, *_verdict(group.verdict)]

@@ -39,6 +39,10 @@ MAX_FEEDBACK = 1000
 """Trajectories behind one roll-up: each is read and folded, about 1 ms."""
 
 
+MAX_MEMBERS = 128
+"""Runs of one prompt that are judged together, the nearest in time; groups are of 4 to 64 runs."""
+
+
 class Verdicts:
     """The questions about verdicts, asked of one store. Thread-safe as far as its reader is."""
 
@@ -109,9 +113,11 @@ class Verdicts:
     def _groups(
         self, trajectory: str, profile: Profile, cells: Sequence[CellRow]
     ) -> Iterator[GroupVerdict]:
-        names = self.reader.prompt_group(trajectory)
-        if len(names) < 2:
+        group = self.reader.prompt_group(trajectory)
+        if len(group) < 2:
             return
+        first = max(0, min(group.index(trajectory) - MAX_MEMBERS // 2, len(group) - MAX_MEMBERS))
+        names = group[first : first + MAX_MEMBERS]
         members = {name: pairs(self.reader, name, cells) for name in names}
         for own in members[trajectory]:
             if own.trainer is None:
@@ -127,6 +133,7 @@ class Verdicts:
                 model=own.model,
                 engine_digest=own.engine.digest,
                 trainer_digest=own.trainer.digest,
+                of=len(group),
                 members=[
                     GroupMember(trajectory=name, verdict=brief(judge(pair.subject, profile)))
                     for name, pair in same.items()

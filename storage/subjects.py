@@ -33,6 +33,9 @@ class Pair(NamedTuple):
     versions: tuple[str, ...]
     """Weight versions that its tokens were sampled under."""
     traces: Sequence[TraceRow]
+    """The engine's, scored or not."""
+    scored: frozenset[str]
+    """Traces that the trainer has scored."""
     subject: Subject
 
     @property
@@ -70,11 +73,19 @@ def pairs(reader: Reader, trajectory: str, cells: Sequence[CellRow]) -> list[Pai
     for (model, _), traces in sorted(engines.items(), key=lambda item: item[0]):
         versions = tuple(sorted({trace.meta.weight_version for trace in traces}))
         for trainer in sorted(trainers) or [""]:
-            subject = _subject(
-                traces, metas.get(trainer, {}), cells, gaps=row.gaps, open_calls=row.open_calls
+            scores = metas.get(trainer, {})
+            subject = _subject(traces, scores, cells, gaps=row.gaps, open_calls=row.open_calls)
+            out.append(
+                Pair(
+                    model=model,
+                    engine=traces[0].meta.engine,
+                    trainer=trainers.get(trainer),
+                    versions=versions,
+                    traces=traces,
+                    scored=frozenset(scores.keys() & {t.meta.trace_id for t in traces}),
+                    subject=subject,
+                )
             )
-            engine = traces[0].meta.engine
-            out.append(Pair(model, engine, trainers.get(trainer), versions, traces, subject))
     return out
 
 
@@ -83,7 +94,7 @@ def unscored(pair: Pair) -> Pair:
     subject = _subject(
         pair.traces, {}, (), gaps=pair.subject.gaps, open_calls=pair.subject.open_calls
     )
-    return pair._replace(trainer=None, subject=subject)
+    return pair._replace(trainer=None, scored=frozenset(), subject=subject)
 
 
 def findings_of(metas: Sequence[ScoreMeta], cells: Sequence[CellRow]) -> Findings:
