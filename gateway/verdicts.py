@@ -31,6 +31,7 @@ from driftgate.storage.cells import CellFold
 from driftgate.sums import LogSum, kish
 from driftgate.trace import Engine, ScoreMeta, Trainer
 from driftgate.verdict import Brief, Lag, Subject, Verdict, brief, judge, policy_lag
+from driftgate.weights import sampled_under
 
 __all__ = ["MAX_FEEDBACK", "Verdicts", "of_response", "scores_of"]
 
@@ -166,7 +167,7 @@ class Verdicts:
                 ]
                 subject = _subject(traces, scores, cells, gaps=row.gaps, open_calls=row.open_calls)
                 first = traces[0].meta
-                versions = tuple(sorted({trace.meta.weight_version for trace in traces}))
+                versions = tuple(sorted({v for trace in traces for v in sampled_under(trace.meta)}))
                 out.append(
                     _Pair(first.model, first.engine, trainers.get(trainer), versions, subject)
                 )
@@ -211,8 +212,12 @@ def _subject(
 ) -> Subject:
     folded = _fold(scores, len(traces), cells) if scores else None
     bucket = folded.comparable_bucket if folded else None
-    versions = {trace.meta.trace_id: trace.meta.weight_version for trace in traces}
-    pairs = [(versions[meta.trace_id], meta.trainer_weight_version) for meta in scores]
+    versions = {trace.meta.trace_id: sampled_under(trace.meta) for trace in traces}
+    pairs = [
+        (version, meta.trainer_weight_version)
+        for meta in scores
+        for version in versions[meta.trace_id]
+    ]
     return Subject(
         captured=len(traces),
         scorable=sum(trace.scorable for trace in traces),

@@ -24,6 +24,7 @@ from aiohttp import web
 from driftgate.gateway.app import GATEWAY, Gateway, create_app
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.listen import listening
+from driftgate.gateway.numerics import PROMPT
 from driftgate.trace import CallOutcome, Trace
 
 VOCABULARY = ["Hel", "lo", " wor", "ld", "!", " é", "…", " 1.50", '"', "\n"]
@@ -327,7 +328,7 @@ class StandIn:
         except ValueError:
             return self.error(400, "Invalid JSON")
         hold = None
-        if "Say something." not in raw.decode():  # the gateway's probe
+        if not any(asked in raw.decode() for asked in ("Say something.", PROMPT)):  # probes
             hold = self.hold
             self.bodies.append(raw)
             self.came.set()
