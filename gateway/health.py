@@ -35,6 +35,7 @@ CONFIRM_TIMEOUT_S = 0.5
 
 MAX_BYTES = 1 << 20
 
+KEY = "weight_version"
 UNSET = ("default", "")
 """What engines say whose weights nobody has given a version."""
 
@@ -116,8 +117,11 @@ class Health:
             if status >= 400:
                 self._weights_path = None  # the next probe tries again
                 return
-            said = msgspec.json.decode(raw, type=dict[str, Any]).get("weight_version")
-        except (aiohttp.ClientError, TimeoutError, OSError, *UNREADABLE) as error:
+            said = msgspec.json.decode(raw, type=dict[str, Any])[KEY]
+        except (KeyError, *UNREADABLE):
+            self._weights_path = None
+            return
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             log.info("%s did not tell its weight version: %s", self._url, error)
             return
         version = said if isinstance(said, str) and said not in UNSET else self._weights.configured

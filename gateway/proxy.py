@@ -13,7 +13,6 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +34,7 @@ from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Place, Sessions
+from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.upstreams import Upstreams
 from driftgate.storage import Reader
@@ -76,7 +76,9 @@ class Proxy:
         reader: Reader | None,
         upstreams: Upstreams,
         metrics: Metrics,
+        spans: Spans | None = None,
     ) -> None:
+        self.spans = spans
         self._config = config
         self._sessions = sessions
         self._recorder = recorder
@@ -157,9 +159,20 @@ class Proxy:
         )
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
+        headers = http.request_headers(request.headers, self._config)
+        if self.spans is not None:
+            engine = upstream.name, upstream.url
+            self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
         served = Served(upstream)
+
+        async def post(base: str) -> aiohttp.ClientResponse:
+            url = _engine_url(base, PATHS[api], request)
+            return await self._session.post(
+                url, data=_payload(sent), headers=headers, allow_redirects=False
+            )
+
         asked = Asked(
-            send=lambda: self._send(request, served, call, plan, sent),
+            send=lambda: self._upstreams.send(served, place.trajectory, model, post),
             served=served,
             call=call,
             plan=plan,
@@ -189,6 +202,13 @@ class Proxy:
             raise
         finally:
             self._count(exchange, asked.plan.api, asked.started_ns)
+            if asked.call.span is not None:
+                asked.call.span.end(
+                    exchange.outcome,
+                    first_byte_ns=exchange.first_byte_ns,
+                    streamed=exchange.streamed,
+                    now_ns=time.time_ns(),
+                )
 
     def _write(
         self, api: Api, body: bytes, fields: Fields, unread: str | None, upstream: Upstream
@@ -214,19 +234,6 @@ class Proxy:
             next_step = await asyncio.to_thread(self._next_step, place.trajectory)
             self._sessions.resume(place.trajectory, next_step)
         return place
-
-    def _send(
-        self, request: web.Request, served: Served, call: Call, plan: Plan, sent: bytes
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        headers = http.request_headers(request.headers, self._config)
-
-        async def post(base: str) -> aiohttp.ClientResponse:
-            url = _engine_url(base, PATHS[plan.api], request)
-            return await self._session.post(
-                url, data=_payload(sent), headers=headers, allow_redirects=False
-            )
-
-        return self._upstreams.send(served, call.place.trajectory, plan.model, post)
 
     def _place(self, request: web.Request, fields: Fields, history: History) -> Place:
         return self._sessions.place(

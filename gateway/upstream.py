@@ -71,7 +71,7 @@ class Upstream:
         self.error: str | None = "not probed yet"
         """Why the last probe failed; None while the engine is up."""
         self._config = config
-        self._metrics = metrics
+        metrics.upstream_up.labels(self.url).set_function(lambda: float(self.available))
         self._numerics = Numerics(self.url, config.upstream_key)
         self._seen: set[str] = set()
         """Fingerprints that a probe was made for."""
@@ -163,6 +163,11 @@ class Upstream:
         return "plugin" if self.report.streaming_routes else "synthesise"
 
     @property
+    def name(self) -> str:
+        """What the engine calls itself, ``unknown`` before the first probe."""
+        return "unknown" if self.report is None else self.report.engine
+
+    @property
     def has_routes(self) -> bool | None:
         """Answers carry routed experts, so that one without them misses something; None: not
         known."""
@@ -230,7 +235,6 @@ class Upstream:
             known = await asyncio.to_thread(self._known_digests, report.models)
         except UpstreamError as error:
             self.error = str(error)
-            self._metrics.upstream_up.labels(self.url).set(0)
             self._numerics.forget()
             log.warning("%s", error)
             return None
@@ -253,7 +257,6 @@ class Upstream:
         self.report = self._with_digest(report)
         if report.system_fingerprint is not None:
             self._seen.add(report.system_fingerprint)
-        self._metrics.upstream_up.labels(self.url).set(1)
         self.health.read_weights(report.adapter.weights_path)
         log.info("engine %s %s serves %s", report.engine, report.version, report.model)
         for note in report.notes:
