@@ -68,7 +68,8 @@ class EngineAdapter(Protocol):
         """Request fields that an agent must not send (unless 0, false or null), and why."""
 
     def common(self, answer: bytes) -> bytes:
-        """A JSON answer with ids, routes and weight spans under vLLM's names, which are read here."""
+        """A JSON answer with ids, routes and weight spans under the names that are read here,
+        which are vLLM's. One of ``UNREADABLE`` where it is none."""
 
     def decode_routes(self, encoded: bytes, *, prompt_len: int, response_len: int) -> Routes:
         """Routes [P + R - 1, L, K] of ``encoded``, the JSON string's content.

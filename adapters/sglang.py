@@ -1,12 +1,13 @@
-"""SGLang's names and shapes, from its public code and documentation of 2026 (``srt/entrypoints/openai/
-protocol.py``, ``serving_chat.py``, ``srt/utils/weight_versions.py``). **Not run against a live server**:
-its tests use answers that were written from those sources.
+"""SGLang's names and shapes, from its public code and documentation of 2026
+(``srt/entrypoints/openai/protocol.py`` and ``serving_chat.py``, ``srt/utils/weight_versions.py``).
 
-What differs from vLLM: a chat stream refuses every field that capture needs, so streams are asked for
-as JSON and written by the gateway. Keys that were not asked for are absent, not null. Routes are flat
-int32, so the model's sizes must be known to shape them. ``meta_info`` says under which weights each token
-was sampled. Log-probabilities are taken after the temperature and before truncation, unless the server
-runs with ``SGLANG_RETURN_ORIGINAL_LOGPROB=1``."""
+**Not run against a live server**: its tests use answers that were written from those sources.
+
+What differs from vLLM: a chat stream refuses every field that capture needs, so streams are asked
+for as JSON and written by the gateway. Keys that were not asked for are absent, not null. Routes
+are flat int32, so the model's sizes must be known to shape them. ``meta_info`` says under which
+weights each token was sampled. Log-probabilities are taken after the temperature and before
+truncation, unless the server runs with ``SGLANG_RETURN_ORIGINAL_LOGPROB=1``."""
 
 from __future__ import annotations
 
@@ -116,10 +117,9 @@ class Sglang:
         return {
             "ids": "token ids need an SGLang with return_meta_info in chat completions (0.5.13)",
             "logprobs": "logprobs need an SGLang whose chat completions take logprobs",
-            "routes": "for a MoE model start SGLang with --enable-return-routed-experts and let the "
-            "gateway read the model's config.json (a dense model has no routes)",
-            "streaming_routes": "SGLang's chat streams carry none: leave streaming_routes at auto or "
-            "synthesise",
+            "routes": "for a MoE model start SGLang with --enable-return-routed-experts and let "
+            "the gateway read the model's config.json (a dense model has no routes)",
+            "streaming_routes": "SGLang's streams carry none; the gateway asks for JSON instead",
         }[what]
 
 

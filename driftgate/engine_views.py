@@ -1,4 +1,5 @@
-"""What the API says of the engines behind the gateway, and what a trainer tells it of their weights."""
+"""What the API says of the engines behind the gateway, and what a trainer tells it of their
+weights."""
 
 from __future__ import annotations
 

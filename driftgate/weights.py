@@ -1,4 +1,4 @@
-"""Weight versions inside one answer: what its spans say, and the words for a change without a place.
+"""Weight versions inside one answer: what its spans say, and words for a change without a place.
 
 Pure. A trainer may push new weights while an engine samples, so an answer has as many versions as
 it has spans. Where nobody can say which token came before a change, the span says that, and counts

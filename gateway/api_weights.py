@@ -1,12 +1,12 @@
-"""The trainer's side of the API: which weights the engines sample under, and pausing them meanwhile.
+"""The trainer's side of the API: which weights the engines sample under, and a pause meanwhile.
 
     POST /api/weights {"pause": true}                     new calls are answered 429
     GET  /api/weights                                     until in_flight is 0
     (update the engines)
     POST /api/weights {"version": "42", "resume": true}   tokens from here on are of version 42
 
-Without the pause a change in the middle of an answer is recorded where it was seen (streams), or as
-a change whose place is not known (answers in one piece)."""
+Without the pause a change in the middle of an answer is recorded where it was seen (streams), or
+as a change whose place is not known (answers in one piece)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a server says of its own flags, as settings of an engine's fingerprint. Pure but for reading a
-model's ``config.json``.
+"""What a server says of its own flags, as settings of an engine's fingerprint.
 
-SGLang answers with all its arguments; of vLLM only the line of its metrics about the KV cache is open
-to everybody, and ``system_fingerprint`` hashes the rest."""
+SGLang answers with all its arguments; of vLLM only the line of its metrics about the KV cache is
+open to everybody, and ``system_fingerprint`` hashes the rest. Pure but for reading a model's
+``config.json``."""
 
 from __future__ import annotations
 

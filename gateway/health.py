@@ -1,5 +1,5 @@
-"""Is an engine alive, and under which weights does it sample? Asked in the background, with requests
-that generate nothing.
+"""Is an engine alive, and under which weights does it sample? Asked in the background, with
+requests that generate nothing.
 
 An engine that a call could not reach is left at once and comes back when its health route answers;
 the waits between looks double. One that answers nothing but errors counts as away too."""

@@ -35,8 +35,8 @@ PROMPT = "Numbers in order: one, two, three, four, five. Weekdays in order: Mond
 
 MAX_TOKENS = 16
 DECIMALS = 2
-"""nats. In bfloat16 logits between 8 and 16 lie 0.06 apart, so that another precision or kernel shows;
-sums of float32 in another order, which differ by 1e-5 from run to run, do not."""
+"""nats. In bfloat16 logits between 8 and 16 lie 0.06 apart, so that another precision or kernel
+shows; sums of float32 in another order, which differ by 1e-5 from run to run, do not."""
 
 TRIES = 3
 """Until two in a row agree."""

@@ -1,5 +1,5 @@
-"""SGLang's shapes, on answers written from its public sources (adapters/sglang.py names them): no live
-server was asked."""
+"""SGLang's shapes, on answers written from its public sources, which ``adapters/sglang.py`` names:
+no live server was asked."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ PROMPT, IDS = [5, 6, 7], [1000, 1001, 1002, 1003]
 TEXTS, VALUES = ["Hel", "lo", " wor", "ld"], [-0.5, -0.25, -1.0, -2.0]
 ROWS = len(PROMPT) + len(IDS) - 1
 ROUTES = np.arange(ROWS * LAYERS * K, dtype="<i4").reshape(ROWS, LAYERS, K) % 16
+TOP = {"a": -1.0, "b": -2.0}
 SPANS = [{"version": "41", "start": 0, "end": 3}, {"version": "42", "start": 3, "end": 4}]
 CHAT: dict[str, Any] = {
     "model": "tiny",
@@ -57,18 +58,13 @@ def answer(body: dict[str, Any], *, old: bool = False) -> dict[str, Any]:
 
     ``old``: a server that does not know ``return_token_ids`` yet.
     """
-    top = [
-        [
-            {"token": t, "bytes": list(t.encode()), "logprob": v}
-            for t, v in (("a", -1.0), ("b", -2.0))
-        ]
-    ]
+    top = [{"token": t, "bytes": list(t.encode()), "logprob": v} for t, v in TOP.items()]
     rows = [
         {
             "token": t,
             "bytes": list(t.encode()),
             "logprob": v,
-            "top_logprobs": (top * 9)[0][: body.get("top_logprobs") or 0],
+            "top_logprobs": top[: body.get("top_logprobs") or 0],
         }
         for t, v in zip(TEXTS, VALUES, strict=True)
     ]
@@ -241,6 +237,13 @@ async def test_the_probe_knows_it(server: str) -> None:
     assert report.routes
     assert report.logprobs_mode == "raw_logprobs"  # the stand-in ignores the temperature
     assert report.flags == {"dtype": "auto"}
+
+
+async def test_its_documented_convention_is_taken_where_the_probe_cannot_tell(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOP, "b", TOP["a"])
+    assert (await probe(server)).logprobs_mode == "processed_logprobs"
 
 
 async def test_a_streaming_agent_is_captured_whole(
