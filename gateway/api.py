@@ -22,7 +22,6 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
-from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
 from driftgate.gateway import api_judge, api_weights, openapi
 from driftgate.gateway.answers import Answers
@@ -37,6 +36,7 @@ from driftgate.gateway.wire import (
     origin_of,
     query_of,
     step_of,
+    stream_answer,
 )
 from driftgate.storage import Reader, Record
 from driftgate.trace import Reward
@@ -214,7 +214,7 @@ class Api(LiveHandlers):
         query = query_of(request, DriftQuery)
         sse = "text/event-stream" in request.headers.get("accept", "")
         cursor = await self._start_of(request.headers.get("last-event-id") or query.after)
-        response = _stream(sse, cursor)
+        response = stream_answer(cursor, sse=sse)
         await response.prepare(request)
         try:
             if sse:
@@ -383,17 +383,6 @@ def _edge(handler: Callable[[web.Request], Awaitable[Any]]) -> Handler:
         return response
 
     return handle
-
-
-def _stream(sse: bool, cursor: int) -> web.StreamResponse:
-    return web.StreamResponse(
-        headers={
-            "content-type": "text/event-stream" if sse else "application/x-ndjson",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",
-            CURSOR_HEADER: str(cursor),
-        }
-    )
 
 
 def _line(event: Event) -> bytes:
