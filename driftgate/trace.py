@@ -44,6 +44,7 @@ __all__ = [
     "Trace",
     "TraceMeta",
     "Trainer",
+    "WeightSpan",
 ]
 
 SCHEMA_VERSION = 1
@@ -180,6 +181,16 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The first call after its context was compacted (Claude Code)."""
 
 
+class WeightSpan(msgspec.Struct, frozen=True):
+    """Sampled tokens under one weight version, up to the next span."""
+
+    first: int
+    """Index of the first of them in the response."""
+    version: str
+    """``unknown`` is a value; a change that cannot be placed is one too, in words that no version
+    has (``driftgate.weights.changed``)."""
+
+
 class TraceMeta(msgspec.Struct, kw_only=True):
     """Everything of a trace but its arrays and bodies."""
 
@@ -207,6 +218,12 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     retry: int = 0
     engine: Engine
     weight_version: str = "unknown"
+    """All versions of ``weight_spans``, joined by ``+``."""
+    weight_spans: list[WeightSpan] = []
+    """In order, the first from token 0; empty in traces from before they were kept."""
+    failed_over: list[str] = []
+    """Engines that were asked before the one that answered, and why each was left. None of them
+    had sent a byte of an answer."""
     sampling: Sampling
     streamed: bool
     routes_via: RoutesVia = "none"

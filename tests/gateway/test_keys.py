@@ -88,6 +88,8 @@ TABLE: list[tuple[str, str, set[str]]] = [
     ("GET", "/api/feedback", {"read", "admin"}),
     ("POST", "/api/trajectories/own/reward", {"admin"}),
     ("GET", "/api/trajectories/own/steps/0/routes", {"read", "admin", "own"}),
+    ("GET", "/api/weights", {"read", "admin"}),
+    ("POST", "/api/weights", {"admin"}),
     ("GET", "/api/cells", {"read", "admin"}),
     ("GET", "/api/overview", {"read", "admin"}),
     ("GET", "/api/series", {"read", "admin"}),
@@ -116,7 +118,8 @@ async def test_each_key_opens_its_own(agent: Agent) -> None:
     await agent.flush()
     found: dict[tuple[str, str], set[str]] = {}
     for method, path, _ in TABLE:
-        body = {"value": 1} if path.endswith("reward") else {} if "/api/" in path else CHAT
+        bodies: dict[str, dict[str, Any]] = {"reward": {"value": 1}, "weights": {"resume": True}}
+        body = bodies.get(path.rsplit("/", 1)[-1], {} if "/api/" in path else CHAT)
         for who, key in WHO.items():
             status = await ask(agent, method, path, key, json=body if method == "POST" else None)
             if status < 400:
