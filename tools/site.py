@@ -53,6 +53,7 @@ NAV: dict[str, dict[str, str]] = {
         "Run it in Docker": "howto/docker.md",
         "Watch it": "howto/watching.md",
         "Read a drift": "howto/drift.md",
+        "Look at it": "dashboard.md",
         "Act on a verdict": "howto/verdicts.md",
         "Export to a trainer": "exports.md",
         "Read the tree of a run": "tree.md",
