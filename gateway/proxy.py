@@ -12,27 +12,33 @@ import io
 import json
 import time
 import uuid
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from yarl import URL
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
-from driftgate.gateway import http, openai
+from driftgate.gateway import anthropic, anthropic_answer, dialects, http, openai
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import MAX_SEEN, Seen
+from driftgate.gateway.dialect import Dialect
+from driftgate.gateway.earlier import Earlier, kept_of
 from driftgate.gateway.ending import Asked
 from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import History, continues, read_history
 from driftgate.gateway.metrics import Metrics
-from driftgate.gateway.openai import Api, Fields, Plan
+from driftgate.gateway.openai import Api, Fields, Plan, Translated
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
+from driftgate.gateway.responses_answer import response_id
 from driftgate.gateway.sessions import Call, Place, Sessions
 from driftgate.gateway.upstream import Upstream
 from driftgate.storage import Reader
+from driftgate.trace import Api as AgentApi
 from driftgate.trace import CallIntent
 
 __all__ = ["Proxy"]
@@ -55,6 +61,19 @@ READ_BUFFER_BYTES = 1 << 18
 """Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""
 
 PATHS: dict[Api, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+class _Prepared(NamedTuple):
+    """A call as it will be sent."""
+
+    sent: bytes
+    fields: Fields
+    """Of the request as the engine's API has it."""
+    plan: Plan
+    agents: Fields
+    """Of the agent's own."""
+    previous: str | None = None
+    """The trajectory of the response that the call goes on from."""
 
 
 class Proxy:
@@ -80,6 +99,7 @@ class Proxy:
         self._upstream = upstream
         self._metrics = metrics
         self._session: aiohttp.ClientSession
+        self._earlier = Earlier(reader, config.redact)
         self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
         self.restored = asyncio.Event()
         """What the store knows of earlier trajectories is in ``sessions``."""
@@ -118,16 +138,46 @@ class Proxy:
             status=answer.status, body=body, headers=http.answer_headers(answer.headers)
         )
 
-    async def call(self, request: web.Request, api: Api) -> web.StreamResponse:
+    async def response(self, request: web.Request) -> web.StreamResponse:
+        """``GET /v1/responses/{response}``: a response as it was given."""
+        only = self._sessions.owner(request.headers)
+        kept = await self._earlier.find(request.match_info["response"], only=only)
+        return web.Response(body=kept.body, content_type="application/json")
+
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        """``POST /v1/messages/count_tokens``: the prompt's tokens, as the engine renders it."""
+        body = await request.read()
+        asked = anthropic.count_request(body, openai.read_request(body))
+        headers = http.request_headers(request.headers, self._config)
+        url = URL(f"{self._base}/tokenize", encoded=True)
+        sent = msgspec.json.encode(asked)
+        try:
+            async with self._session.post(
+                url, data=sent, headers=headers, allow_redirects=False
+            ) as answer:
+                said = http.without_key(await answer.read(), self._config.upstream_key)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._upstream.lost()
+            raise UpstreamError(f"the engine at {self._base} did not answer: {error}") from error
+        return web.Response(
+            status=answer.status,
+            body=anthropic_answer.counted(answer.status, said),
+            content_type="application/json",
+        )
+
+    async def call(self, request: web.Request, api: AgentApi) -> web.StreamResponse:
         """One model call, captured."""
         started_ns = time.time_ns()
         body = await request.read()
         await self._upstream.ready()
-        if len(body) > LARGE_BODY_BYTES:
-            sent, fields, plan = await asyncio.to_thread(self._prepare, api, body)
+        if api == "responses" or api == "messages":
+            prepared = await self._translate(request, api, body)
+        elif len(body) > LARGE_BODY_BYTES:
+            prepared = await asyncio.to_thread(self._prepare, api, body)
         else:
-            sent, fields, plan = self._prepare(api, body)
-        call, asked = await self._begin(request, body, sent, fields, plan, started_ns)
+            prepared = self._prepare(api, body)
+        plan = prepared.plan
+        call, asked = await self._begin(request, body, prepared, started_ns)
         exchange = Exchange(
             request,
             asked,
@@ -145,13 +195,46 @@ class Proxy:
         finally:
             self._count(exchange, api, started_ns)
 
-    def _prepare(self, api: Api, body: bytes) -> tuple[bytes, Fields, Plan]:
+    async def _translate(self, request: web.Request, api: Translated, body: bytes) -> _Prepared:
+        """A request of another API as a chat request. RequestError where it cannot be one."""
+        fields = openai.read_request(body)
+        openai.refuse_forbidden(fields, self._adapter)
+        earlier, previous = list[Any](), None
+        if api == "responses" and (named := dialects.previous_of(fields)) is not None:
+            only = self._sessions.owner(request.headers)
+            try:
+                earlier = await self._earlier.conversation(named, only=only)
+                previous = (await self._earlier.find(named, only=only)).trajectory
+            except NotFoundError as error:
+                raise RequestError(f"previous_response_id: {error}") from error
+        if len(body) > LARGE_BODY_BYTES:
+            prepared = await asyncio.to_thread(self._as_chat, api, body, fields, earlier)
+        else:
+            prepared = self._as_chat(api, body, fields, earlier)
+        return prepared._replace(previous=previous)
+
+    def _as_chat(
+        self, api: Translated, body: bytes, fields: Fields, earlier: Sequence[Any]
+    ) -> _Prepared:
+        chat = dialects.chat_fields(api, body, fields, earlier)
+        rewritten, plan = openai.rewrite(
+            "chat",
+            chat,
+            self._adapter,
+            self._upstream.stream_mode(),
+            refusal=self._upstream.refusal,
+        )
+        plan = msgspec.structs.replace(plan, translated=api)
+        sent = msgspec.json.encode(chat) if rewritten is None else rewritten
+        return _Prepared(sent, chat, plan, fields)
+
+    def _prepare(self, api: Api, body: bytes) -> _Prepared:
         """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
         try:
             fields = openai.read_request(body)
         except RequestError as error:
             openai.refuse_forbidden(_as_engines_read(body), self._adapter)
-            return body, {}, Plan(api=api, uncaptured=str(error))
+            return _Prepared(body, {}, Plan(api=api, uncaptured=str(error)), {})
         rewritten, plan = openai.rewrite(
             api,
             fields,
@@ -159,18 +242,17 @@ class Proxy:
             self._upstream.stream_mode(),
             refusal=self._upstream.refusal,
         )
-        return body if rewritten is None else rewritten, fields, plan
+        return _Prepared(body if rewritten is None else rewritten, fields, plan, fields)
 
     async def _begin(
         self,
         request: web.Request,
         body: bytes,
-        sent: bytes,
-        fields: Fields,
-        plan: Plan,
+        prepared: _Prepared,
         started_ns: int,
     ) -> tuple[Call, Asked]:
         """Find the call's trajectory and step."""
+        sent, fields, plan, _, _ = prepared
         if len(body) > LARGE_BODY_BYTES:
             digest = await asyncio.to_thread(_digest, body)
             seen: Recent[bytes, Seen] = Recent(MAX_SEEN)  # ours belongs to the loop
@@ -178,11 +260,11 @@ class Proxy:
         else:
             digest, history = _digest(body), read_history(fields, plan, self._seen)
         retry = _retry_count(request)
-        place = self._place(request, fields, history)
+        place = self._place(request, prepared, history)
         if not place.named and not self.restored.is_set() and (continues(history) or retry):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
-            place = self._place(request, fields, history)
+            place = self._place(request, prepared, history)
         if not self._sessions.is_known(place):
             next_step = await asyncio.to_thread(self._next_step, place.trajectory)
             self._sessions.resume(place.trajectory, next_step)
@@ -194,7 +276,7 @@ class Proxy:
         )
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
-        url = self._engine_url(PATHS[plan.api], request)
+        url = self._engine_url(PATHS[plan.api], request if plan.translated is None else None)
         headers = http.request_headers(request.headers, self._config)
         return call, Asked(
             send=lambda: self._session.post(
@@ -203,6 +285,7 @@ class Proxy:
             call=call,
             plan=plan,
             body=self._config.redacted(body),
+            dialect=self._dialect(call, prepared),
             history=history,
             started_ns=started_ns,
             expect_routes=self._upstream.has_routes,
@@ -210,17 +293,30 @@ class Proxy:
             hide_key=lambda said: http.without_key(said, self._config.upstream_key),
         )
 
-    def _engine_url(self, path: str, request: web.Request) -> URL:
+    def _dialect(self, call: Call, prepared: _Prepared) -> Dialect | None:
+        api, agents = prepared.plan.translated, prepared.agents
+        if api is None:
+            return None
+
+        def remember(body: bytes) -> None:
+            kept = kept_of(agents, call.place.trajectory, body)
+            if kept is not None:
+                self._earlier.remember(response_id(call.call_id), kept)
+
+        return dialects.dialect(api, agents, call.call_id, remember)
+
+    def _engine_url(self, path: str, request: web.Request | None) -> URL:
         """``path`` at the engine with the agent's query string as it was spelled."""
-        query = request.rel_url.raw_query_string
+        query = "" if request is None else request.rel_url.raw_query_string
         return URL(f"{self._base}{path}?{query}" if query else self._base + path, encoded=True)
 
-    def _place(self, request: web.Request, fields: Fields, history: History) -> Place:
+    def _place(self, request: web.Request, prepared: _Prepared, history: History) -> Place:
         return self._sessions.place(
             url=request.match_info.get("trajectory"),
             headers=request.headers,
-            metadata=openai.read(fields, "metadata", dict[str, Any]),
+            metadata=openai.read(prepared.fields, "metadata", dict[str, Any]),
             history=history,
+            previous=prepared.previous,
         )
 
     def _next_step(self, trajectory: str) -> int:
@@ -235,7 +331,7 @@ class Proxy:
             trajectory=call.place.trajectory,
             step=call.step,
             attribution=call.place.attribution,
-            api=plan.api,
+            api=plan.spoken,
             model=plan.model,
             body_sha256=call.body_sha256,
             retry=call.retry,
@@ -253,7 +349,7 @@ class Proxy:
                 f"(on_capture_failure is refuse): {error}"
             ) from error
 
-    def _count(self, exchange: Exchange, api: Api, started_ns: int) -> None:
+    def _count(self, exchange: Exchange, api: AgentApi, started_ns: int) -> None:
         streamed = "true" if exchange.streamed else "false"
         self._metrics.calls.labels(api, streamed, exchange.outcome).inc()
         if exchange.first_byte_ns is not None:
