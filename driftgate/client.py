@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from driftgate.errors import (
+    UNREADABLE,
     AccessError,
     DriftgateError,
     NotFoundError,
@@ -247,7 +248,7 @@ class Client:
     def _decode(self, raw: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(raw, type=kind)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise DriftgateError(
                 f"what answers at {self.url} is not this version of driftgate: {error}"
             ) from error
@@ -309,7 +310,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
     try:
         error = msgspec.json.decode(body, type=ApiError).error
         message = f"{error.message}; {error.fix}" if error.fix else error.message
-    except msgspec.DecodeError:
+    except UNREADABLE:
         message = f"HTTP {response.status_code}: {body[:200].decode(errors='replace')}"
     kind = ERRORS.get(response.status_code, DriftgateError)
     if kind is AccessError:

@@ -13,7 +13,10 @@ A message names the value, the limit and the fix. What the user got wrong in pla
 ``ValueError``; what we got wrong is an ``assert``.
 """
 
+import msgspec
+
 __all__ = [
+    "UNREADABLE",
     "AccessError",
     "DriftgateError",
     "FormatError",
@@ -23,6 +26,11 @@ __all__ = [
     "TeacherError",
     "UpstreamError",
 ]
+
+
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a JSON decoder raises for anybody's bytes: bad JSON or wrong types, text that is not UTF-8,
+and arrays nested too deep. msgspec says each in its own way."""
 
 
 class DriftgateError(Exception):

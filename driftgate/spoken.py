@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from driftgate.errors import UNREADABLE
+
 __all__ = ["INVALID_JSON", "Block", "Item", "Part", "message_of", "of_blocks", "of_items"]
 
 INVALID_JSON = "INVALID_JSON"
@@ -84,7 +86,7 @@ def message_of(response: bytes) -> dict[str, Any]:
     """The message of ``Trace.response``; empty for a completion and for what is none."""
     try:
         answer = _ANSWER.decode(response or b"{}")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return {}
     if answer.message is not None:
         return answer.message

@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from driftgate.errors import RequestError
+from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import engine_fields
 from driftgate.gateway.openai import Fields
-from driftgate.gateway.reading import UNREADABLE
 from driftgate.spoken import Block, of_blocks
 
 __all__ = ["chat_request", "count_request"]
@@ -25,9 +24,6 @@ SUPPORTED = "supported are text, image, tool_use, tool_result and thinking block
 BILLING = "x-anthropic-billing-header"
 """Begins a line that Claude Code changes with every call. vLLM's own Messages route drops it too,
 because it would break every prefix; the stored request keeps it."""
-
-_EFFORTS = {"xhigh": "high", "max": "high"}
-"""What chat completions call the same; other names are the same."""
 
 _ENCODE = msgspec.json.encode
 
@@ -149,7 +145,7 @@ def _options(asked: _Asked) -> Iterator[tuple[str, Any]]:
             yield "parallel_tool_calls", False
     config = asked.output_config or _Config()
     if config.effort is not None:
-        yield "reasoning_effort", _EFFORTS.get(config.effort, config.effort)
+        yield "reasoning_effort", config.effort
     wanted = config.format or asked.output_format
     if wanted is not None:
         schema = {"name": "output", "schema": wanted.schema}

@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from driftgate.errors import UpstreamError
+from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.gateway.dialect import Said, Teller, event_of, message_in
-from driftgate.gateway.reading import UNREADABLE
 from driftgate.spoken import INVALID_JSON
 
 __all__ = ["MessagesTeller", "counted", "error_body"]

@@ -221,7 +221,10 @@ class Api(LiveHandlers):
         return response
 
     async def no_such_route(self, request: web.Request) -> web.StreamResponse:
-        """Everything else below /api/."""
+        """Everything else below /api/; 405 where it is only the method that is not there."""
+        resolved = [await one.resolve(request) for one in request.app.router.resources()]
+        if allowed := {method for _, methods in resolved for method in methods if method != "*"}:
+            raise web.HTTPMethodNotAllowed(request.method, allowed)
         raise NotFoundError(
             f"there is no {request.method} {request.path}; /api/openapi.json lists what there is"
         )

@@ -13,13 +13,12 @@ import numpy as np
 from msgspec import Raw
 
 from driftgate.adapters.base import EngineAdapter
-from driftgate.errors import UpstreamError
+from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.gateway.digits import read_ids
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import Message
 from driftgate.gateway.openai import Plan
-from driftgate.gateway.pieces import Pieces
-from driftgate.gateway.reading import UNREADABLE
+from driftgate.gateway.pieces import Pieces, check_text
 from driftgate.gateway.tape import Tape
 from driftgate.gateway.texts import text_matches
 from driftgate.trace import F32, I32, Proof, Routes, RoutesVia
@@ -74,6 +73,7 @@ def fold_answer(
     """The samples of a JSON answer. UpstreamError where it is none."""
     body = answer if isinstance(answer, bytes) else answer.rest()
     try:
+        check_text(body)
         head = HEAD.decode(body)
     except UNREADABLE as error:
         raise UpstreamError(f"the engine's answer is not a completion: {error}") from error

@@ -20,11 +20,10 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from msgspec import Raw
 
-from driftgate.errors import UpstreamError
+from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.gateway import sse
 from driftgate.gateway.draft import Usage, given
 from driftgate.gateway.messages import Delta, Function
-from driftgate.gateway.reading import UNREADABLE
 
 __all__ = ["Dialect", "Said", "Teller", "event_of", "message_in"]
 

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from driftgate.errors import UNREADABLE
 from driftgate.gateway.messages import Delta, Message
 from driftgate.gateway.pieces import Pieces, Row
-from driftgate.gateway.reading import UNREADABLE
 from driftgate.gateway.texts import says_bytes, token_texts
 
 __all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage", "given"]

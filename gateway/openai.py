@@ -17,10 +17,9 @@ from msgspec import Raw
 
 from driftgate import trace
 from driftgate.adapters.base import EngineAdapter
-from driftgate.errors import RequestError
+from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import sse
 from driftgate.gateway.pieces import Pieces, take_apart
-from driftgate.gateway.reading import UNREADABLE
 from driftgate.trace import Sampling
 
 __all__ = [

@@ -17,7 +17,7 @@ import msgspec
 from driftgate.adapters.base import EngineAdapter
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.adapters.vllm import Vllm
-from driftgate.errors import UpstreamError
+from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.gateway import sse
 from driftgate.gateway.http import without_key
@@ -237,7 +237,7 @@ class _Probe:
         raw = await self._request(method, path, body)
         try:
             return msgspec.json.decode(raw, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise UpstreamError(f"{self._url}{path} did not answer with JSON: {error}") from error
 
     async def _request(
@@ -305,7 +305,7 @@ def sampling_defaults(root: Path) -> dict[str, float] | None:
             said = msgspec.json.decode(file.read(MAX_GENERATION_CONFIG_BYTES), type=dict[str, Any])
     except FileNotFoundError:
         said = {}
-    except (OSError, msgspec.DecodeError):
+    except (*UNREADABLE, OSError):
         return None
     return {
         name: float(value) if isinstance(value := said.get(name), (int, float)) else neutral

@@ -36,6 +36,7 @@ from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.responses_answer import response_id
 from driftgate.gateway.sessions import Call, Place, Sessions
+from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
 from driftgate.storage import Reader
 from driftgate.trace import Api as AgentApi
@@ -89,7 +90,9 @@ class Proxy:
         reader: Reader | None,
         upstream: Upstream,
         metrics: Metrics,
+        spans: Spans | None = None,
     ) -> None:
+        self.spans = spans
         self._config = config
         self._base = config.upstream.rstrip("/")
         self._adapter = adapter
@@ -194,6 +197,13 @@ class Proxy:
             raise
         finally:
             self._count(exchange, api, started_ns)
+            if call.span is not None:
+                call.span.end(
+                    exchange.outcome,
+                    first_byte_ns=exchange.first_byte_ns,
+                    streamed=exchange.streamed,
+                    now_ns=time.time_ns(),
+                )
 
     async def _translate(self, request: web.Request, api: Translated, body: bytes) -> _Prepared:
         """A request of another API as a chat request. RequestError where it cannot be one."""
@@ -278,6 +288,9 @@ class Proxy:
             self._metrics.ambiguous.inc()
         url = self._engine_url(PATHS[plan.api], request if plan.translated is None else None)
         headers = http.request_headers(request.headers, self._config)
+        if self.spans is not None:
+            engine = self._upstream.name
+            self.spans.begin(call, plan, request.headers, headers, engine, started_ns)
         return call, Asked(
             send=lambda: self._session.post(
                 url, data=_payload(sent), headers=headers, allow_redirects=False

@@ -182,6 +182,8 @@ class Recorder:
         except StorageError as error:
             self._trace_lost(call.call_id, error)
             return None
+        if call.span is not None:
+            call.span.wait_for(future)
         self._watch(future, call.call_id, "trace", None)
         return future
 
@@ -292,6 +294,8 @@ class Recorder:
 
     def _make(self, call: Call, plan: Plan, answer: Answer) -> list[Record]:
         folded = answer.fold()
+        if call.span is not None:
+            call.span.folded(folded, plan.n)
         engine = self._engine(plan.model, folded.fingerprint)
         records: list[Record] = [
             self._trace(call, plan, answer, sample, engine) for sample in folded.samples

@@ -13,10 +13,9 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from driftgate.errors import RequestError
+from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import engine_fields
 from driftgate.gateway.openai import Fields
-from driftgate.gateway.reading import UNREADABLE
 from driftgate.spoken import Item, Part, of_items
 
 __all__ = ["LOGPROBS", "chat_request", "messages_of_input"]

@@ -17,6 +17,20 @@ __all__ = ["ResponsesTeller", "error_body", "response_id"]
 _ENCODE = msgspec.json.encode
 
 
+class _Top(msgspec.Struct):
+    token: str = ""
+    logprob: float | None = None
+
+
+class _Row(msgspec.Struct):
+    token: str = ""
+    logprob: float | None = None
+    top_logprobs: list[_Top] = []
+
+
+_ROW = msgspec.json.Decoder(_Row)
+
+
 def response_id(call_id: str) -> str:
     """A response's id, from which its call is found in the store."""
     return "resp_" + call_id.removeprefix("c-")
@@ -151,22 +165,23 @@ class ResponsesTeller(Teller):
         else:
             place["content_index"] = 0
             yield self._event(
-                "response.output_text.delta", **place, delta=text, logprobs=list(rows)
+                "response.output_text.delta", **place, delta=text, logprobs=_without_bytes(rows)
             )
 
     def _closed(self, block: Said) -> Iterator[bytes]:
         place, text = self._of(block), block.text
         if block.kind == "tool":
-            yield self._event(
-                "response.function_call_arguments.done", **place, name=block.name, arguments=text
-            )
+            yield self._event("response.function_call_arguments.done", **place, arguments=text)
         elif block.kind == "thinking":
             place["content_index"] = 0
             yield self._event("response.reasoning_text.done", **place, text=text)
         else:
             place["content_index"] = 0
             yield self._event(
-                "response.output_text.done", **place, text=text, logprobs=block.logprobs
+                "response.output_text.done",
+                **place,
+                text=text,
+                logprobs=_without_bytes(block.logprobs),
             )
         if block.kind != "tool":
             yield self._event("response.content_part.done", **place, part=self._part(block))
@@ -179,6 +194,11 @@ class ResponsesTeller(Teller):
 
     def _fail(self, message: str) -> Iterator[bytes]:
         yield self._event("error", code="server_error", message=message, param=None)
+
+
+def _without_bytes(rows: Sequence[Raw]) -> list[_Row]:
+    """Rows of logprobs as events have them: an item's have the bytes too."""
+    return [_ROW.decode(row) for row in rows]
 
 
 def _echo(fields: Mapping[str, Raw]) -> dict[str, Any]:

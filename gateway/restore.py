@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from driftgate.errors import DriftgateError
+from driftgate.errors import UNREADABLE, DriftgateError
 from driftgate.gateway import openai
 from driftgate.gateway.conversation import Conversation, Turn
 from driftgate.gateway.dialects import chat_fields, previous_of
@@ -129,7 +129,7 @@ def _history(trace: Trace, fields: Fields, plan: Plan) -> History:
 def _turns(trace: Trace, history: History, plan: Plan) -> Iterator[Turn | End]:
     try:
         choice = msgspec.json.decode(trace.response, type=dict[str, Any])
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return  # what is no choice was not continued before either
     message, text = message_of(trace.response), choice.get("text")
     if isinstance(history, Conversation) and message:

@@ -16,7 +16,7 @@ import secrets
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from driftgate.errors import RequestError
 from driftgate.gateway.conversation import Conversation, Turn
@@ -25,6 +25,9 @@ from driftgate.gateway.keys import TrajectoryKeys, minted_key
 from driftgate.gateway.prompts import End, Kind, Prompt
 from driftgate.gateway.recent import Recent
 from driftgate.trace import Attribution
+
+if TYPE_CHECKING:
+    from driftgate.gateway.telemetry import CallSpan
 
 __all__ = [
     "TRAJECTORY_HEADER",
@@ -86,6 +89,8 @@ class Call:
     failed: bool = False
     repeated: bool = False
     """A retry of it has come."""
+    span: CallSpan | None = None
+    """Where spans are asked for."""
 
 
 @dataclass(slots=True)

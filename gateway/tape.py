@@ -13,11 +13,11 @@ from typing import TypeAlias
 
 import msgspec
 
+from driftgate.errors import UNREADABLE
 from driftgate.gateway import sse
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import Delta
 from driftgate.gateway.openai import Plan, strip_event
-from driftgate.gateway.reading import UNREADABLE
 
 __all__ = ["BATCH_BYTES", "Tape"]
 

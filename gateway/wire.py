@@ -7,13 +7,16 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from driftgate.errors import RequestError
+from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway.limits import read_body
 from driftgate.views import ApiError, ErrorBody
 
-__all__ = ["body_of", "error_answer", "json_answer", "origin_of", "query_of", "step_of"]
+__all__ = ["MAX_STEP", "body_of", "error_answer", "json_answer", "origin_of", "query_of", "step_of"]
 
 T = TypeVar("T")
+
+MAX_STEP = 999_999_999
+"""Far above any run, far below what an index column holds."""
 
 FIXES: dict[int, str] = {
     400: "Correct the request; /api/openapi.json describes every parameter.",
@@ -74,7 +77,7 @@ async def body_of(request: web.Request, kind: type[T]) -> T:
     """The JSON body as ``kind``; an empty one counts as ``{}``. RequestError."""
     try:
         return msgspec.json.decode(await read_body(request) or b"{}", type=kind)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise RequestError(f"body of {request.method} {request.path}: {error}") from error
 
 
@@ -89,6 +92,6 @@ def origin_of(request: web.Request) -> str:
 def step_of(request: web.Request) -> int:
     """The path's step. RequestError where it is no number."""
     text = request.match_info["step"]
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise RequestError(f"step {text!r} is not a number from 0")
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) > MAX_STEP:
+        raise RequestError(f"step {text[:20]!r} is not a number from 0 to {MAX_STEP}")
     return int(text)

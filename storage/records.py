@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar, cast
 import msgspec
 import numpy as np
 
-from driftgate.errors import FormatError
+from driftgate.errors import UNREADABLE, FormatError
 from driftgate.storage.codec import Array, Payload, dtype_name, pack_payload
 from driftgate.storage.delta import StoredTrace, TraceHead
 from driftgate.trace import (
@@ -180,7 +180,7 @@ def head_of(payload: Payload, type_: type[T]) -> T:
     """The JSON part, typed; FormatError where it does not fit the schema."""
     try:
         return msgspec.json.decode(payload.head, type=type_)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise FormatError(f"{type_.__name__}: {error}") from error
 
 
@@ -189,7 +189,7 @@ def _json(value: msgspec.Struct) -> bytes:
     encoded = msgspec.json.encode(value)
     try:
         msgspec.json.decode(encoded, type=type(value))
-    except (msgspec.ValidationError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{type(value).__name__} holds a value that JSON cannot carry: {error}"
         ) from error
