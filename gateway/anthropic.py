@@ -14,6 +14,7 @@ from msgspec import Raw
 
 from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import engine_fields
+from driftgate.gateway.draft import given
 from driftgate.gateway.openai import Fields
 from driftgate.spoken import Block, of_blocks
 
@@ -74,7 +75,7 @@ class _Asked(msgspec.Struct):
     output_config: _Config | None = None
     output_format: _Format | None = None
     mcp_servers: list[Raw] | None = None
-    container: Raw | None = None
+    container: Raw = Raw()
 
 
 _ASKED = msgspec.json.Decoder(_Asked)
@@ -102,7 +103,7 @@ def _read(body: bytes) -> _Asked:
         asked = _ASKED.decode(body)
     except UNREADABLE as error:
         raise RequestError(f"the request does not have the form of one: {error}") from error
-    if asked.mcp_servers or asked.container not in (None, Raw(b"null")):
+    if asked.mcp_servers or given(asked.container) is not None:
         raise RequestError("mcp_servers and container are not supported: run tools in the agent")
     return asked
 

@@ -15,6 +15,7 @@ from msgspec import Raw
 
 from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import engine_fields
+from driftgate.gateway.draft import given
 from driftgate.gateway.openai import Fields
 from driftgate.spoken import Item, Part, of_items
 
@@ -39,7 +40,7 @@ class _Tool(msgspec.Struct):
     type: str = ""
     name: str = ""
     description: str | None = None
-    parameters: Raw | None = None
+    parameters: Raw = Raw()
     strict: bool | None = None
 
 
@@ -47,7 +48,7 @@ class _Format(msgspec.Struct):
     type: str = "text"
     name: str = ""
     description: str | None = None
-    schema: Raw | None = None
+    schema: Raw = Raw(b"{}")
     strict: bool | None = None
 
 
@@ -138,7 +139,7 @@ def _chat_tool(tool: _Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name}
     if tool.description is not None:
         function["description"] = tool.description
-    if tool.parameters is not None:
+    if given(tool.parameters) is not None:
         function["parameters"] = tool.parameters
     if tool.strict is not None:
         function["strict"] = tool.strict
@@ -169,14 +170,14 @@ def messages_of_input(raw: bytes) -> list[Any]:
     """Chat messages of a request's ``input``. What one answer said (reasoning, text, calls) is one
     message again. RequestError for items that a chat request cannot hold."""
     try:
-        given = _INPUT.decode(raw)
+        found = _INPUT.decode(raw)
     except UNREADABLE as error:
         raise RequestError(f"input does not have the form of one: {error}") from error
-    if isinstance(given, str):
-        return [_said("user", given)]
+    if isinstance(found, str):
+        return [_said("user", found)]
     messages: list[Any] = []
     turn: list[Item] = []
-    for item in given:
+    for item in found:
         if _is_assistants(item):
             if turn and _begins_a_turn(item, turn):
                 messages.append(of_items(turn))

@@ -102,7 +102,7 @@ def message_of_stream(stream: bytes) -> anthropic.types.Message:
         event = strictly(_MESSAGE_EVENTS[name], data)
         message = accumulate_event(event=event, current_snapshot=message, json_bufs=buffers)
     assert name == "message_stop"
-    message = anthropic.types.Message.model_validate(message.model_dump())
     for block in message.content:
         block.__dict__.pop("parsed_output", None)
-    return message
+    gathered: anthropic.types.Message = _MESSAGE.validate_python(message.model_dump())
+    return gathered

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 
@@ -153,8 +154,6 @@ async def test_errors_have_the_apis_shape(agent: Agent, engine: StandIn, path: s
 async def test_a_stream_that_the_engine_cuts_is_cut(
     agent: Agent, engine: StandIn, path: str
 ) -> None:
-    import aiohttp
-
     engine.cut_after = 3
     with pytest.raises(aiohttp.ClientPayloadError):
         await agent.send({"model": "tiny", **ASKED[path], "stream": True}, path=path)
