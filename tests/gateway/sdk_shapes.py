@@ -102,7 +102,8 @@ def message_of_stream(stream: bytes) -> anthropic.types.Message:
         event = strictly(_MESSAGE_EVENTS[name], data)
         message = accumulate_event(event=event, current_snapshot=message, json_bufs=buffers)
     assert name == "message_stop"
-    for block in message.content:
-        block.__dict__.pop("parsed_output", None)
-    gathered: anthropic.types.Message = _MESSAGE.validate_python(message.model_dump())
-    return gathered
+    gathered = message.model_dump()
+    for block in gathered["content"]:
+        block.pop("parsed_output", None)  # the SDK's own
+    found: anthropic.types.Message = _MESSAGE.validate_python(gathered)
+    return found
