@@ -28,6 +28,7 @@ from driftgate.router import RouterBucket
 __all__ = [
     "SCHEMA_VERSION",
     "Agent",
+    "Api",
     "Attribution",
     "CallIntent",
     "CallOutcome",
@@ -50,7 +51,12 @@ __all__ = [
 SCHEMA_VERSION = 1
 """Version of the JSON names in this module; stands in every exported row."""
 
-Attribution = Literal["url", "header", "key", "session_header", "metadata", "prefix", "new"]
+Api = Literal["chat", "completions", "responses", "messages"]
+"""What the agent spoke. Responses and Anthropic's Messages reach the engine as chat completions."""
+
+Attribution = Literal[
+    "url", "header", "key", "session_header", "metadata", "previous_response", "prefix", "new"
+]
 """Which rule of DESIGN 7 named the trajectory of a call."""
 
 RoutesVia = Literal["json", "plugin", "synthesised", "none"]
@@ -202,7 +208,7 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     """0-based order of the call in its trajectory; a retried call keeps its step."""
     choice: int
     """Index among the ``n`` samples of the call."""
-    api: Literal["chat", "completions"]
+    api: Api
     model: str
     attribution: Attribution
     ambiguous: list[str] = []
@@ -266,7 +272,8 @@ class Trace:
     """The agent's request body, verbatim JSON but for fields that the gateway was told to redact
     (credentials are headers and never reach a trace)."""
     response: bytes
-    """JSON of this choice as the agent got it: message or text, finish_reason, and the like."""
+    """JSON of this choice as the agent got it: message or text, finish_reason, and the like; of
+    ``responses`` and ``messages`` the whole answer (``driftgate.spoken`` reads them all)."""
 
 
 class CallIntent(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,7 +283,7 @@ class CallIntent(msgspec.Struct, frozen=True, kw_only=True):
     trajectory: str
     step: int
     attribution: Attribution
-    api: Literal["chat", "completions"]
+    api: Api
     model: str
     body_sha256: str
     """Of the agent's request body, 16 hex digits."""

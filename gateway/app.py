@@ -28,11 +28,11 @@ from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.api_weights import state_of
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.dialects import error_of_path
 from driftgate.gateway.drift_metrics import DriftMetrics
 from driftgate.gateway.guard import Guard
 from driftgate.gateway.listen import listening, raise_file_limit
 from driftgate.gateway.metrics import Metrics
-from driftgate.gateway.openai import Api
 from driftgate.gateway.pages import add_pages
 from driftgate.gateway.proxy import Proxy
 from driftgate.gateway.recorder import STOPPED, Recorder, Sink
@@ -42,6 +42,7 @@ from driftgate.gateway.tasks import Calls, Tasks, watch_lag
 from driftgate.gateway.upstreams import Upstreams
 from driftgate.gateway.wire import error_answer
 from driftgate.storage import Reader, Writer
+from driftgate.trace import Api
 
 __all__ = ["GATEWAY", "Gateway", "create_app", "run", "serve"]
 
@@ -145,6 +146,11 @@ class Gateway:
             await limits.read_body(request)
             return await self.proxy.call(request, api)
 
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        """Nothing is sampled, so nothing is recorded."""
+        await limits.read_body(request)
+        return await self.proxy.count_tokens(request)
+
     async def stop(self, _app: web.Application) -> None:
         """Nothing new is accepted any more: wait for the calls under way, then end them."""
         cut = await self.calls.stop(STOP_WAIT_S, self._blame_the_stop)
@@ -202,6 +208,10 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
     for prefix in ("", "/t/{trajectory}"):
         app.router.add_post(f"{prefix}/v1/chat/completions", partial(gateway.call, api="chat"))
         app.router.add_post(f"{prefix}/v1/completions", partial(gateway.call, api="completions"))
+        app.router.add_post(f"{prefix}/v1/responses", partial(gateway.call, api="responses"))
+        app.router.add_get(prefix + "/v1/responses/{response}", gateway.proxy.response)
+        app.router.add_post(f"{prefix}/v1/messages", partial(gateway.call, api="messages"))
+        app.router.add_post(f"{prefix}/v1/messages/count_tokens", gateway.count_tokens)
         app.router.add_get(f"{prefix}/v1/models", gateway.proxy.models)
         app.router.add_get(prefix + "/v1/models/{model:.+}", gateway.proxy.models)
     app.router.add_get("/healthz", gateway.healthz)
@@ -283,7 +293,7 @@ def _error(
     else:
         response = web.Response(
             status=status,
-            body=http.error_body(status, f"driftgate: {message}"),
+            body=error_of_path(request.path, status, f"driftgate: {message}"),
             content_type="application/json",
         )
     if status == 401:

@@ -56,13 +56,22 @@ class Usage(msgspec.Struct):
     completion_tokens: int | None = None
     prompt_tokens_details: Any = None
     """Whatever an engine puts here: a surprise in it must not cost the capture."""
+    completion_tokens_details: Any = None
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Sampled tokens that are reasoning, where the engine counts them."""
+        return _count(self.completion_tokens_details, "reasoning_tokens")
 
     @property
     def cached_tokens(self) -> int | None:
         """Prompt tokens from the engine's prefix cache, where it counts them."""
-        details = self.prompt_tokens_details
-        count = details.get("cached_tokens") if isinstance(details, dict) else None
-        return count if isinstance(count, int) else None
+        return _count(self.prompt_tokens_details, "cached_tokens")
+
+
+def _count(details: object, name: str) -> int | None:
+    count = details.get(name) if isinstance(details, dict) else None
+    return count if isinstance(count, int) else None
 
 
 class Head(msgspec.Struct):

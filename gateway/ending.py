@@ -19,6 +19,7 @@ from aiohttp import web
 from driftgate.errors import StorageError, UpstreamError
 from driftgate.gateway.capture import Folded
 from driftgate.gateway.conversation import Turn
+from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.history import History
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.prompts import End
@@ -53,6 +54,8 @@ class Asked:
     plan: Plan
     body: bytes
     """The agent's."""
+    dialect: Dialect | None
+    """How the agent is answered, where that is not as the engine answers."""
     history: History
     started_ns: int
     expect_routes: bool | None
@@ -74,6 +77,8 @@ class Ending:
         """All of the answer has come."""
         self.released = False
         """The end of the answer is on its way to the agent: what breaks now is no failed try."""
+        self.response: bytes | None = None
+        """What the agent got, in its own API, as far as it has come."""
         self._request = request
         self._asked = asked
         self._sessions = sessions
@@ -91,6 +96,7 @@ class Ending:
         self.known = True
         self._sessions.answered(self._asked.call, turns)
         await self._asked.served.confirm()
+        self._remember()
         self._claimed_bytes = await self._recorder.claim(size_bytes + len(self._asked.body))
         if self._recorder.strict:
             self._promised = True
@@ -101,6 +107,13 @@ class Ending:
                 self._promised = False
                 raise
         self.released = True
+
+    def _remember(self) -> None:
+        dialect = self._asked.dialect
+        if dialect is None or dialect.remember is None or self.response is None:
+            return
+        if not self._asked.call.failed:
+            dialect.remember(self.response)
 
     def over(self, fold: Callable[[], Folded], size_bytes: int, *, delivered: bool) -> None:
         """The answer has been sent, or as much of it as could be."""
@@ -156,8 +169,9 @@ class Ending:
         self._release()
         answer = Answer(
             fold=fold,
-            size_bytes=size_bytes + len(self._asked.body),
+            size_bytes=size_bytes + len(self._asked.body) + len(self.response or b""),
             request=self._asked.body,
+            response=self.response,
             started_ns=self._asked.started_ns,
             first_byte_ns=self.first_byte_ns,
             ended_ns=time.time_ns(),

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgspec
 from msgspec import Raw
 
+from driftgate import trace
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import sse
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "StreamMode",
     "Stripped",
+    "Translated",
     "read",
     "read_request",
     "rewrite",
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 Api: TypeAlias = Literal["chat", "completions"]
+"""What the engine is asked."""
+Translated: TypeAlias = Literal["responses", "messages"]
+"""What agents speak and the engine is asked as chat."""
 Fields: TypeAlias = dict[str, Raw]
 StreamMode: TypeAlias = Literal["plain", "plugin", "synthesise"]
 """How a stream's routes are got: not at all, by the plugin's chunk, or by asking for JSON
@@ -63,6 +68,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked of the engine for one call, and what the agent had asked itself."""
 
     api: Api
+    translated: Translated | None = None
+    """What the agent speaks, where that is not ``api``."""
     model: str = ""
     stream: bool = False
     """The agent wants server-sent events."""
@@ -87,6 +94,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Key of the plugin's routes chunk."""
     uncaptured: str | None = None
     """Why the call was forwarded as it came, in words; None for a call that is captured."""
+
+    @property
+    def spoken(self) -> trace.Api:
+        """What the agent speaks."""
+        return self.translated or self.api
 
     @property
     def choices(self) -> int:

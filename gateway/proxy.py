@@ -12,32 +12,37 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from yarl import URL
 
 from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
-from driftgate.gateway import http, openai
+from driftgate.gateway import anthropic, anthropic_answer, dialects, http, openai
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import MAX_SEEN, Seen
+from driftgate.gateway.dialect import Dialect
+from driftgate.gateway.earlier import Earlier, kept_of
 from driftgate.gateway.ending import Asked, words
 from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import History, continues, read_history
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.model_list import united
-from driftgate.gateway.openai import Api, Fields, Plan
+from driftgate.gateway.openai import Api, Fields, Plan, Translated
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
+from driftgate.gateway.responses_answer import response_id
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Place, Sessions
 from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.upstreams import Upstreams
 from driftgate.storage import Reader
+from driftgate.trace import Api as AgentApi
 from driftgate.trace import CallIntent
 
 __all__ = ["Proxy"]
@@ -86,6 +91,7 @@ class Proxy:
         self._upstreams = upstreams
         self._metrics = metrics
         self._session: aiohttp.ClientSession
+        self._earlier = Earlier(reader, config.redact)
         self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
         self.restored = asyncio.Event()
         """What the store knows of earlier trajectories is in ``sessions``."""
@@ -112,9 +118,7 @@ class Proxy:
             raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
         named = request.match_info.get("model")
-        asked = [u for u in self._upstreams.all if u.available] or self._upstreams.all
-        if named is not None:
-            asked = [u for u in asked if u.serves(named)] or asked
+        asked = self._that_serve(named)
         if named is not None or len(asked) == 1:
             return await self._get(asked[0], path, request)
         tried = await asyncio.gather(
@@ -141,20 +145,56 @@ class Proxy:
             status=answer.status, body=body, headers=http.answer_headers(answer.headers)
         )
 
-    async def call(self, request: web.Request, api: Api) -> web.StreamResponse:
+    def _that_serve(self, model: str | None) -> Sequence[Upstream]:
+        """Engines to ask what is no model call; all where no model is named."""
+        found = [u for u in self._upstreams.all if u.available] or self._upstreams.all
+        if model is not None:
+            found = [u for u in found if u.serves(model)] or found
+        return found
+
+    async def response(self, request: web.Request) -> web.StreamResponse:
+        """``GET /v1/responses/{response}``: a response as it was given."""
+        only = self._sessions.owner(request.headers)
+        kept = await self._earlier.find(request.match_info["response"], only=only)
+        return web.Response(body=kept.body, content_type="application/json")
+
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        """``POST /v1/messages/count_tokens``: the prompt's tokens, as the engine renders it."""
+        body = await request.read()
+        fields = openai.read_request(body)
+        sent = msgspec.json.encode(anthropic.count_request(body, fields))
+        upstream = self._that_serve(openai.read(fields, "model", str))[0]
+        url = URL(f"{upstream.url}/tokenize", encoded=True)
+        headers = http.request_headers(request.headers, self._config)
+        try:
+            async with self._session.post(
+                url, data=sent, headers=headers, allow_redirects=False
+            ) as answer:
+                told = http.without_key(await answer.read(), self._config.upstream_key)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            upstream.lost()
+            raise UpstreamError(
+                f"the engine at {upstream.url} did not answer: {words(error)}"
+            ) from error
+        return web.Response(
+            status=answer.status,
+            body=anthropic_answer.counted(answer.status, told),
+            content_type="application/json",
+        )
+
+    async def call(self, request: web.Request, api: AgentApi) -> web.StreamResponse:
         """One model call, captured."""
         started_ns = time.time_ns()
         body = await request.read()
-        read = _aside(body, partial(_read, api, body, None if _is_large(body) else self._seen))
-        digest, fields, history, unread = await read
-        place = await self._placed(request, fields, history)
-        model = openai.read(fields, "model", str) or ""
+        read = await self._read(request, api, body)
+        place = await self._placed(request, read)
+        model = openai.read(read.fields, "model", str) or ""
         upstream = await self._upstreams.choose(place.trajectory, model)
-        sent, plan = await _aside(body, partial(self._write, api, body, fields, unread, upstream))
+        sent, plan = await _aside(body, partial(_write, api, body, read, upstream))
         call = self._sessions.begin(
             place,
             call_id=f"c-{uuid.uuid4().hex}",
-            body_sha256=digest,
+            body_sha256=read.digest,
             sdk_retry=_retry_count(request),
         )
         if call.place.ambiguous:
@@ -166,7 +206,7 @@ class Proxy:
         served = Served(upstream)
 
         async def post(base: str) -> aiohttp.ClientResponse:
-            url = _engine_url(base, PATHS[api], request)
+            url = _engine_url(base, PATHS[plan.api], request if plan.translated is None else None)
             return await self._session.post(
                 url, data=_payload(sent), headers=headers, allow_redirects=False
             )
@@ -177,7 +217,8 @@ class Proxy:
             call=call,
             plan=plan,
             body=self._config.redacted(body),
-            history=history,
+            dialect=self._dialect(call, plan, read),
+            history=read.history,
             started_ns=started_ns,
             expect_routes=upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,
@@ -201,7 +242,7 @@ class Proxy:
             asked.served.upstream.lost()
             raise
         finally:
-            self._count(exchange, asked.plan.api, asked.started_ns)
+            self._count(exchange, asked.plan.spoken, asked.started_ns)
             if asked.call.span is not None:
                 asked.call.span.end(
                     exchange.outcome,
@@ -210,37 +251,54 @@ class Proxy:
                     now_ns=time.time_ns(),
                 )
 
-    def _write(
-        self, api: Api, body: bytes, fields: Fields, unread: str | None, upstream: Upstream
-    ) -> tuple[bytes, Plan]:
-        """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
-        if unread is not None:
-            openai.refuse_forbidden(_as_engines_read(body), upstream.adapter)
-            return body, Plan(api=api, uncaptured=unread)
-        rewritten, plan = openai.rewrite(
-            api, fields, upstream.adapter, upstream.stream_mode(), refusal=upstream.refusal
-        )
-        return body if rewritten is None else rewritten, plan
+    async def _read(self, request: web.Request, api: AgentApi, body: bytes) -> _Read:
+        """The request as the engine's API has it. RequestError where another API's cannot be."""
+        known = None if _is_large(body) else self._seen
+        if api == "chat" or api == "completions":
+            return await _aside(body, partial(_read, api, body, known))
+        fields = await _aside(body, partial(openai.read_request, body))
+        earlier, previous = list[Any](), None
+        if api == "responses" and (named := dialects.previous_of(fields)) is not None:
+            only = self._sessions.owner(request.headers)
+            try:
+                earlier = await self._earlier.conversation(named, only=only)
+                previous = (await self._earlier.find(named, only=only)).trajectory
+            except NotFoundError as error:
+                raise RequestError(f"previous_response_id: {error}") from error
+        read = await _aside(body, partial(_translate, api, body, fields, earlier, known))
+        return read._replace(previous=previous)
 
-    async def _placed(self, request: web.Request, fields: Fields, history: History) -> Place:
+    def _dialect(self, call: Call, plan: Plan, read: _Read) -> Dialect | None:
+        if plan.translated is None:
+            return None
+
+        def remember(body: bytes) -> None:
+            kept = kept_of(read.agents, call.place.trajectory, body)
+            if kept is not None:
+                self._earlier.remember(response_id(call.call_id), kept)
+
+        return dialects.dialect(plan.translated, read.agents, call.call_id, remember)
+
+    async def _placed(self, request: web.Request, read: _Read) -> Place:
         """The call's trajectory, once all that could be it is known."""
-        place = self._place(request, fields, history)
+        place = self._place(request, read)
         open_ = not place.named and not self.restored.is_set()
-        if open_ and (continues(history) or _retry_count(request)):
+        if open_ and (continues(read.history) or _retry_count(request)):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
-            place = self._place(request, fields, history)
+            place = self._place(request, read)
         if not self._sessions.is_known(place):
             next_step = await asyncio.to_thread(self._next_step, place.trajectory)
             self._sessions.resume(place.trajectory, next_step)
         return place
 
-    def _place(self, request: web.Request, fields: Fields, history: History) -> Place:
+    def _place(self, request: web.Request, read: _Read) -> Place:
         return self._sessions.place(
             url=request.match_info.get("trajectory"),
             headers=request.headers,
-            metadata=openai.read(fields, "metadata", dict[str, Any]),
-            history=history,
+            metadata=openai.read(read.fields, "metadata", dict[str, Any]),
+            history=read.history,
+            previous=read.previous,
         )
 
     def _next_step(self, trajectory: str) -> int:
@@ -255,7 +313,7 @@ class Proxy:
             trajectory=call.place.trajectory,
             step=call.step,
             attribution=call.place.attribution,
-            api=plan.api,
+            api=plan.spoken,
             model=plan.model,
             body_sha256=call.body_sha256,
             retry=call.retry,
@@ -273,7 +331,7 @@ class Proxy:
                 f"(on_capture_failure is refuse): {error}"
             ) from error
 
-    def _count(self, exchange: Exchange, api: Api, started_ns: int) -> None:
+    def _count(self, exchange: Exchange, api: AgentApi, started_ns: int) -> None:
         streamed = "true" if exchange.streamed else "false"
         self._metrics.calls.labels(api, streamed, exchange.outcome).inc()
         if exchange.first_byte_ns is not None:
@@ -286,19 +344,57 @@ class _Read(NamedTuple):
 
     digest: str
     fields: Fields
+    """As the engine's API has them."""
     history: History
-    unread: str | None
+    agents: Fields
+    """As the agent sent them."""
+    unread: str | None = None
     """Why it is no JSON object."""
+    previous: str | None = None
+    """The trajectory of the response that the call goes on from."""
 
 
 def _read(api: Api, body: bytes, known: Recent[bytes, Seen] | None) -> _Read:
     """``known`` belongs to the event loop; None on a thread."""
-    digest, fields, unread = hashlib.sha256(body).hexdigest()[:16], Fields(), None
+    fields, unread = Fields(), None
     try:
         fields = openai.read_request(body)
     except RequestError as error:
         unread = str(error)
-    return _Read(digest, fields, read_history(fields, Plan(api=api), known), unread)
+    history = read_history(fields, Plan(api=api), known)
+    return _Read(_digest(body), fields, history, fields, unread)
+
+
+def _translate(
+    api: Translated,
+    body: bytes,
+    fields: Fields,
+    earlier: Sequence[Any],
+    known: Recent[bytes, Seen] | None,
+) -> _Read:
+    """A request of another API as a chat request. RequestError where it cannot be one."""
+    chat = dialects.chat_fields(api, body, fields, earlier)
+    return _Read(_digest(body), chat, read_history(chat, Plan(api="chat"), known), fields)
+
+
+def _write(api: AgentApi, body: bytes, read: _Read, upstream: Upstream) -> tuple[bytes, Plan]:
+    """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
+    engines: Api = "completions" if api == "completions" else "chat"
+    if read.unread is not None:
+        openai.refuse_forbidden(_as_engines_read(body), upstream.adapter)
+        return body, Plan(api=engines, uncaptured=read.unread)
+    openai.refuse_forbidden(read.agents, upstream.adapter)
+    rewritten, plan = openai.rewrite(
+        engines, read.fields, upstream.adapter, upstream.stream_mode(), refusal=upstream.refusal
+    )
+    if api == "responses" or api == "messages":
+        plan = msgspec.structs.replace(plan, translated=api)
+        body = msgspec.json.encode(read.fields)
+    return body if rewritten is None else rewritten, plan
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:16]
 
 
 async def _aside(body: bytes, work: Callable[[], T]) -> T:
@@ -310,9 +406,9 @@ def _is_large(body: bytes) -> bool:
     return len(body) > LARGE_BODY_BYTES
 
 
-def _engine_url(base: str, path: str, request: web.Request) -> URL:
+def _engine_url(base: str, path: str, request: web.Request | None) -> URL:
     """``path`` at the engine with the agent's query string as it was spelled."""
-    query = request.rel_url.raw_query_string
+    query = "" if request is None else request.rel_url.raw_query_string
     return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
 
 

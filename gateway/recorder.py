@@ -72,6 +72,8 @@ class Answer:
     size_bytes: int
     """Memory that ``fold`` holds."""
     request: bytes
+    response: bytes | None = None
+    """What the agent got, where that is no chat choice."""
     started_ns: int
     first_byte_ns: int | None
     ended_ns: int
@@ -326,7 +328,7 @@ class Recorder:
             trajectory=trajectory,
             step=call.step,
             choice=sample.choice,
-            api=plan.api,
+            api=plan.spoken,
             model=plan.model,
             attribution=call.place.attribution,
             ambiguous=list(call.place.ambiguous),
@@ -360,7 +362,7 @@ class Recorder:
             token_bytes=sample.token_bytes,
             token_offsets=sample.token_offsets,
             request=answer.request,
-            response=sample.response,
+            response=sample.response if answer.response is None else answer.response,
         )
 
     def _load(self, trajectory: str) -> Iterable[tuple[str, I32, I32]]:

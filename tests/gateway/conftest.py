@@ -378,6 +378,13 @@ class StandIn:
         error = {"message": message, "type": "BadRequestError", "param": None, "code": status}
         return web.json_response({"error": error}, status=status)
 
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body.get("model") != "tiny":
+            return self.error(404, f"The model `{body.get('model')}` does not exist.")
+        ids = self.render(body["messages"])
+        return web.json_response({"count": len(ids), "max_model_len": 4096, "tokens": ids})
+
     async def models(self, _request: web.Request) -> web.Response:
         return web.json_response(
             {
@@ -418,6 +425,7 @@ async def standing_in() -> AsyncIterator[StandIn]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", stand_in.generate)
     app.router.add_post("/v1/completions", stand_in.generate)
+    app.router.add_post("/tokenize", stand_in.tokenize)
     app.router.add_get("/v1/models", stand_in.models)
     app.router.add_get("/version", stand_in.version)
     app.router.add_get("/health", stand_in.health)

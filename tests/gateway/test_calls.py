@@ -387,7 +387,7 @@ async def test_routes_that_are_not_streamed_are_named(connect: Connect, engine: 
     [
         ("POST", "/update_weights"),
         ("POST", "/t/x/update_weights"),
-        ("POST", "/v1/responses"),
+        ("POST", "/v1/embeddings"),
         ("GET", "/v1/chat/completions"),
         ("POST", "/v1/chat/completions/../../update_weights"),
         ("POST", "/v1/models/..%2F..%2Fupdate_weights"),

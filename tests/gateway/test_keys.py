@@ -37,7 +37,13 @@ SETTINGS: dict[str, Any] = {
     "signing_key": SIGNING,
 }
 OWN = TrajectoryKeys(SIGNING).make("own")
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "hi"}],
+    "input": "hi",
+    "max_tokens": 5,
+}
+"""A body that every model route takes."""
 
 Connect = Callable[..., Any]
 
@@ -75,6 +81,13 @@ TABLE: list[tuple[str, str, set[str]]] = [
     ("POST", "/t/own/v1/chat/completions", {"call", "admin", "own"}),
     ("POST", "/t/%6fwn/v1/chat/completions", {"call", "admin", "own"}),
     ("POST", "/t/own%20/v1/chat/completions", set()),
+    ("POST", "/v1/responses", {"call", "admin", "own", "other"}),
+    ("POST", "/t/own/v1/responses", {"call", "admin", "own"}),
+    ("GET", "/v1/responses/resp_none", set()),
+    ("POST", "/v1/messages", {"call", "admin", "own", "other"}),
+    ("POST", "/t/own/v1/messages", {"call", "admin", "own"}),
+    ("POST", "/v1/messages/count_tokens", {"call", "admin", "own", "other"}),
+    ("POST", "/t/own/v1/messages/count_tokens", {"call", "admin", "own"}),
     ("GET", "/v1/models", {"call", "admin", "own", "other"}),
     ("GET", "/t/own/v1/models", {"call", "admin", "own"}),
     ("GET", "/api/trajectories", {"read", "admin"}),
