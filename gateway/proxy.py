@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import io
-import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
@@ -29,10 +27,11 @@ from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.earlier import Earlier, kept_of
 from driftgate.gateway.ending import Asked, words
 from driftgate.gateway.exchange import Exchange
-from driftgate.gateway.history import History, continues, read_history
+from driftgate.gateway.history import continues
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.model_list import united
-from driftgate.gateway.openai import Api, Fields, Plan, Translated
+from driftgate.gateway.openai import Api, Plan
+from driftgate.gateway.reading import Read, read_own, translate, write
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.responses_answer import response_id
@@ -190,7 +189,7 @@ class Proxy:
         place = await self._placed(request, read)
         model = openai.read(read.fields, "model", str) or ""
         upstream = await self._upstreams.choose(place.trajectory, model)
-        sent, plan = await _aside(body, partial(_write, api, body, read, upstream))
+        sent, plan = await _aside(body, partial(write, api, body, read, upstream))
         call = self._sessions.begin(
             place,
             call_id=f"c-{uuid.uuid4().hex}",
@@ -251,11 +250,11 @@ class Proxy:
                     now_ns=time.time_ns(),
                 )
 
-    async def _read(self, request: web.Request, api: AgentApi, body: bytes) -> _Read:
+    async def _read(self, request: web.Request, api: AgentApi, body: bytes) -> Read:
         """The request as the engine's API has it. RequestError where another API's cannot be."""
         known = None if _is_large(body) else self._seen
         if api == "chat" or api == "completions":
-            return await _aside(body, partial(_read, api, body, known))
+            return await _aside(body, partial(read_own, api, body, known))
         fields = await _aside(body, partial(openai.read_request, body))
         earlier, previous = list[Any](), None
         if api == "responses" and (named := dialects.previous_of(fields)) is not None:
@@ -265,10 +264,10 @@ class Proxy:
                 previous = (await self._earlier.find(named, only=only)).trajectory
             except NotFoundError as error:
                 raise RequestError(f"previous_response_id: {error}") from error
-        read = await _aside(body, partial(_translate, api, body, fields, earlier, known))
+        read = await _aside(body, partial(translate, api, body, fields, earlier, known))
         return read._replace(previous=previous)
 
-    def _dialect(self, call: Call, plan: Plan, read: _Read) -> Dialect | None:
+    def _dialect(self, call: Call, plan: Plan, read: Read) -> Dialect | None:
         if plan.translated is None:
             return None
 
@@ -279,7 +278,7 @@ class Proxy:
 
         return dialects.dialect(plan.translated, read.agents, call.call_id, remember)
 
-    async def _placed(self, request: web.Request, read: _Read) -> Place:
+    async def _placed(self, request: web.Request, read: Read) -> Place:
         """The call's trajectory, once all that could be it is known."""
         place = self._place(request, read)
         open_ = not place.named and not self.restored.is_set()
@@ -292,7 +291,7 @@ class Proxy:
             self._sessions.resume(place.trajectory, next_step)
         return place
 
-    def _place(self, request: web.Request, read: _Read) -> Place:
+    def _place(self, request: web.Request, read: Read) -> Place:
         return self._sessions.place(
             url=request.match_info.get("trajectory"),
             headers=request.headers,
@@ -339,64 +338,6 @@ class Proxy:
             self._metrics.first_byte.labels(streamed).observe(waited_s)
 
 
-class _Read(NamedTuple):
-    """A request's body, before it is known where it goes."""
-
-    digest: str
-    fields: Fields
-    """As the engine's API has them."""
-    history: History
-    agents: Fields
-    """As the agent sent them."""
-    unread: str | None = None
-    """Why it is no JSON object."""
-    previous: str | None = None
-    """The trajectory of the response that the call goes on from."""
-
-
-def _read(api: Api, body: bytes, known: Recent[bytes, Seen] | None) -> _Read:
-    """``known`` belongs to the event loop; None on a thread."""
-    fields, unread = Fields(), None
-    try:
-        fields = openai.read_request(body)
-    except RequestError as error:
-        unread = str(error)
-    history = read_history(fields, Plan(api=api), known)
-    return _Read(_digest(body), fields, history, fields, unread)
-
-
-def _translate(
-    api: Translated,
-    body: bytes,
-    fields: Fields,
-    earlier: Sequence[Any],
-    known: Recent[bytes, Seen] | None,
-) -> _Read:
-    """A request of another API as a chat request. RequestError where it cannot be one."""
-    chat = dialects.chat_fields(api, body, fields, earlier)
-    return _Read(_digest(body), chat, read_history(chat, Plan(api="chat"), known), fields)
-
-
-def _write(api: AgentApi, body: bytes, read: _Read, upstream: Upstream) -> tuple[bytes, Plan]:
-    """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
-    engines: Api = "completions" if api == "completions" else "chat"
-    if read.unread is not None:
-        openai.refuse_forbidden(_as_engines_read(body), upstream.adapter)
-        return body, Plan(api=engines, uncaptured=read.unread)
-    openai.refuse_forbidden(read.agents, upstream.adapter)
-    rewritten, plan = openai.rewrite(
-        engines, read.fields, upstream.adapter, upstream.stream_mode(), refusal=upstream.refusal
-    )
-    if api == "responses" or api == "messages":
-        plan = msgspec.structs.replace(plan, translated=api)
-        body = msgspec.json.encode(read.fields)
-    return body if rewritten is None else rewritten, plan
-
-
-def _digest(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()[:16]
-
-
 async def _aside(body: bytes, work: Callable[[], T]) -> T:
     """``work()``, on a thread where its body is large."""
     return await asyncio.to_thread(work) if _is_large(body) else work()
@@ -410,16 +351,6 @@ def _engine_url(base: str, path: str, request: web.Request | None) -> URL:
     """``path`` at the engine with the agent's query string as it was spelled."""
     query = "" if request is None else request.rel_url.raw_query_string
     return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
-
-
-def _as_engines_read(body: bytes) -> dict[str, Any]:
-    """A body as Python's lax parser takes it, with NaN, a byte order mark or UTF-16: what vLLM
-    uses. Empty where that fails too: then the engine refuses it."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
 
 
 def _payload(body: bytes) -> bytes | io.BytesIO:
