@@ -20,6 +20,7 @@ from driftgate.samples import Sample, assemble, lines
 from driftgate.storage import Reader, TraceRow
 from driftgate.storage.subjects import pairs
 from driftgate.trace import I32, Trace
+from driftgate.tree import retried_calls
 from driftgate.verdict import judge
 
 __all__ = ["REASONS", "Selection", "trajectories"]
@@ -37,13 +38,14 @@ REASONS = {
     "trajectory_gap": "another call of its trajectory was not captured whole",
     "delivery_uncertain": "the agent left before the end of the answer was written to it, or it "
     "could not be sent once it was recorded",
+    "retried": "the client asked again: this answer never reached it; never exported",
     "not_comparable": "no trainer's numbers for it are comparable: it stays as context, unmasked",
     "quarantined": f"its run is quarantined under profile {PROFILE.name}: `driftgate verdict`",
     "bad_logprobs": "logprobs that are NaN, infinite or the engine's floor; never exported",
 }
 """Why a trace is left out, in words."""
 
-FINAL = ("no_tokens", "damaged", "bad_logprobs")
+FINAL = ("no_tokens", "damaged", "bad_logprobs", "retried")
 """These are left out whatever is asked for."""
 
 
@@ -72,13 +74,17 @@ class Selection:
         row = self.reader.trajectory(name)
         gap = [] if row.complete else ["trajectory_gap"]
         judged = _judged(self.reader, name)
+        rows = sorted(self.reader.traces(name), key=_order)
+        retried = retried_calls([row.meta for row in rows])
         flags: dict[str, list[str]] = {}
         models: dict[str, list[tuple[str, tuple[I32, I32]]]] = {}
-        for trace_row in sorted(self.reader.traces(name), key=_order):
+        for trace_row in rows:
             trace = self._load(trace_row.meta.trace_id)
             if trace is None:
                 continue
             reasons = [*_reasons(trace), *judged.get(trace.meta.trace_id, []), *gap]
+            if trace.meta.call_id in retried:
+                reasons.append("retried")
             if (set(reasons) & set(FINAL)) if self.include_incomplete else reasons:
                 self.left_out.update(reasons)
                 continue

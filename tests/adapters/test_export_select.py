@@ -72,7 +72,7 @@ def planted(reason: str) -> list[Record]:
     }[reason]
 
 
-@pytest.mark.parametrize("reason", [code for code in REASONS if code != "damaged"])
+@pytest.mark.parametrize("reason", sorted(REASONS.keys() - {"damaged", "retried"}))
 def test_each_reason_leaves_its_trace_out(tmp_path: Path, reason: str) -> None:
     good = make_trace(trajectory="good")
     found, selection = select(tmp_path, [*called(good), *planted(reason)])
@@ -99,6 +99,16 @@ def test_what_cannot_be_trained_on_is_never_kept(tmp_path: Path, reason: str) ->
     found, selection = select(tmp_path, planted(reason), include_incomplete=True)
     assert found == []
     assert selection.left_out[reason] == 1
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_an_answer_that_was_asked_for_again_is_never_a_sample(
+    tmp_path: Path, include: bool
+) -> None:
+    lost, again = make_trace(), make_trace(call_id="again", retry=1)
+    (sample,), selection = select(tmp_path, called(lost, again), include_incomplete=include)
+    assert sample.meta.spans[0].trace_id == again.meta.trace_id
+    assert selection.left_out == {"retried": 1}
 
 
 def test_one_trainer_that_can_compare_is_enough(tmp_path: Path) -> None:
