@@ -23,7 +23,7 @@ import msgspec
 from aiohttp import web
 
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
-from driftgate.gateway import api_judge, api_weights, openapi
+from driftgate.gateway import api_judge, api_tree, api_weights, openapi
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api_live import LIVE_ROUTES, LiveAnswers, LiveHandlers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
@@ -277,10 +277,7 @@ class Api(LiveHandlers):
     ) -> list[Event]:
         return [
             Event(
-                event.cursor,
-                event.score.trajectory,
-                event.score.kind,
-                msgspec.json.encode(event),
+                event.cursor, event.score.trajectory, event.score.kind, msgspec.json.encode(event)
             )
             for event in self._answers.drift(after, limit, trajectory, kind)
         ]
@@ -336,6 +333,7 @@ ROUTES: tuple[Route, ...] = (
         answer=Reward,
     ),
     *api_judge.ROUTES,
+    *api_tree.ROUTES,
     *api_weights.ROUTES,
     Route(method="GET", path="/api/cells", handler=Api.get_cells, answer=Cells),
     Route(

@@ -330,6 +330,7 @@ class Recorder:
             model=plan.model,
             attribution=call.place.attribution,
             ambiguous=list(call.place.ambiguous),
+            agent=call.place.agent,
             parent=parent.trace_id,
             prefix_len=parent.prefix_len,
             prefix_exact=parent.exact,

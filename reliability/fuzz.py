@@ -51,6 +51,8 @@ def run(name: str, cases: int, *, seed: int = 1) -> Outcome:
     """Fuzz one target in a new process; ``seed`` makes the run repeatable."""
     command = [sys.executable, "-m", "reliability.fuzz", "--one", name]
     command += ["--cases", str(cases), "--seed", str(seed)]
+    # The shell forks once more: the peak that libFuzzer reads would else begin with this process's.
+    command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     said = done.stdout + done.stderr
     return Outcome(

@@ -9,17 +9,19 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 import typer.main
 
 from driftgate.bands import BANDS
+from driftgate.breaks import BREAKS
 from driftgate.cli import app
 from driftgate.codes import CODES
 from driftgate.gateway.config import GatewayConfig
 from driftgate.glossary import METRICS, ROUTER_METRICS
+from driftgate.placing import Kind
 from driftgate.replay import REPLAY_METRICS
 from driftgate.teacher.config import TeacherConfig
 from examples.tutorial import BLOCK, TUTORIAL, Shell, run
@@ -117,6 +119,14 @@ def test_the_readmes_bands_are_the_codes_own() -> None:
     assert len(rows) == 4
     for name, green, red in rows:
         assert (BANDS[name].green, BANDS[name].red) == (float(green), float(red)), name
+
+
+def test_every_shape_and_every_break_of_the_tree_is_explained() -> None:
+    text = (ROOT / "docs" / "tree.md").read_text()
+    for kind in get_args(Kind):
+        assert f"| `{kind}` |" in text
+    for code, (meaning, fix) in BREAKS.items():
+        assert f"| `{code}` | {meaning} | {fix} |" in text
 
 
 def test_every_setting_says_what_it_is() -> None:

@@ -56,6 +56,7 @@ NAV: dict[str, dict[str, str]] = {
         "Read a drift": "howto/drift.md",
         "Act on a verdict": "howto/verdicts.md",
         "Export to a trainer": "exports.md",
+        "Read the tree of a run": "tree.md",
     },
     "Can it be trusted?": {
         "Threat model": "threat-model.md",

@@ -84,6 +84,7 @@ TABLE: list[tuple[str, str, set[str]]] = [
     ("GET", "/api/trajectories/own/mismatch", {"read", "admin", "own"}),
     ("GET", "/api/trajectories/own/explain", {"read", "admin", "own"}),
     ("GET", "/api/trajectories/own/verdict", {"read", "admin", "own"}),
+    ("GET", "/api/trajectories/own/tree", {"read", "admin", "own"}),
     ("GET", "/api/feedback", {"read", "admin"}),
     ("POST", "/api/trajectories/own/reward", {"admin"}),
     ("GET", "/api/trajectories/own/steps/0/routes", {"read", "admin", "own"}),
