@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from driftgate.lag import policy_lag
 from driftgate.testing.traces import make_trace
 from driftgate.trace import WeightSpan
-from driftgate.verdict import policy_lag
 from driftgate.weights import changed, is_mixed, joined, sampled_under
 
 
