@@ -269,11 +269,12 @@ class Upstream:
         """Digest the weights, a minute for a large checkpoint, and name the engine with them."""
         try:
             if not self._digested.is_set():
-                await self._numerics.read(report, self.weights)
-                self._checkpoints = await in_thread(
-                    "digest", lambda: self._read_digests(report.models)
-                )
-                self.report = self._with_digest(report)
+                async with beside("numerics", self._numerics.read(report, self.weights)) as asked:
+                    self._checkpoints = await in_thread(
+                        "digest", lambda: self._read_digests(report.models)
+                    )
+                    self.report = self._with_digest(report)
+                    await asked
         finally:
             self._digested.set()
 

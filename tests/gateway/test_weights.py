@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from driftgate.client import Client
 from driftgate.errors import RequestError
 from driftgate.gateway import health
 from driftgate.gateway.weights import CUT_INTERVAL_NS, Mark, Weights
@@ -206,6 +207,17 @@ async def test_while_paused_new_calls_are_answered_429(connect: Connect, engine:
     assert (body["engines"][0]["in_flight"], body["engines"][0]["paused"]) == (0, None)
     assert (await agent.send(CHAT))[0] == 200
     assert b"driftgate_calls_paused_total 1.0" in agent.gateway.metrics.render()
+
+
+async def test_the_client_speaks_for_a_trainer(agent: Agent) -> None:
+    await agent.gateway.upstreams.all[0].ready()
+    async with Client(agent.url) as client:
+        paused = await client.tell_weights(pause=True, upstream=agent.engine.url)
+        assert [engine.paused for engine in paused.engines] == ["new weights"]
+        await client.tell_weights("42", resume=True)
+        (engine,) = (await client.engines()).engines
+    assert (engine.upstream, engine.weight_version) == (agent.engine.url, "42")
+    assert (engine.paused, engine.in_flight, engine.models) == (None, 0, ["tiny"])
 
 
 @pytest.mark.parametrize(
