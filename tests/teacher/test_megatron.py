@@ -220,6 +220,8 @@ def test_a_store_scored_by_megatron_has_the_references_buckets(
     for trace_id, wanted in found["reference"].items():
         ours = found["megatron"][trace_id]
         assert ours.meta.trainer.backend == "megatron"
+        texts = text_digests(families["moe"])
+        assert texts.items() <= ours.meta.trainer.settings.items()
         assert np.abs(ours.logprobs - wanted.logprobs).max() < EXACT
         assert np.array_equal(ours.routes, wanted.routes)
         same = pytest.approx(numbers(wanted.meta.bucket), rel=EXACT, abs=EXACT)
