@@ -62,7 +62,8 @@ def teach(
 ) -> None:
     """Score the store's traces with the trainer.
 
-    Beside a running gateway with --follow, or afterwards. Several may share a store.
+    Beside a running gateway with --follow, or afterwards: then it ends when every trace is scored
+    or refused, and waits for what other workers hold. Several may share a store.
     """
     try:
         from driftgate.teacher.config import TeacherConfig
