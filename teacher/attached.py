@@ -204,7 +204,7 @@ class AttachedBackend:
         rows = torch.cat([torch.arange(part.first, part.last) for part in slices])
         targets = torch.from_numpy(np.concatenate([part.response_ids for part in slices]))
         device = self._adapter.device
-        warm = temperatures(sequence)
+        warm = temperatures(slices)
         replay = sequence.replay
         scored, routed = self._adapter.forward(
             torch.from_numpy(sequence.ids).long().to(device),
@@ -226,7 +226,7 @@ class AttachedBackend:
         (scored,) = (part.scored for part in parts if part.scored is not None)
         routed = _all_layers([part.routed for part in parts if part.routed is not None])
         # The stages of one copy work one after the other.
-        return split_rows(sequence, scored, routed, max(part.forward_s for part in parts))
+        return split_rows(sequence.slices, scored, routed, max(part.forward_s for part in parts))
 
     def _fingerprint(
         self,

@@ -46,6 +46,12 @@ def teach(
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest sequence that fits this machine.")
     ] = None,
+    batching: Annotated[
+        Literal["alone", "padded", "packed"],
+        typer.Option(
+            help="Several sequences in one forward: faster for short ones, other last bits."
+        ),
+    ] = "alone",
     replay: Annotated[
         bool,
         typer.Option(
@@ -88,6 +94,7 @@ def teach(
             dtype=dtype,
             train_dtype=train_dtype,
             max_tokens=max_tokens,
+            batching=batching,
             device=device,
             replay=replay,
             lease_s=lease_s,
