@@ -24,8 +24,8 @@ __all__ = ["SEQUENCES_AT_ONCE", "Batch", "Batching", "batch", "groups"]
 Batching = Literal["alone", "padded", "packed"]
 
 SEQUENCES_AT_ONCE = 16
-"""Sequences that a worker gathers for each batch: leases that it holds at once, and routes of theirs
-in memory. Beyond it a forward is no longer faster for a token of an agent's text."""
+"""Sequences that a worker gathers for each batch: leases that it holds at once, and their routes in
+memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

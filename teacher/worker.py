@@ -134,9 +134,7 @@ class Worker:
 
     def _held_by_others(self) -> bool:
         """Work is left that cannot be leased yet; says who has it, once for each change."""
-        left = self._leases.open_work(
-            self._backend.trainer.digest, model=self._config.served_model
-        )
+        left = self._leases.open_work(self._backend.trainer.digest, model=self._config.served_model)
         self._watch.tell(left)
         return bool(left)
 

@@ -76,7 +76,7 @@ def test_what_stands_beside_a_sequence_does_not_leak_into_it(backend: ReferenceB
         beside = Slice(trace_id="b", prompt_len=1, response_ids=other[1:])
         results = packed.score([Sequence(ids=other[:-1], slices=(beside,)), one])
         found.append(results[1].logprobs)
-    assert np.array_equal(*found)
+    assert np.array_equal(found[0], found[1])
 
 
 def test_a_worker_gathers_enough_for_a_batch(

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from driftgate.adapters.hf_texts import text_digests
 from driftgate.storage import Reader
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.launch import launch
@@ -107,6 +108,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data = 1.0 + 0.3 * noise if "norm" in weight else 0.1 * noise
         model.save_pretrained(root / name)
+        (root / name / "chat_template.jinja").write_text("{{ messages }}")
     return {name: root / name for name in CONFIGS}
 
 
@@ -220,8 +222,10 @@ def test_a_store_scored_by_megatron_has_the_references_buckets(
     for trace_id, wanted in found["reference"].items():
         ours = found["megatron"][trace_id]
         assert ours.meta.trainer.backend == "megatron"
-        texts = text_digests(families["moe"])
-        assert texts.items() <= ours.meta.trainer.settings.items()
+        assert (
+            ours.meta.trainer.settings["chat_template"]
+            == text_digests(families["moe"])["chat_template"]
+        )
         assert np.abs(ours.logprobs - wanted.logprobs).max() < EXACT
         assert np.array_equal(ours.routes, wanted.routes)
         same = pytest.approx(numbers(wanted.meta.bucket), rel=EXACT, abs=EXACT)
