@@ -1,4 +1,4 @@
-"""``python -m science [--fast] [--write]``: measure all, print the table; exit 1 unless all hold."""
+"""``python -m science [--fast] [--write]``: print the table; exit 1 unless all rows hold."""
 
 from __future__ import annotations
 

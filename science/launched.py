@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from driftgate.testing.checkpoints import make_checkpoint
+from driftgate.testing.checkpoints import CheckpointKind, make_checkpoint
 from science.table import Row, exactly, worst
+from tests.teacher.families import make_family
 
 __all__ = ["layouts", "torchrun"]
 
@@ -50,8 +51,9 @@ def torchrun(module: str, processes: int, *arguments: str) -> None:
 
 def layouts(part: str, root: Path) -> Iterator[Row]:
     """Log-probabilities, entropy and routes of every layout, dense and MoE."""
-    models = {kind: str(make_checkpoint(root / kind, kind)) for kind in ("dense", "moe")}
-    yield from _fsdp(part, root, models)
+    kinds: tuple[CheckpointKind, ...] = ("dense", "moe")
+    yield from _fsdp(part, root, [str(make_checkpoint(root / kind, kind)) for kind in kinds])
+    models = {kind: str(make_family(root / "families", kind)) for kind in kinds}
     two = {f"dense, {name}": {"model": models["dense"], **one} for name, one in DENSE.items()}
     two |= {
         f"MoE, {name}": {"model": models["moe"], **one} for name, one in (DENSE | EXPERTS).items()
@@ -64,9 +66,9 @@ def layouts(part: str, root: Path) -> Iterator[Row]:
         yield from _megatron(part, root / f"megatron-{processes}.json", processes, work)
 
 
-def _fsdp(part: str, root: Path, models: Mapping[str, str]) -> Iterator[Row]:
+def _fsdp(part: str, root: Path, models: Sequence[str]) -> Iterator[Row]:
     out = root / "fsdp.json"
-    torchrun("tests.teacher.fsdp_ranks", 2, str(out), *models.values())
+    torchrun("tests.teacher.fsdp_ranks", 2, str(out), *models)
     for name, seen in json.loads(out.read_text()).items():
         apart = max(seen[key] for key in ("logprobs", "entropy", "at_temperature", "margins"))
         yield worst(part, f"FSDP2 x 2, {name}", apart, 0.0, "Hugging Face")

@@ -2,7 +2,8 @@
 
 ``megatron``: Megatron-Core's own `RouterReplay`, filled with the arrays that `replay_data` gives
 this rank, and minus its own vocab-parallel loss: of driftgate only the export and the loading of
-weights. ``fsdp``: the adapter for a training job's model. Both write [n - 1] log-probabilities by sample.
+weights. ``fsdp``: the adapter for a training job's model. Both write [n - 1] log-probabilities by
+sample.
 """
 
 from __future__ import annotations

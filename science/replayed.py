@@ -30,8 +30,12 @@ from science.table import Row, exactly, worst
 __all__ = ["replayed"]
 
 F64 = npt.NDArray[np.float64]
-HUGGING_FACE = MEGATRON = 1e-5
-"""Nats, float32."""
+HUGGING_FACE = 1e-5
+"""Nats, float32: the same operations, one forward for each sample."""
+MEGATRON = 4e-5
+"""Nats, float32: other operations in another order. This checkpoint's hidden values are so large
+that float32 itself is off by about half of this, which a row measures in float64; on the
+checkpoints of the layouts, whose values are small, 1e-5 holds."""
 MOVED = 1e-3
 """Nats: what replay must change of some token, or nothing was proven."""
 
@@ -60,6 +64,8 @@ def replayed(part: str, made: Rollouts, root: Path) -> Iterator[Row]:
     moved = max(float(np.abs(told[trace] - native[trace]).max()) for trace in told)
     yield exactly(part, f"replay moves some token by more than {MOVED:g}", moved > MOVED, True)
     plain = _by_hugging_face(made.checkpoint, samples)
+    fine = _by_hugging_face(made.checkpoint, samples, torch.float64)
+    yield from _compared(part, "Hugging Face in float64", samples, fine, told, MEGATRON / 2)
     yield from _compared(part, "Hugging Face, routers replaced", samples, plain, told, HUGGING_FACE)
     work = {
         name: {"nproc": 2, "model": str(made.checkpoint), "dtype": "float32", **job}
@@ -89,9 +95,11 @@ def _compared(
     yield worst(part, f"{name}: {tokens} tokens", apart, tolerance, "logprobs_replay as stored")
 
 
-def _by_hugging_face(checkpoint: Path, samples: list[Sample]) -> dict[str, F64]:
+def _by_hugging_face(
+    checkpoint: Path, samples: list[Sample], dtype: torch.dtype = torch.float32
+) -> dict[str, F64]:
     """[n - 1] nats by sample: softmax in float64 over whole logits, experts from the export."""
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     gates = [layer.mlp.gate for layer in model.model.layers]
     found = {}
     for sample in samples:

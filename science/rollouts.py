@@ -11,6 +11,7 @@ import asyncio
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -131,28 +132,30 @@ def _routing(part: str, made: Rollouts) -> Iterator[Row]:
 def _floors(part: str, made: Rollouts) -> Iterator[Row]:
     """Each side against itself: ours as stored, the reference from the two runs' own numbers."""
     by_trace = {trace.meta.trace_id: trace for trace in made.traces}
-    twins = {name: stored_traces(made.store, name)[0] for name in ("twin-a", "twin-b")}
-    first, second = (twins[name].logprobs for name in twins)
-    assert first is not None
-    assert second is not None
-    engine_seen = trainer_seen = 0
+    pairs = 0
     for floor in stored_scores(made.store, kind="noise_floor"):
         assert floor.meta.bucket is not None
         mine = floor.meta.bucket.metrics()["abs_log_ratio_max"]
+        trace = by_trace[floor.meta.trace_id]
+        run = f"{trace.meta.trajectory}, step {trace.meta.step}: largest |D|"
         if isinstance(floor.meta.trainer, Trainer):
-            trainer_seen += 1
-            trace = by_trace[floor.meta.trace_id]
             (again,) = made.backend.score(assemble([trace]))
             score = made.scores[floor.meta.trace_id]
             apart = float(np.abs(again.logprobs - score.logprobs).max())
-            name = f"trainer twice, {trace.meta.trajectory} {trace.meta.step}: largest |D|"
-            yield near(part, name, mine, apart, rel=1e-12)
+            yield near(part, f"trainer twice, {run}", mine, apart, rel=1e-12)
         else:
-            engine_seen += 1
-            apart = float(np.abs(first - second).max())
-            yield near(part, "engine, one request twice: largest |D|", mine, apart, rel=1e-12)
-    yield exactly(part, "engine floors of one pair of requests", engine_seen, 1)
-    yield exactly(part, "trainer floors were taken", trainer_seen > 0, True)
+            pairs += 1
+            (other,) = [one for one in made.traces if one is not trace and _twins(one, trace)]
+            assert trace.logprobs is not None
+            apart = float(np.abs(trace.logprobs - other.logprobs).max())
+            yield near(part, f"engine, one request twice, {run}", mine, apart, rel=1e-12)
+    asked = sum(_twins(a, b) for a, b in combinations(made.traces, 2))
+    yield exactly(part, "engine floors, of pairs of one request", pairs, asked)
+
+
+def _twins(a: Trace, b: Trace) -> bool:
+    """One request, answered twice."""
+    return a.meta.sampling == b.meta.sampling and np.array_equal(a.prompt_ids, b.prompt_ids)  # type: ignore[arg-type]
 
 
 def _ways(part: str, made: Rollouts) -> Iterator[Row]:
