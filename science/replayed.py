@@ -99,7 +99,9 @@ def _by_hugging_face(
     checkpoint: Path, samples: list[Sample], dtype: torch.dtype = torch.float32
 ) -> dict[str, F64]:
     """[n - 1] nats by sample: softmax in float64 over whole logits, experts from the export."""
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    # The grouped kernel takes no float64.
+    experts = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **experts).eval()
     gates = [layer.mlp.gate for layer in model.model.layers]
     found = {}
     for sample in samples:

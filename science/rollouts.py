@@ -147,6 +147,7 @@ def _floors(part: str, made: Rollouts) -> Iterator[Row]:
             pairs += 1
             (other,) = [one for one in made.traces if one is not trace and _twins(one, trace)]
             assert trace.logprobs is not None
+            assert other.logprobs is not None
             apart = float(np.abs(trace.logprobs - other.logprobs).max())
             yield near(part, f"engine, one request twice, {run}", mine, apart, rel=1e-12)
     asked = sum(_twins(a, b) for a, b in combinations(made.traces, 2))
