@@ -75,7 +75,8 @@ def replayed(part: str, made: Rollouts, root: Path) -> Iterator[Row]:
     torchrun("science.ranks", 2, str(found), str(out), json.dumps(work))
     for name, values in json.loads(found.read_text()).items():
         theirs = {key: np.asarray(row) for key, row in values.items()}
-        yield from _compared(part, name, samples, theirs, told, MEGATRON)
+        bound = MEGATRON if JOBS[name]["backend"] == "megatron" else HUGGING_FACE
+        yield from _compared(part, name, samples, theirs, told, bound)
 
 
 def _compared(

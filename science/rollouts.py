@@ -155,8 +155,11 @@ def _floors(part: str, made: Rollouts) -> Iterator[Row]:
 
 
 def _twins(a: Trace, b: Trace) -> bool:
-    """One request, answered twice."""
-    return a.meta.sampling == b.meta.sampling and np.array_equal(a.prompt_ids, b.prompt_ids)  # type: ignore[arg-type]
+    """One request in two calls; the choices of one call (n > 1) are no repetition."""
+    assert a.prompt_ids is not None
+    assert b.prompt_ids is not None
+    same = a.meta.sampling == b.meta.sampling and np.array_equal(a.prompt_ids, b.prompt_ids)
+    return same and a.meta.call_id != b.meta.call_id
 
 
 def _ways(part: str, made: Rollouts) -> Iterator[Row]:
