@@ -86,7 +86,7 @@ if os.environ.get("RANK") == os.environ["FAILING_RANK"]:
     run = Scorer.run
     def failing(self, sequences, device, how):
         self.model.base_model.layers[1].register_forward_pre_hook(fail)
-        return run(self, sequence, device)
+        return run(self, sequences, device, how)
     Scorer.run = failing
 """
 
