@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo test foreign lint types contracts bench faults science soak requirements audit \
-	web-vendor pictures clean
+.PHONY: setup browser demo test foreign lint types contracts bench faults science soak fuzz requirements audit \
+	docs tutorial image-check web-vendor pictures clean
 
 setup: $(STAMP) browser
 
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt \
-		-e ".[teacher,megatron,engine,demo,export]" --group dev
+		-e ".[teacher,megatron,engine,demo,otel,export]" --group dev
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -67,6 +67,10 @@ science: setup
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
+# A million cases of each reader of foreign bytes, some ten minutes; `make test` runs a few thousand.
+fuzz: setup
+	$(BIN)/python -m reliability.fuzz --write
+
 # In a virtual environment of its own: these tools would pull our pins about.
 TOOLS := $(VENV)-tools/bin
 
@@ -90,6 +94,18 @@ audit: $(TOOLS)/pip-audit
 	$(TOOLS)/pip-audit --strict --disable-pip --progress-spinner off -r requirements.txt || \
 		(echo "audit: FAILED: a vulnerability is known, or the service could not be asked and" \
 		"nothing is known at all; the lines above say which" >&2; exit 1)
+
+# The documentation's site in build/site; open index.html, or serve the folder.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Runs docs/tutorial.md on a real engine and writes what its commands print.
+tutorial: setup
+	$(BIN)/python -m examples.tutorial
+
+# The steps of the gateway's image, without Docker.
+image-check: setup
+	$(BIN)/python -m tools.image
 
 # Copies the pinned front-end parts from npm again; needs node. Everything else works without.
 web-vendor: setup

@@ -3,20 +3,33 @@
 
 from __future__ import annotations
 
-import io
+import re
+import struct
 from math import prod
 from typing import Any, cast
 
 import numpy as np
 import pybase64
 
-from driftgate.trace import Routes
+from driftgate.adapters.base import Ask
+from driftgate.trace import LogprobsMode, Routes
 
 __all__ = ["Vllm", "narrow_routes", "read_npy"]
 
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
-_npy: Any = np.lib.format  # numpy's stubs lack max_header_size
+ROUTE_DTYPES = {text.encode(): np.dtype(text) for text in ("|u1", "<u2", ">u2", "<i4", ">i4")}
+"""What vLLM builds were seen to send (uint8, uint16, int32), as a ``.npy`` header says it."""
+
+_MAGIC, _MAGIC_2 = b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00"
+_HEADER = re.compile(
+    rb"\{'descr': '(?P<dtype>[|<>][A-Za-z][0-9]{0,3})', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>(?:[0-9]{1,20}, ?)*(?:[0-9]{1,20})?)\), \} *\n"
+)
+"""As numpy writes it. Its own reader evaluates the header as Python and lets errors of the
+tokenizer out."""
+
+_SIZE = re.compile(rb"[0-9]+")
 
 MAX_ROUTES_BYTES = 1 << 30
 """Decoded; 128k tokens x 94 layers x top-8 in two bytes are 193 MB."""
@@ -24,15 +37,19 @@ MAX_ROUTES_BYTES = 1 << 30
 MAX_NPY_HEADER_BYTES = 4096
 """numpy writes 128 bytes for an array of three dimensions."""
 
-ROUTE_DTYPES = ("uint8", "uint16", "int32")
-"""What vLLM builds were seen to send."""
-
 
 class Vllm:
     """``driftgate.adapters.base.EngineAdapter`` for vLLM."""
 
     name = "vllm"
     ask_ids = "return_token_ids"
+    asks = (Ask("return_token_ids", ("token_ids", "prompt_token_ids"), ("prompt_token_ids",)),)
+    streams_ids = True
+    omits_unasked = False
+    logprobs_mode: LogprobsMode = "unknown"
+    weights_path = "/weight_info"
+    """From 0.32 on, with VLLM_SERVER_DEV_MODE=1."""
+    info_paths: tuple[str, ...] = ()
     ask_stream_routes = "driftgate_routes"
     routes_chunk_mark = "driftgate"
 
@@ -44,6 +61,10 @@ class Vllm:
             "routed_experts_prompt_start": "in vLLM 0.29 a value past the prompt's end stops "
             "the whole engine, and a smaller one would leave the recorded routes incomplete"
         }
+
+    def common(self, answer: bytes) -> bytes:
+        """See ``EngineAdapter``."""
+        return answer
 
     def decode_routes(self, encoded: bytes, *, prompt_len: int, response_len: int) -> Routes:
         """See ``EngineAdapter``."""
@@ -77,23 +98,28 @@ class Vllm:
 def read_npy(data: bytes) -> Integers:
     """The integer array of a ``.npy``, without pickle and without trusting its header.
     ValueError."""
-    file = io.BytesIO(data)
-    version = _npy.read_magic(file)
-    if version == (1, 0):
-        header = _npy.read_array_header_1_0(file, max_header_size=MAX_NPY_HEADER_BYTES)
-    elif version == (2, 0):
-        header = _npy.read_array_header_2_0(file, max_header_size=MAX_NPY_HEADER_BYTES)
-    else:
-        raise ValueError(f".npy version {version} is not known")
-    shape, fortran, dtype = header
-    if dtype.newbyteorder("=").name not in ROUTE_DTYPES:
-        raise ValueError(f"dtype {dtype} is none of {', '.join(ROUTE_DTYPES)}")
-    if any(size < 0 for size in shape) or fortran:
-        raise ValueError(f"shape {list(shape)} (fortran order: {fortran}) is not an array of rows")
-    expected, got = prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if data[: len(_MAGIC)] not in (_MAGIC, _MAGIC_2):
+        raise ValueError(f"{data[:8]!r} does not begin a .npy of version 1 or 2")
+    length = struct.Struct("<H" if data[: len(_MAGIC)] == _MAGIC else "<I")
+    start = len(_MAGIC) + length.size
+    if len(data) < start:
+        raise ValueError(f"a .npy of {len(data)} bytes ends in its header")
+    (header_bytes,) = length.unpack_from(data, len(_MAGIC))
+    if header_bytes > MAX_NPY_HEADER_BYTES:
+        raise ValueError(f"a .npy header of {header_bytes} bytes is over {MAX_NPY_HEADER_BYTES}")
+    header = data[start : start + header_bytes]
+    said = _HEADER.fullmatch(header)
+    if said is None:
+        raise ValueError(f".npy header {header!r} is not of an array of integers in rows")
+    dtype = ROUTE_DTYPES.get(said["dtype"])
+    shape = [int(size) for size in _SIZE.findall(said["shape"])]
+    if dtype is None:
+        raise ValueError(f"dtype {said['dtype'].decode()} is none of uint8, uint16 and int32")
+    offset = start + header_bytes
+    expected, got = prod(shape) * dtype.itemsize, len(data) - offset
     if expected != got:
-        raise ValueError(f"shape {list(shape)} of {dtype} needs {expected} bytes, {got} came")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
+        raise ValueError(f"shape {shape} of {dtype} needs {expected} bytes, {got} came")
+    return np.frombuffer(data, dtype, offset=offset).reshape(shape)
 
 
 def narrow_routes(array: Integers) -> Routes:

@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from driftgate.errors import (
+    UNREADABLE,
     AccessError,
     DriftgateError,
     NotFoundError,
@@ -29,6 +30,7 @@ from driftgate.judgements import Feedback, TrajectoryVerdicts
 from driftgate.live_views import Overview, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
+from driftgate.tree import Tree
 from driftgate.views import (
     ApiError,
     Cells,
@@ -134,6 +136,10 @@ class Client:
         """Where trainer and engine differ on one trajectory; ``trainer``: only of this digest."""
         path = f"/api/trajectories/{_segment(trajectory)}/mismatch"
         return await self._get(path, MismatchView, _query(tokens=tokens or None, trainer=trainer))
+
+    async def tree(self, trajectory: str) -> Tree:
+        """Which call of it continues which, by exact tokens, and why prefixes broke."""
+        return await self._get(f"/api/trajectories/{_segment(trajectory)}/tree", Tree)
 
     async def cells(self) -> Cells:
         """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""
@@ -247,7 +253,7 @@ class Client:
     def _decode(self, raw: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(raw, type=kind)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise DriftgateError(
                 f"what answers at {self.url} is not this version of driftgate: {error}"
             ) from error
@@ -309,7 +315,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
     try:
         error = msgspec.json.decode(body, type=ApiError).error
         message = f"{error.message}; {error.fix}" if error.fix else error.message
-    except msgspec.DecodeError:
+    except UNREADABLE:
         message = f"HTTP {response.status_code}: {body[:200].decode(errors='replace')}"
     kind = ERRORS.get(response.status_code, DriftgateError)
     if kind is AccessError:

@@ -128,6 +128,8 @@ class TokenLayers(msgspec.Struct, frozen=True, kw_only=True):
     """[L][K] expert ids, in the engine's order."""
     train: list[list[int]]
     """[L][K] expert ids, in the trainer's order."""
+    missed: list[int | None]
+    """[L], this token's row of ``StepRoutes.missed``."""
 
 
 class StepRoutes(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from driftgate.errors import UNREADABLE
 from driftgate.trace import Trace
 
 __all__ = ["CLASSES", "Classified", "TokenClass", "classify"]
@@ -92,7 +93,7 @@ def _message(response: bytes) -> dict[str, Any]:
     """The answer's message; empty for a completion."""
     try:
         message = msgspec.json.decode(response or b"{}").get("message")
-    except (msgspec.DecodeError, AttributeError):
+    except (*UNREADABLE, AttributeError):
         return {}
     return message if isinstance(message, dict) else {}
 

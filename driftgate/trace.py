@@ -27,6 +27,7 @@ from driftgate.router import RouterBucket
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Agent",
     "Attribution",
     "CallIntent",
     "CallOutcome",
@@ -43,6 +44,7 @@ __all__ = [
     "Trace",
     "TraceMeta",
     "Trainer",
+    "WeightSpan",
 ]
 
 SCHEMA_VERSION = 1
@@ -164,6 +166,31 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     ``[DONE]``."""
 
 
+class Agent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which agent of a run made a call, as its headers say (``gateway/agents.py``)."""
+
+    id: str
+    """The main agent's is its session's."""
+    parent: str | None = None
+    """The agent that started it; None for the main agent."""
+    kind: str | None = None
+    """As the agent calls it: ``Explore``, ``collab_spawn``, ``compaction``, …"""
+    window: str | None = None
+    """Changes when its context was compacted (Codex)."""
+    compacted: bool = False
+    """The first call after its context was compacted (Claude Code)."""
+
+
+class WeightSpan(msgspec.Struct, frozen=True):
+    """Sampled tokens under one weight version, up to the next span."""
+
+    first: int
+    """Index of the first of them in the response."""
+    version: str
+    """``unknown`` is a value; a change that cannot be placed is one too, in words that no version
+    has (``driftgate.weights.changed``)."""
+
+
 class TraceMeta(msgspec.Struct, kw_only=True):
     """Everything of a trace but its arrays and bodies."""
 
@@ -180,6 +207,8 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     attribution: Attribution
     ambiguous: list[str] = []
     """Trajectories that this call could equally extend; then it starts a new one and says so."""
+    agent: Agent | None = None
+    """None where no header names one."""
     parent: str | None = None
     """Trace whose tokens this prompt continues; None at a root."""
     prefix_len: int = 0
@@ -189,6 +218,12 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     retry: int = 0
     engine: Engine
     weight_version: str = "unknown"
+    """All versions of ``weight_spans``, joined by ``+``."""
+    weight_spans: list[WeightSpan] = []
+    """In order, the first from token 0; empty in traces from before they were kept."""
+    failed_over: list[str] = []
+    """Engines that were asked before the one that answered, and why each was left. None of them
+    had sent a byte of an answer."""
     sampling: Sampling
     streamed: bool
     routes_via: RoutesVia = "none"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,9 +23,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import DriftgateError, StorageError
-from driftgate.gateway import http, limits
+from driftgate.gateway import http, limits, telemetry
+from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
+from driftgate.gateway.api_weights import state_of
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.drift_metrics import DriftMetrics
 from driftgate.gateway.guard import Guard
 from driftgate.gateway.listen import listening, raise_file_limit
 from driftgate.gateway.metrics import Metrics
@@ -35,7 +39,7 @@ from driftgate.gateway.recorder import STOPPED, Recorder, Sink
 from driftgate.gateway.restore import restore
 from driftgate.gateway.sessions import Sessions
 from driftgate.gateway.tasks import Calls, Tasks, watch_lag
-from driftgate.gateway.upstream import Upstream
+from driftgate.gateway.upstreams import Upstreams
 from driftgate.gateway.wire import error_answer
 from driftgate.storage import Reader, Writer
 
@@ -71,7 +75,6 @@ class Gateway:
     def __init__(self, config: GatewayConfig, sink: Sink | None = None) -> None:
         """Open the store (StorageError); ``sink`` takes the writer's place, for tests."""
         self.config = config
-        self._adapter = adapter = Vllm()
         self._writer = _open_store(config) if sink is None else None
         self.sink: Sink = sink or self._writer or _unreachable()
         self.reader = Reader(config.store) if sink is None else None
@@ -79,25 +82,23 @@ class Gateway:
         keys = config.keys()
         self.guard = Guard(keys, lambda why: self.metrics.refused.labels(why).inc())
         self.sessions = Sessions(keys.trajectories)
-        self.upstream = Upstream(config, adapter, self.metrics)
+        self.upstreams = Upstreams(config, self.metrics)
         self.recorder = Recorder(
             self.sink,
             self.reader,
             self.metrics,
-            self.upstream.engine,
             durability=config.durability,
             on_capture_failure=config.on_capture_failure,
-            weight_version=config.weight_version,
             queue_bytes=QUEUE_BYTES,
         )
         self.proxy = Proxy(
             config,
-            adapter=adapter,
             sessions=self.sessions,
             recorder=self.recorder,
             reader=self.reader,
-            upstream=self.upstream,
+            upstreams=self.upstreams,
             metrics=self.metrics,
+            spans=telemetry.from_environment(os.environ),
         )
         self.calls = Calls()
         self._tasks = Tasks()
@@ -105,7 +106,9 @@ class Gateway:
     async def lifetime(self, _app: web.Application) -> AsyncIterator[None]:
         """aiohttp cleanup context: from the first to the last request."""
         await self.proxy.start()
-        self._tasks.start("upstream", self.upstream.watch())
+        for upstream in self.upstreams.all:
+            self._tasks.start("upstream", upstream.watch())
+            self._tasks.start("health", upstream.health.watch())
         metrics = self.metrics
         self._tasks.start("lag", watch_lag(metrics.loop_lag.observe, metrics.tasks.set))
         self._tasks.start("restore", self._restore())
@@ -126,11 +129,13 @@ class Gateway:
             )
         if self.reader is not None:
             self.reader.close()
+        if self.proxy.spans is not None:
+            await asyncio.to_thread(self.proxy.spans.close)
 
     async def _restore(self) -> None:
         try:
             if self.reader is not None:
-                await restore(self.sessions, self.reader, self._adapter.ask_ids)
+                await restore(self.sessions, self.reader, Vllm.ask_ids)
         finally:
             self.proxy.restored.set()
 
@@ -154,11 +159,17 @@ class Gateway:
         return web.json_response({"status": "ok"})
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """Calls can be served: the last probe found the engine. 503 says why not, to readers."""
-        report, error = self.upstream.report, self.upstream.error
+        """Calls can be served: one engine was found. 503 says why not, to readers."""
+        engines = self.upstreams.all
+        best = next((u for u in engines if u.available), engines[0])
+        error = best.why_away
         body: dict[str, object] = {"ready": error is None}
         if self.guard.may_read(request):
-            body |= {"error": error, "engine": report}
+            body |= {
+                "error": error,
+                "engine": best.report,
+                "engines": [state_of(u) for u in engines],
+            }
         return web.Response(
             status=200 if error is None else 503,
             body=msgspec.json.encode(body),
@@ -168,7 +179,8 @@ class Gateway:
     async def render_metrics(self, _request: web.Request) -> web.Response:
         """Prometheus exposition."""
         return web.Response(
-            body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+            body=await asyncio.to_thread(self.metrics.render),
+            headers={"Content-Type": CONTENT_TYPE_LATEST},
         )
 
 
@@ -197,11 +209,15 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
     app.router.add_get("/metrics", gateway.render_metrics)
     if gateway.reader is not None:
         context = ApiContext(
-            reader=gateway.reader, submit=gateway.sink.submit, mint=gateway.sessions.mint
+            reader=gateway.reader,
+            submit=gateway.sink.submit,
+            mint=gateway.sessions.mint,
+            upstreams=gateway.upstreams.all,
         )
         feed = add_api_routes(app, context)
         add_pages(app)
         gateway.metrics.count_poll_errors(lambda: feed.poll_errors)
+        gateway.metrics.add(DriftMetrics(Answers(gateway.reader)))
     app.on_response_prepare.append(_remember)
     app.on_shutdown.append(gateway.stop)  # after the API's: its followers end at once
     return app
@@ -238,9 +254,12 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         message = error.reason
         if error.status in (404, 405):
-            message = f"there is no {request.method} {_path(request)} here; there are " + ", ".join(
-                http.SUPPORTED
+            there = (
+                "/api/openapi.json lists what there is"
+                if request.path.startswith("/api/")
+                else f"there are {', '.join(http.SUPPORTED)}"
             )
+            message = f"there is no {request.method} {_path(request)} here; {there}"
         elif error.status == 408:
             message = f"the request's body took longer than {limits.BODY_TIMEOUT_S:g} s"
         elif error.status == 413:
@@ -271,7 +290,7 @@ def _error(
         response.headers["WWW-Authenticate"] = 'Bearer realm="driftgate"'
     if allow is not None:
         response.headers["Allow"] = allow
-    if status == 503:
+    if status in (429, 503):
         response.headers["Retry-After"] = str(http.RETRY_AFTER_S)
     if status in (408, 413):
         response.force_close()  # the rest of the body is not waited for
@@ -342,7 +361,7 @@ async def _until_stopped(config: GatewayConfig, started: Callable[[str], None] |
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, signalled)
     async with serve(config, hurry=hurry) as url:
-        log.info("driftgate listens at %s, the engine is %s", url, config.upstream)
+        log.info("driftgate listens at %s, in front of %s", url, ", ".join(config.urls))
         if started is not None:
             started(url)
         await stop.wait()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Raw
 
-from driftgate.gateway.reading import UNREADABLE
+from driftgate.errors import UNREADABLE
 from driftgate.gateway.recent import Recent
 
 __all__ = ["MAX_SEEN", "Conversation", "Seen", "Turn", "read_conversation"]

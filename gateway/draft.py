@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from driftgate.errors import UNREADABLE
 from driftgate.gateway.messages import Delta, Message
 from driftgate.gateway.pieces import Pieces, Row
-from driftgate.gateway.reading import UNREADABLE
 from driftgate.gateway.texts import says_bytes, token_texts
+from driftgate.trace import WeightSpan
 
 __all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage", "given"]
 
@@ -47,6 +48,7 @@ class Choice(msgspec.Struct):
     token_ids: list[int] | None = None
     prompt_token_ids: Raw = Raw()
     routed_experts: Raw = Raw()
+    weight_spans: list[WeightSpan] = []
 
 
 class Usage(msgspec.Struct):
@@ -106,6 +108,8 @@ class Draft:
     text: StringIO | None = None
     routes: bytes | None = None
     """Base64."""
+    weight_spans: list[WeightSpan] = field(default_factory=list)
+    """Where the answer says them."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     response: bytes | None = None
@@ -150,6 +154,7 @@ class Draft:
             self.finish_reason = choice.finish_reason
         if choice.stop_reason is not None:
             self.stop_reason = choice.stop_reason
+        self.weight_spans = choice.weight_spans or self.weight_spans
         self.add_routes(choice.routed_experts)
 
     def add_pieces(self, pieces: Pieces) -> None:

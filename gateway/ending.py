@@ -23,6 +23,7 @@ from driftgate.gateway.history import History
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.prompts import End
 from driftgate.gateway.recorder import Answer, Recorder
+from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Sessions
 
 __all__ = ["Asked", "Ending", "Fetched", "Outcome", "chunks", "read_whole", "said", "words"]
@@ -46,6 +47,8 @@ class Asked:
 
     send: Ask
     """Sends the request to the engine."""
+    served: Served
+    """Which one that is."""
     call: Call
     plan: Plan
     body: bytes
@@ -87,6 +90,7 @@ class Ending:
         for it and, in ``strict``, has it. StorageError where failures refuse the call."""
         self.known = True
         self._sessions.answered(self._asked.call, turns)
+        await self._asked.served.confirm()
         self._claimed_bytes = await self._recorder.claim(size_bytes + len(self._asked.body))
         if self._recorder.strict:
             self._promised = True
@@ -160,6 +164,7 @@ class Ending:
             delivered=delivered,
             streamed=self.streamed,
             cancelled=self.outcome == "cancelled",
+            served=self._asked.served,
         )
         return self._recorder.close(self._asked.call, self._asked.plan, answer)
 

@@ -141,6 +141,7 @@ class Exchange:
         try:
             await response.prepare(self._request)
             async for chunk in chunks(answer):
+                self._asked.served.passing(self._tape)
                 await self._pass_events(response, splitter.feed(chunk))
             if rest := splitter.rest():
                 await self._pass_events(response, [rest])

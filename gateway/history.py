@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import Raw
 
+from driftgate.errors import UNREADABLE
 from driftgate.gateway.conversation import Conversation, Seen, Turn, read_conversation
 from driftgate.gateway.draft import Draft
 from driftgate.gateway.openai import Fields, Plan
 from driftgate.gateway.prompts import End, Prompt, read_prompt
-from driftgate.gateway.reading import UNREADABLE
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.tape import Tape
 

@@ -65,12 +65,12 @@ RETRY_AFTER_S = 2
 """Told with a 503: storage is given as long before a call is refused, so a busy one is free by
 then."""
 
-_TYPES = {400: "invalid_request_error", 404: "not_found_error", 502: "upstream_error"}
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    429: "rate_limit_error",
     502: "upstream_error",
 }
 

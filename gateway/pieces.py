@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Raw
 
-from driftgate.gateway.reading import UNREADABLE
+from driftgate.errors import UNREADABLE
 from driftgate.gateway.texts import says_bytes
 
-__all__ = ["Pieces", "Row", "take_apart"]
+__all__ = ["Pieces", "Row", "check_text", "take_apart"]
 
 _ROWS_KEY = b'"logprobs":{"content":['
 _ROWS_END = b']},"finish_reason":'
@@ -80,6 +80,7 @@ def take_apart(body: bytes) -> Pieces | None:
         spans["routed_experts"] = _span(body, routes_at, _ROUTES_KEY, b'"')
     rest = _rest(body, [*spans.values(), prompt])
     try:
+        check_text(body)
         fields = _FIELDS.decode(rest)
         (choice,) = _CHOICES.decode(fields.get("choices", b"[]"))
         rows = _ROWS.decode(memoryview(body)[rows_at + len(_ROWS_KEY) - 1 : rows_end + 1])
@@ -99,6 +100,12 @@ def take_apart(body: bytes) -> Pieces | None:
         prompt_token_ids=body[slice(*prompt)],
         routed_experts=Raw(body[slice(*routes)]) if routes else None,
     )
+
+
+def check_text(data: bytes) -> None:
+    """UnicodeDecodeError where it is not UTF-8: msgspec looks at a text only where it is read."""
+    if not data.isascii():
+        data.decode()
 
 
 def _span(body: bytes, at: int, key: bytes, end: bytes) -> tuple[int, int]:

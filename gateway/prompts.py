@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
+from driftgate.errors import UNREADABLE
+
 __all__ = ["End", "Kind", "Prompt", "read_prompt"]
 
 Kind: TypeAlias = Literal["text", "ids"]
@@ -117,7 +119,7 @@ def read_prompt(prompt: bytes) -> Prompt | None:
         if isinstance(given, str):
             return Prompt.of_text(given)
         return Prompt.of_ids(msgspec.convert(given, list[int]))
-    except msgspec.DecodeError:  # also where it is none of these
+    except UNREADABLE:  # also where it is none of these
         return None
 
 

@@ -12,26 +12,31 @@ import io
 import json
 import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
 from driftgate.gateway import http, openai
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import MAX_SEEN, Seen
-from driftgate.gateway.ending import Asked
+from driftgate.gateway.ending import Asked, words
 from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import History, continues, read_history
 from driftgate.gateway.metrics import Metrics
+from driftgate.gateway.model_list import united
 from driftgate.gateway.openai import Api, Fields, Plan
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
+from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Place, Sessions
+from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
+from driftgate.gateway.upstreams import Upstreams
 from driftgate.storage import Reader
 from driftgate.trace import CallIntent
 
@@ -54,6 +59,8 @@ LARGE_BODY_BYTES = 1 << 20
 READ_BUFFER_BYTES = 1 << 18
 """Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""
 
+T = TypeVar("T")
+
 PATHS: dict[Api, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
@@ -64,20 +71,19 @@ class Proxy:
         self,
         config: GatewayConfig,
         *,
-        adapter: EngineAdapter,
         sessions: Sessions,
         recorder: Recorder,
         reader: Reader | None,
-        upstream: Upstream,
+        upstreams: Upstreams,
         metrics: Metrics,
+        spans: Spans | None = None,
     ) -> None:
+        self.spans = spans
         self._config = config
-        self._base = config.upstream.rstrip("/")
-        self._adapter = adapter
         self._sessions = sessions
         self._recorder = recorder
         self._reader = reader
-        self._upstream = upstream
+        self._upstreams = upstreams
         self._metrics = metrics
         self._session: aiohttp.ClientSession
         self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
@@ -105,15 +111,32 @@ class Proxy:
         if not http.is_model(request.match_info.get("model", "")):
             raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
+        named = request.match_info.get("model")
+        asked = [u for u in self._upstreams.all if u.available] or self._upstreams.all
+        if named is not None:
+            asked = [u for u in asked if u.serves(named)] or asked
+        if named is not None or len(asked) == 1:
+            return await self._get(asked[0], path, request)
+        tried = await asyncio.gather(
+            *(self._get(u, path, request) for u in asked), return_exceptions=True
+        )
+        answers = [answer for answer in tried if isinstance(answer, web.Response)]
+        if len(answers) < 2:
+            return answers[0] if answers else await self._get(asked[0], path, request)
+        lists = [a.body for a in answers if a.status == 200 and isinstance(a.body, bytes)]
+        return web.Response(body=united(lists), content_type="application/json")
+
+    async def _get(self, upstream: Upstream, path: str, request: web.Request) -> web.Response:
         headers = http.request_headers(request.headers, self._config)
-        url = self._engine_url(path, request)
+        url = _engine_url(upstream.url, path, request)
         try:
             async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
                 body = http.without_key(await answer.read(), self._config.upstream_key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._upstream.lost()
-            reason = str(error) or type(error).__name__
-            raise UpstreamError(f"the engine at {self._base} did not answer: {reason}") from error
+            upstream.lost()
+            raise UpstreamError(
+                f"the engine at {upstream.url} did not answer: {words(error)}"
+            ) from error
         return web.Response(
             status=answer.status, body=body, headers=http.answer_headers(answer.headers)
         )
@@ -122,98 +145,95 @@ class Proxy:
         """One model call, captured."""
         started_ns = time.time_ns()
         body = await request.read()
-        await self._upstream.ready()
-        if len(body) > LARGE_BODY_BYTES:
-            sent, fields, plan = await asyncio.to_thread(self._prepare, api, body)
-        else:
-            sent, fields, plan = self._prepare(api, body)
-        call, asked = await self._begin(request, body, sent, fields, plan, started_ns)
+        read = _aside(body, partial(_read, api, body, None if _is_large(body) else self._seen))
+        digest, fields, history, unread = await read
+        place = await self._placed(request, fields, history)
+        model = openai.read(fields, "model", str) or ""
+        upstream = await self._upstreams.choose(place.trajectory, model)
+        sent, plan = await _aside(body, partial(self._write, api, body, fields, unread, upstream))
+        call = self._sessions.begin(
+            place,
+            call_id=f"c-{uuid.uuid4().hex}",
+            body_sha256=digest,
+            sdk_retry=_retry_count(request),
+        )
+        if call.place.ambiguous:
+            self._metrics.ambiguous.inc()
+        headers = http.request_headers(request.headers, self._config)
+        if self.spans is not None:
+            engine = upstream.name, upstream.url
+            self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
+        served = Served(upstream)
+
+        async def post(base: str) -> aiohttp.ClientResponse:
+            url = _engine_url(base, PATHS[api], request)
+            return await self._session.post(
+                url, data=_payload(sent), headers=headers, allow_redirects=False
+            )
+
+        asked = Asked(
+            send=lambda: self._upstreams.send(served, place.trajectory, model, post),
+            served=served,
+            call=call,
+            plan=plan,
+            body=self._config.redacted(body),
+            history=history,
+            started_ns=started_ns,
+            expect_routes=upstream.has_routes,
+            max_answer_bytes=self._config.max_answer_bytes,
+            hide_key=lambda said: http.without_key(said, self._config.upstream_key),
+        )
+        return await self._serve(request, asked)
+
+    async def _serve(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         exchange = Exchange(
             request,
             asked,
             sessions=self._sessions,
             recorder=self._recorder,
-            adapter=self._adapter,
+            adapter=asked.served.upstream.adapter,
         )
         try:
             with self._metrics.in_flight.track_inprogress():
-                await self._open(call, plan, started_ns)
+                await self._open(asked.call, asked.plan, asked.started_ns)
                 return await exchange.run()
         except UpstreamError:
-            self._upstream.lost()
+            asked.served.upstream.lost()
             raise
         finally:
-            self._count(exchange, api, started_ns)
+            self._count(exchange, asked.plan.api, asked.started_ns)
+            if asked.call.span is not None:
+                asked.call.span.end(
+                    exchange.outcome,
+                    first_byte_ns=exchange.first_byte_ns,
+                    streamed=exchange.streamed,
+                    now_ns=time.time_ns(),
+                )
 
-    def _prepare(self, api: Api, body: bytes) -> tuple[bytes, Fields, Plan]:
+    def _write(
+        self, api: Api, body: bytes, fields: Fields, unread: str | None, upstream: Upstream
+    ) -> tuple[bytes, Plan]:
         """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
-        try:
-            fields = openai.read_request(body)
-        except RequestError as error:
-            openai.refuse_forbidden(_as_engines_read(body), self._adapter)
-            return body, {}, Plan(api=api, uncaptured=str(error))
+        if unread is not None:
+            openai.refuse_forbidden(_as_engines_read(body), upstream.adapter)
+            return body, Plan(api=api, uncaptured=unread)
         rewritten, plan = openai.rewrite(
-            api,
-            fields,
-            self._adapter,
-            self._upstream.stream_mode(),
-            refusal=self._upstream.refusal,
+            api, fields, upstream.adapter, upstream.stream_mode(), refusal=upstream.refusal
         )
-        return body if rewritten is None else rewritten, fields, plan
+        return body if rewritten is None else rewritten, plan
 
-    async def _begin(
-        self,
-        request: web.Request,
-        body: bytes,
-        sent: bytes,
-        fields: Fields,
-        plan: Plan,
-        started_ns: int,
-    ) -> tuple[Call, Asked]:
-        """Find the call's trajectory and step."""
-        if len(body) > LARGE_BODY_BYTES:
-            digest = await asyncio.to_thread(_digest, body)
-            seen: Recent[bytes, Seen] = Recent(MAX_SEEN)  # ours belongs to the loop
-            history = await asyncio.to_thread(read_history, fields, plan, seen)
-        else:
-            digest, history = _digest(body), read_history(fields, plan, self._seen)
-        retry = _retry_count(request)
+    async def _placed(self, request: web.Request, fields: Fields, history: History) -> Place:
+        """The call's trajectory, once all that could be it is known."""
         place = self._place(request, fields, history)
-        if not place.named and not self.restored.is_set() and (continues(history) or retry):
+        open_ = not place.named and not self.restored.is_set()
+        if open_ and (continues(history) or _retry_count(request)):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
             place = self._place(request, fields, history)
         if not self._sessions.is_known(place):
             next_step = await asyncio.to_thread(self._next_step, place.trajectory)
             self._sessions.resume(place.trajectory, next_step)
-        call = self._sessions.begin(
-            place,
-            call_id=f"c-{uuid.uuid4().hex}",
-            body_sha256=digest,
-            sdk_retry=retry,
-        )
-        if call.place.ambiguous:
-            self._metrics.ambiguous.inc()
-        url = self._engine_url(PATHS[plan.api], request)
-        headers = http.request_headers(request.headers, self._config)
-        return call, Asked(
-            send=lambda: self._session.post(
-                url, data=_payload(sent), headers=headers, allow_redirects=False
-            ),
-            call=call,
-            plan=plan,
-            body=self._config.redacted(body),
-            history=history,
-            started_ns=started_ns,
-            expect_routes=self._upstream.has_routes,
-            max_answer_bytes=self._config.max_answer_bytes,
-            hide_key=lambda said: http.without_key(said, self._config.upstream_key),
-        )
-
-    def _engine_url(self, path: str, request: web.Request) -> URL:
-        """``path`` at the engine with the agent's query string as it was spelled."""
-        query = request.rel_url.raw_query_string
-        return URL(f"{self._base}{path}?{query}" if query else self._base + path, encoded=True)
+        return place
 
     def _place(self, request: web.Request, fields: Fields, history: History) -> Place:
         return self._sessions.place(
@@ -261,6 +281,41 @@ class Proxy:
             self._metrics.first_byte.labels(streamed).observe(waited_s)
 
 
+class _Read(NamedTuple):
+    """A request's body, before it is known where it goes."""
+
+    digest: str
+    fields: Fields
+    history: History
+    unread: str | None
+    """Why it is no JSON object."""
+
+
+def _read(api: Api, body: bytes, known: Recent[bytes, Seen] | None) -> _Read:
+    """``known`` belongs to the event loop; None on a thread."""
+    digest, fields, unread = hashlib.sha256(body).hexdigest()[:16], Fields(), None
+    try:
+        fields = openai.read_request(body)
+    except RequestError as error:
+        unread = str(error)
+    return _Read(digest, fields, read_history(fields, Plan(api=api), known), unread)
+
+
+async def _aside(body: bytes, work: Callable[[], T]) -> T:
+    """``work()``, on a thread where its body is large."""
+    return await asyncio.to_thread(work) if _is_large(body) else work()
+
+
+def _is_large(body: bytes) -> bool:
+    return len(body) > LARGE_BODY_BYTES
+
+
+def _engine_url(base: str, path: str, request: web.Request) -> URL:
+    """``path`` at the engine with the agent's query string as it was spelled."""
+    query = request.rel_url.raw_query_string
+    return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
+
+
 def _as_engines_read(body: bytes) -> dict[str, Any]:
     """A body as Python's lax parser takes it, with NaN, a byte order mark or UTF-16: what vLLM
     uses. Empty where that fails too: then the engine refuses it."""
@@ -274,10 +329,6 @@ def _as_engines_read(body: bytes) -> dict[str, Any]:
 def _payload(body: bytes) -> bytes | io.BytesIO:
     """What aiohttp sends at once, or, where that would hold the loop, piece by piece."""
     return io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
-
-
-def _digest(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()[:16]
 
 
 def _retry_count(request: web.Request) -> int:

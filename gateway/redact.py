@@ -13,6 +13,8 @@ from typing import TypeAlias
 import msgspec
 from msgspec import Raw
 
+from driftgate.errors import UNREADABLE
+
 __all__ = ["REDACTED", "check_path", "redacted"]
 
 Path: TypeAlias = Sequence[str]
@@ -37,7 +39,7 @@ def redacted(body: bytes, paths: Sequence[str]) -> bytes:
     for path in paths:
         try:
             body = _replaced(body, path.split("."))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             return REDACTED
     return body
 

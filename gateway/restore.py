@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from driftgate.errors import DriftgateError
+from driftgate.errors import UNREADABLE, DriftgateError
 from driftgate.gateway import openai
 from driftgate.gateway.conversation import Conversation, Turn
 from driftgate.gateway.history import History, Output, ends, read_history
@@ -117,7 +117,7 @@ def _read(reader: Reader, trajectory: str, ask_ids: str, now_ns: int) -> _Earlie
 def _turns(trace: Trace, history: History, plan: Plan) -> Iterator[Turn | End]:
     try:
         choice = msgspec.json.decode(trace.response, type=dict[str, Any])
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return  # what is no choice was not continued before either
     message, text = choice.get("message"), choice.get("text")
     if isinstance(history, Conversation) and isinstance(message, dict):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from driftgate.errors import UpstreamError
+from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.gateway.openai import Plan
 
 __all__ = ["DONE_EVENT", "KEEP_ALIVE", "error_event", "stream_of"]
@@ -33,7 +33,7 @@ def stream_of(stripped: bytes, plan: Plan) -> list[bytes]:
         choices = msgspec.json.decode(answer["choices"], type=list[dict[str, Raw]])
         chat = plan.api == "chat"
         chunks = list((_chat if chat else _text)(answer, choices, plan))
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
+    except (*UNREADABLE, KeyError, TypeError) as error:
         raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
     events = [_event(chunk) for chunk in chunks]
     if plan.usage_asked:
@@ -48,7 +48,7 @@ def error_event(body: bytes) -> bytes:
     """An engine's error (JSON) as an event in a stream that has begun."""
     try:
         data = msgspec.json.encode(msgspec.json.decode(body))  # one line
-    except msgspec.DecodeError:
+    except UNREADABLE:
         text = body[:500].decode(errors="replace")
         data = msgspec.json.encode({"error": {"message": text, "type": "upstream_error"}})
     return b"data: " + data + b"\n\n"

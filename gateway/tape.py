@@ -13,11 +13,11 @@ from typing import TypeAlias
 
 import msgspec
 
+from driftgate.errors import UNREADABLE
 from driftgate.gateway import sse
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import Delta
 from driftgate.gateway.openai import Plan, strip_event
-from driftgate.gateway.reading import UNREADABLE
 
 __all__ = ["BATCH_BYTES", "Tape"]
 
@@ -101,6 +101,11 @@ class Tape:
                     self._keep(len(event), (index, delta, rows, ids))
                 return event[: usual.start(3)] + _USUAL_END if self._strips else event
         return self._take_other(event)
+
+    def counts(self) -> dict[int, int]:
+        """How many tokens have come, by index of the choice."""
+        self._parse()
+        return {index: draft.count_ids() for index, draft in self._drafts.items()}
 
     def drafts(self) -> list[Draft]:
         """What came, in order of choices."""

@@ -7,13 +7,26 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from driftgate.errors import RequestError
+from driftgate.client import CURSOR_HEADER
+from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway.limits import read_body
 from driftgate.views import ApiError, ErrorBody
 
-__all__ = ["body_of", "error_answer", "json_answer", "origin_of", "query_of", "step_of"]
+__all__ = [
+    "MAX_STEP",
+    "body_of",
+    "error_answer",
+    "json_answer",
+    "origin_of",
+    "query_of",
+    "step_of",
+    "stream_answer",
+]
 
 T = TypeVar("T")
+
+MAX_STEP = 999_999_999
+"""Far above any run, far below what an index column holds."""
 
 FIXES: dict[int, str] = {
     400: "Correct the request; /api/openapi.json describes every parameter.",
@@ -74,7 +87,7 @@ async def body_of(request: web.Request, kind: type[T]) -> T:
     """The JSON body as ``kind``; an empty one counts as ``{}``. RequestError."""
     try:
         return msgspec.json.decode(await read_body(request) or b"{}", type=kind)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise RequestError(f"body of {request.method} {request.path}: {error}") from error
 
 
@@ -89,6 +102,18 @@ def origin_of(request: web.Request) -> str:
 def step_of(request: web.Request) -> int:
     """The path's step. RequestError where it is no number."""
     text = request.match_info["step"]
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise RequestError(f"step {text!r} is not a number from 0")
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) > MAX_STEP:
+        raise RequestError(f"step {text[:20]!r} is not a number from 0 to {MAX_STEP}")
     return int(text)
+
+
+def stream_answer(cursor: int, *, sse: bool) -> web.StreamResponse:
+    """The head of a stream of events behind ``cursor``: SSE or JSON lines."""
+    return web.StreamResponse(
+        headers={
+            "content-type": "text/event-stream" if sse else "application/x-ndjson",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            CURSOR_HEADER: str(cursor),
+        }
+    )

@@ -105,11 +105,26 @@ def verdict(profile: str, d: F64, lag: int, disagree: float, slot0: float) -> st
         if kish < 0.60 or lag > 4:
             return "replay"
         return "train_with_correction" if clamped > 0 or lag or slot0 > 0.15 else "train"
-    two, five = (float((size > math.log(tau)).mean()) for tau in (2, 5))
-    if w.min() < 1e-4 or two > 0.1 or five > 0.01 or kish < 0.80 or lag > 8:
+    two, five = (int((size > math.log(tau)).sum()) for tau in (2, 5))
+    n, shift, rest = len(d), abs(float(d.mean())), _but_worst(w, size)
+    if w.min() < 1e-4 or _rate(two, n, 0.1) or _rate(five, n, 0.01):
         return "quarantine"
-    if kish < 0.95 or lag > 4:
+    if rest < 0.80 or lag > 8 or shift > 0.47:
+        return "quarantine"
+    if rest < 0.95 or lag > 4 or shift > 0.22:
         return "replay"
-    return (
-        "train_with_correction" if two > 1e-3 or kish < 0.99 or lag or disagree > 0.20 else "train"
-    )
+    mild = two / n > 1e-3 or kish < 0.99 or lag > 0 or disagree > 0.20 or shift > 0.10
+    return "train_with_correction" if mild else "train"
+
+
+def _rate(hits: int, n: int, limit: float) -> bool:
+    """A share above the limit, of at least three tokens: fewer are no rate."""
+    return hits >= 3 and hits / n > limit
+
+
+def _but_worst(w: F64, size: F64) -> float:
+    D|D|; with it where the others weigh nothing beside it."""
+    others = np.delete(w, int(size.argmax()))
+    if (others * others).sum() < 1e-11 * (w * w).sum():
+        others = w
+    return float(others.sum() ** 2 / (len(others) * (others * others).sum()))

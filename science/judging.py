@@ -40,7 +40,7 @@ def verdicts(part: str) -> Iterator[Row]:
             captured=1,
             scorable=1,
             scored=1,
-            comparable=1,
+            tokens=TOKENS,
             bucket=Bucket.of(rollout + d, rollout),
             router=RouterBucket.of(a, b, rollout_ordered=True, train_ordered=True),
             lag=Lag(steps=lag),

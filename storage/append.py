@@ -10,8 +10,10 @@ import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import msgspec
 
 from driftgate.errors import FormatError, NotFoundError
 from driftgate.storage.codec import pack_record
@@ -37,6 +39,7 @@ from driftgate.storage.records import (
     encode_score,
     encode_small,
     encode_trace,
+    prompt_key,
     twin_key,
 )
 from driftgate.storage.segments import FIRST_SERIAL, SegmentFile
@@ -230,6 +233,9 @@ class Appender:
             base_depth=base.depth if base else 0,
             twin_key=twin_key(trace),
         )
+        if (group := prompt_key(trace)) is not None:
+            head = msgspec.structs.replace(stored.head, prompt_key=group)
+            stored = replace(stored, head=head)
         data = pack_record(Kind.TRACE, encode_trace(stored), time_ns=time.time_ns())
         if base is not None and base.trace.meta.call_id != trace.meta.call_id:
             self._cache.drop(base.trace.meta.trace_id)  # the next step builds on this one

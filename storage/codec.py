@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from driftgate.errors import FormatError, StorageError
+from driftgate.errors import UNREADABLE, FormatError, StorageError
 
 __all__ = [
     "HEADER_BYTES",
@@ -172,7 +172,7 @@ def unpack_payload(payload: bytes) -> Payload:
     end = _U32.size + json_bytes
     try:
         envelope = msgspec.json.decode(memoryview(payload)[_U32.size : end], type=_Envelope)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise FormatError(f"record JSON: {error}") from error
     columns = _read_columns(payload, envelope.columns, _aligned(end))
     return Payload(bytes(envelope.head), columns)

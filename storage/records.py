@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar, cast
 import msgspec
 import numpy as np
 
-from driftgate.errors import FormatError
+from driftgate.errors import UNREADABLE, FormatError
 from driftgate.storage.codec import Array, Payload, dtype_name, pack_payload
 from driftgate.storage.delta import StoredTrace, TraceHead
 from driftgate.trace import (
@@ -42,6 +42,7 @@ __all__ = [
     "encode_small",
     "encode_trace",
     "head_of",
+    "prompt_key",
     "twin_key",
 ]
 
@@ -88,6 +89,17 @@ def twin_key(trace: Trace) -> str | None:
     asked = msgspec.json.encode([meta.sampling, meta.choice, meta.model, meta.api], order="sorted")
     ids = np.ascontiguousarray(trace.prompt_ids, "<i4").tobytes()
     return hashlib.sha256(asked + b"\0" + ids).hexdigest()[:16]
+
+
+def prompt_key(trace: Trace) -> str | None:
+    """Equal for two runs of one model that begin with the same prompt; None past the first step.
+
+    16 hex digits over prompt ids and model.
+    """
+    if trace.meta.step or trace.prompt_ids is None:
+        return None
+    ids = np.ascontiguousarray(trace.prompt_ids, "<i4").tobytes()
+    return hashlib.sha256(trace.meta.model.encode() + b"\0" + ids).hexdigest()[:16]
 
 
 def encode_trace(stored: StoredTrace) -> bytes:
@@ -180,7 +192,7 @@ def head_of(payload: Payload, type_: type[T]) -> T:
     """The JSON part, typed; FormatError where it does not fit the schema."""
     try:
         return msgspec.json.decode(payload.head, type=type_)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise FormatError(f"{type_.__name__}: {error}") from error
 
 
@@ -189,7 +201,7 @@ def _json(value: msgspec.Struct) -> bytes:
     encoded = msgspec.json.encode(value)
     try:
         msgspec.json.decode(encoded, type=type(value))
-    except (msgspec.ValidationError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{type(value).__name__} holds a value that JSON cannot carry: {error}"
         ) from error

@@ -35,6 +35,7 @@ from driftgate.teacher.sequences import assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
 from driftgate.teacher.watch import Watch
 from driftgate.trace import Reason, Score, Trace, TraceMeta
+from driftgate.weights import is_mixed
 
 __all__ = ["Report", "Worker"]
 
@@ -285,6 +286,7 @@ class Worker:
             is_scorable(first)
             and is_scorable(second)
             and first.meta.weight_version == second.meta.weight_version
+            and not is_mixed(first.meta)
             and self._config.served_model in (None, first.meta.model)
         )
         if not comparable:

@@ -1,51 +1,21 @@
-"""``driftgate tail``, ``show`` and ``cells``: ask a gateway, or a store directly."""
+"""``driftgate show`` and ``cells``: ask a gateway, or a store directly."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from driftgate import cli_io
-from driftgate.client import DEFAULT_URL, Client
+from driftgate.client import DEFAULT_URL
 from driftgate.commands.options import JsonOption, KeyOption, StoreInstead, UrlOption
 
-__all__ = ["cells", "show", "tail"]
+if TYPE_CHECKING:
+    from driftgate.gateway.answers import Answers
+    from driftgate.tree import Tree
 
-
-def tail(
-    url: UrlOption = DEFAULT_URL,
-    trajectory: Annotated[str | None, typer.Option(help="Only this trajectory.")] = None,
-    after: Annotated[
-        str, typer.Option(help="Cursor to go on behind: 0 for all there is, `now` for what comes.")
-    ] = "now",
-    follow: Annotated[bool, typer.Option(help="Stay for what comes.")] = True,
-    as_json: JsonOption = False,
-    key: KeyOption = None,
-) -> None:
-    """Print a line for each scored step as it arrives.
-
-    Green, amber and red are METRICS' bands; grey is what is not comparable.
-    """
-    if after != "now" and not (after.isascii() and after.isdigit()):
-        raise typer.BadParameter(f"{after!r} is neither a cursor nor `now`", param_hint="--after")
-    start: int | Literal["now"] = "now" if after == "now" else int(after)
-
-    async def run(client: Client) -> None:
-        from driftgate.render import drift_line
-
-        console = cli_io.console()
-        events = client.drift(after=start, follow=follow, trajectory=trajectory)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                if as_json:
-                    print(msgspec.json.encode(event).decode(), flush=True)
-                else:
-                    console.print(drift_line(event), soft_wrap=True)
-
-    cli_io.ask(url, key, run)
+__all__ = ["cells", "show"]
 
 
 def show(
@@ -58,7 +28,7 @@ def show(
 ) -> None:
     """Show a trajectory, or one step of it in full.
 
-    Its steps, what is missing, and where trainer and engine differ.
+    Its steps, what is missing, which call continues which, and where trainer and engine differ.
     """
     if step is not None:
         in_full = cli_io.read_or_ask(
@@ -71,10 +41,23 @@ def show(
     )
     cli_io.show(detail, as_json, lambda render: render.trajectory(detail))
     if not as_json:
+        _show_tree(trajectory, store, url, key)
         found = cli_io.read_or_ask(
             store, url, key, lambda a: a.mismatch(trajectory), lambda c: c.mismatch(trajectory)
         )
         cli_io.show(found, False, lambda render: render.mismatch(found))
+
+
+def _show_tree(trajectory: str, store: Path | None, url: str, key: str | None) -> None:
+    from driftgate.render_tree import tree
+
+    def read(answers: Answers) -> Tree:
+        from driftgate.gateway.api_tree import read_tree
+
+        return read_tree(answers.reader, trajectory)
+
+    found = cli_io.read_or_ask(store, url, key, read, lambda client: client.tree(trajectory))
+    cli_io.console().print(tree(found))
 
 
 def cells(

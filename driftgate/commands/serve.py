@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import typer
 
-from driftgate import cli_io
+from driftgate import cli_io, logs
+from driftgate.commands.options import LogFormatOption
 from driftgate.errors import DriftgateError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ __all__ = ["probe", "serve"]
 
 def serve(
     upstream: Annotated[
-        str | None, typer.Option(help="Base URL of the engine, without /v1.")
+        list[str] | None,
+        typer.Option(help="Base URL of an engine, without /v1; again for each further one."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with any of the gateway's settings.")
@@ -50,6 +52,7 @@ def serve(
     weight_version: Annotated[
         str | None, typer.Option(help="Version of the policy that the engine serves.")
     ] = None,
+    log_format: LogFormatOption = None,
     upstream_key: Annotated[
         str | None,
         typer.Option(
@@ -75,7 +78,7 @@ def serve(
     with commas between. DRIFTGATE_SIGNING_KEY signs the keys of trajectories.
     """
     given: dict[str, Any] = {
-        "upstream": upstream,
+        **({"upstream": "", "upstreams": upstream} if upstream else {}),
         "store": store,
         "host": host,
         "port": port,
@@ -84,6 +87,7 @@ def serve(
         "streaming_routes": streaming_routes,
         "logprobs_mode": logprobs_mode,
         "weight_version": weight_version,
+        "log_format": log_format,
         "upstream_key": upstream_key,
         "tls_cert": tls_cert,
         "tls_key": tls_key,
@@ -92,7 +96,7 @@ def serve(
     settings = _gateway_config(config, {k: v for k, v in given.items() if v is not None})
     from driftgate.gateway.app import run
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format)
     _warn(settings)
     try:
         run(settings, started=lambda url: print(_welcome(url, settings), flush=True))
@@ -149,7 +153,7 @@ def _warn(settings: GatewayConfig) -> None:
 
 def _welcome(url: str, settings: GatewayConfig) -> str:
     return (
-        f"driftgate at {url}, in front of {settings.upstream}, store {settings.store}\n"
+        f"driftgate at {url}, in front of {', '.join(settings.urls)}, store {settings.store}\n"
         f"  agents:  OPENAI_BASE_URL={url}/v1\n"
         f"  teacher: driftgate teach --follow --store {settings.store} --model DIR\n"
         f"  drift:   driftgate tail --url {url}\n"
@@ -168,7 +172,7 @@ def _gateway_config(file: Path | None, given: dict[str, Any]) -> GatewayConfig:
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"{file}: {error}", param_hint="--config") from error
     values |= {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
-    if "upstream" not in values:
+    if not values.get("upstream") and not values.get("upstreams"):
         raise typer.BadParameter(
             "give the engine's base URL, e.g. --upstream http://host:8000", param_hint="--upstream"
         )

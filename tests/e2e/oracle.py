@@ -155,7 +155,7 @@ def _by_sequence(pairs: Sequence[Pair]) -> dict[str, Any]:
         "gate_geo_drop_frac": ((np.exp(means) < 0.999) | (np.exp(means) > 1.001)).mean(),
         "gate_skyrl_geo_drop_frac": ((np.exp(means) < 0.99) | (np.exp(means) > 1.01)).mean(),
         "gate_verl_k3rs_drop_frac": np.mean([(np.exp(x) - 1 - x).mean() > 0.01 for x in d]),
-        "gate_opsm_drop_frac": (-means > 1e-4).mean(),
+        "gate_opsm_drop_frac": (r_mean - t_mean > 1e-4).mean(),
         "gate_veto_drop_frac": np.mean([np.exp(x.min()) < 1e-4 for x in d]),
     }
 

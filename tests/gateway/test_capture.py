@@ -83,7 +83,7 @@ def test_a_whole_answer_misses_nothing() -> None:
         ({"routed_experts": "!"}, "routed_experts: "),
         ({"routed_experts": npy(np.zeros((3, 2, 2), np.uint8))}, "routed_experts: 3 rows came"),
         ({"routed_experts": npy(np.zeros((4, 2), np.uint8))}, "routed_experts: shape [4, 2]"),
-        ({"routed_experts": npy(np.zeros((4, 2, 2)))}, "routed_experts: dtype float64"),
+        ({"routed_experts": npy(np.zeros((4, 2, 2)))}, "routed_experts: dtype <f8"),
         ({"routed_experts": npy(np.full((4, 1, 1), -1, np.int32))}, "routed_experts: expert ids"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_header_that_promises_more_than_came_allocates_nothing() -> None:
 def test_a_pickle_is_refused() -> None:
     file = io.BytesIO()
     np.save(file, np.array([{}]), allow_pickle=True)
-    with pytest.raises(ValueError, match="dtype object"):
+    with pytest.raises(ValueError, match=r"dtype \|O"):
         read_npy(file.getvalue())
 
 

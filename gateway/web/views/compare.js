@@ -1,7 +1,7 @@
 // Two trajectories, or two cells, side by side: the same prompts under two engines, say.
 import { html, useState } from "../html.js";
 import { get, paths, useAnswer } from "../api.js";
-import { count, num, plural, side, visible } from "../format.js";
+import { count, floorLabel, num, plural, side, visible } from "../format.js";
 import { Empty, Failure, Metric, Raw, routeTo, Scroll, Section, Show, Title, Verdict } from "../parts.js";
 import { sourceOf } from "./matrix.js";
 
@@ -27,7 +27,7 @@ export function Compare({ query, go }) {
 }
 
 const cellKey = (c) => `c:${routeTo.cell(c).slice("#/cell/".length)}`;
-const cellName = (c) => `${c.model}: ${side(c.engine)} → ${side(c.trainer)}${c.kind === "noise_floor" ? " (floor)" : ""} ${c.engine_digest.slice(0, 4)}/${c.trainer_digest.slice(0, 4)}`;
+const cellName = (c) => `${c.model}: ${side(c.engine)} → ${side(c.trainer)}${c.kind === "noise_floor" ? ` (floor, ${floorLabel(c)})` : ""} ${c.engine_digest.slice(0, 4)}/${c.trainer_digest.slice(0, 4)}`;
 
 function choices(cells, runs, given) {
   const groups = [

@@ -2,7 +2,7 @@
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
 import { count, num, percent, plural } from "../format.js";
-import { Choice, Empty, Fold, Raw, routeTo, Scroll, Section, Show } from "../parts.js";
+import { Choice, Empty, Fold, Raw, routeTo, Scroll, Section, Show, Words } from "../parts.js";
 
 const PROFILES = [
   ["default", "default", "limits that fire on real data"],
@@ -49,7 +49,7 @@ function Item({ item, many }) {
     </p>
     <ul class="reasons">
       ${v.reasons.map(
-        (r) => html`<li><code>${r.code}</code> ${r.detail} <span class="muted">(alone: ${TIERS[r.verdict]?.[2] ?? r.verdict})</span><span class="fix">→ ${r.fix}</span></li>`,
+        (r) => html`<li><code>${r.code}</code> <${Words} text=${r.detail} /> <span class="muted">(alone: ${TIERS[r.verdict]?.[2] ?? r.verdict})</span><span class="fix">→ <${Words} text=${r.fix} /></span></li>`,
       )}
     </ul>
     <${Gates} gates=${v.gates} />
