@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
+import sqlite3
 import time
 import uuid
 from typing import Any
@@ -21,6 +23,7 @@ from yarl import URL
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
 from driftgate.gateway import http, openai
+from driftgate.gateway.breakage import breakage
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import MAX_SEEN, Seen
 from driftgate.gateway.ending import Asked
@@ -32,7 +35,7 @@ from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.sessions import Call, Place, Sessions
 from driftgate.gateway.upstream import Upstream
-from driftgate.storage import Reader
+from driftgate.storage import Neighbours, Reader
 from driftgate.trace import CallIntent
 
 __all__ = ["Proxy"]
@@ -54,6 +57,8 @@ LARGE_BODY_BYTES = 1 << 20
 READ_BUFFER_BYTES = 1 << 18
 """Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""
 
+log = logging.getLogger("driftgate.gateway")
+
 PATHS: dict[Api, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
@@ -68,6 +73,7 @@ class Proxy:
         sessions: Sessions,
         recorder: Recorder,
         reader: Reader | None,
+        neighbours: Neighbours | None,
         upstream: Upstream,
         metrics: Metrics,
     ) -> None:
@@ -77,6 +83,7 @@ class Proxy:
         self._sessions = sessions
         self._recorder = recorder
         self._reader = reader
+        self._neighbours = neighbours
         self._upstream = upstream
         self._metrics = metrics
         self._session: aiohttp.ClientSession
@@ -112,8 +119,8 @@ class Proxy:
                 body = http.without_key(await answer.read(), self._config.upstream_key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._upstream.lost()
-            reason = str(error) or type(error).__name__
-            raise UpstreamError(f"the engine at {self._base} did not answer: {reason}") from error
+            broke = breakage(error)
+            raise UpstreamError(f"{broke.what}; {broke.fix}") from error
         return web.Response(
             status=answer.status, body=body, headers=http.answer_headers(answer.headers)
         )
@@ -191,6 +198,7 @@ class Proxy:
             call_id=f"c-{uuid.uuid4().hex}",
             body_sha256=digest,
             sdk_retry=retry,
+            step=await self._shared_step(place, digest, retry),
         )
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
@@ -222,6 +230,21 @@ class Proxy:
             metadata=openai.read(fields, "metadata", dict[str, Any]),
             history=history,
         )
+
+    async def _shared_step(self, place: Place, digest: str, retry: int) -> int | None:
+        """The call's step where other gateways may serve its trajectory too; None: number it here.
+
+        A trajectory that begins here has a name that nobody else knows yet."""
+        if self._neighbours is None or place.attribution == "new" or not self._neighbours.any():
+            return None
+        step = self._sessions.next_step(place, body_sha256=digest, sdk_retry=retry)
+        if step is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._neighbours.next_step, place.trajectory, step)
+        except sqlite3.Error as error:
+            log.warning("step %d of %s may be taken twice: %s", step, place.trajectory, error)
+            return None
 
     def _next_step(self, trajectory: str) -> int:
         """Behind the steps that the store knows."""

@@ -13,10 +13,8 @@ import pytest
 from reliability import teacher
 from reliability.__main__ import FAULTS, run_rows
 from reliability.engine import serve_engine
-from reliability.kills import GROUP_S, SCRIPTS
+from reliability.kills import SCRIPTS
 from reliability.verdict import Row
-
-GROUP = "kill -9 of the gateway, group"
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name != "teacher"])
@@ -25,11 +23,7 @@ def test_nothing_is_lost_and_nothing_is_wrong(name: str, tmp_path: Path) -> None
     assert rows
     assert all(row.tries for row in rows)
     for row in rows:
-        if row.fault == GROUP:
-            assert GROUP_S == 0.05
-            assert row.wrong == 0, row.notes  # what a busy machine syncs late is a figure, no test
-        else:
-            assert row.good, (row.fault, row.notes)
+        assert row.good, (row.fault, row.notes)
 
 
 def test_gateway_and_worker_are_killed_at_once(tmp_path: Path) -> None:
