@@ -133,8 +133,3 @@ class Row:
     def good(self) -> bool:
         """Nothing lost, nothing wrong."""
         return not (self.lost or self.wrong)
-
-    @property
-    def cells(self) -> list[str]:
-        """For the table."""
-        return [self.fault, str(self.tries), self.saw, str(self.lost), str(self.wrong)]
