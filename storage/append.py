@@ -99,6 +99,7 @@ class Appender:
         self._written: list[Submission] = []
         self.fsyncs = 0
         self.last_fsync_s = 0.0
+        self._prepare()
 
     def write(self, submission: Submission) -> None:
         """Append what can be encoded; what cannot is said in ``error``. Nothing is durable yet.
@@ -271,17 +272,18 @@ class Appender:
                 self._leave_segment()
 
     def _prepare(self) -> None:
-        """Create the next segment before it is needed, where the open one is about to be full."""
+        """Create the first segment, and the next one when the open one is half full: no write has to
+        wait for it."""
         with self._lock:
-            segment = self._segment
-            if segment is None or segment.size < SEGMENT_BYTES // 2 or self._spare is not None:
+            size = SEGMENT_BYTES if self._segment is None else self._segment.size
+            if size < SEGMENT_BYTES // 2 or self._spare is not None:
                 return
             self._serial += 1
             serial = self._serial
         try:
             spare = self._create(serial)
         except OSError as error:
-            log.warning("no segment could be created ahead: %s", error)
+            log.info("no segment could be created ahead: %s", error)
             return
         with self._lock:
             self._spare = spare
@@ -298,7 +300,7 @@ class Appender:
         if self._segment is None:
             self._serial += 1
             self._segment = self._create(self._serial)
-            self._first_segment = self._first_segment or self._segment
+        self._first_segment = self._first_segment or self._segment
         return self._segment
 
     def _append(self, record: Trace | Small, submission: Submission) -> None:
