@@ -272,8 +272,9 @@ class Appender:
                 self._leave_segment()
 
     def _prepare(self) -> None:
-        """Create the first segment, and the next one when the open one is half full: no write has to
-        wait for it."""
+        """Create the first segment, and the next one when the open one is half full.
+
+        No write has to wait for it then."""
         with self._lock:
             size = SEGMENT_BYTES if self._segment is None else self._segment.size
             if size < SEGMENT_BYTES // 2 or self._spare is not None:
