@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup browser demo test foreign lint types contracts bench faults soak fuzz requirements audit \
-	web-vendor pictures clean
+	docs tutorial image-check web-vendor pictures clean
 
 setup: $(STAMP) browser
 
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt \
-		-e ".[teacher,megatron,engine,demo,export]" --group dev
+		-e ".[teacher,megatron,engine,demo,otel,export]" --group dev
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -90,6 +90,18 @@ audit: $(TOOLS)/pip-audit
 	$(TOOLS)/pip-audit --strict --disable-pip --progress-spinner off -r requirements.txt || \
 		(echo "audit: FAILED: a vulnerability is known, or the service could not be asked and" \
 		"nothing is known at all; the lines above say which" >&2; exit 1)
+
+# The documentation's site in build/site; open index.html, or serve the folder.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Runs docs/tutorial.md on a real engine and writes what its commands print.
+tutorial: setup
+	$(BIN)/python -m examples.tutorial
+
+# The steps of the gateway's image, without Docker.
+image-check: setup
+	$(BIN)/python -m tools.image
 
 # Copies the pinned front-end parts from npm again; needs node. Everything else works without.
 web-vendor: setup

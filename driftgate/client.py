@@ -30,6 +30,7 @@ from driftgate.judgements import Feedback, TrajectoryVerdicts
 from driftgate.live_views import Overview, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
+from driftgate.tree import Tree
 from driftgate.views import (
     ApiError,
     Cells,
@@ -135,6 +136,10 @@ class Client:
         """Where trainer and engine differ on one trajectory; ``trainer``: only of this digest."""
         path = f"/api/trajectories/{_segment(trajectory)}/mismatch"
         return await self._get(path, MismatchView, _query(tokens=tokens or None, trainer=trainer))
+
+    async def tree(self, trajectory: str) -> Tree:
+        """Which call of it continues which, by exact tokens, and why prefixes broke."""
+        return await self._get(f"/api/trajectories/{_segment(trajectory)}/tree", Tree)
 
     async def cells(self) -> Cells:
         """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""

@@ -5,6 +5,8 @@ Part of `driftgate.views`, which is where to import from.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 __all__ = [
@@ -75,8 +77,9 @@ class TrajectoryPage(msgspec.Struct, frozen=True, kw_only=True):
 class MintRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Ask for a trajectory; an empty body is one too."""
 
-    trajectory: str | None = None
-    """Name it yourself, or leave it out and get a new id."""
+    trajectory: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
+    """Name it yourself (no control characters, no space at either end), or leave it out and get a
+    new id."""
 
 
 class Minted(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,6 +27,7 @@ from driftgate.router import RouterBucket
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Agent",
     "Attribution",
     "CallIntent",
     "CallOutcome",
@@ -164,6 +165,21 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     ``[DONE]``."""
 
 
+class Agent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which agent of a run made a call, as its headers say (``gateway/agents.py``)."""
+
+    id: str
+    """The main agent's is its session's."""
+    parent: str | None = None
+    """The agent that started it; None for the main agent."""
+    kind: str | None = None
+    """As the agent calls it: ``Explore``, ``collab_spawn``, ``compaction``, …"""
+    window: str | None = None
+    """Changes when its context was compacted (Codex)."""
+    compacted: bool = False
+    """The first call after its context was compacted (Claude Code)."""
+
+
 class TraceMeta(msgspec.Struct, kw_only=True):
     """Everything of a trace but its arrays and bodies."""
 
@@ -180,6 +196,8 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     attribution: Attribution
     ambiguous: list[str] = []
     """Trajectories that this call could equally extend; then it starts a new one and says so."""
+    agent: Agent | None = None
+    """None where no header names one."""
     parent: str | None = None
     """Trace whose tokens this prompt continues; None at a root."""
     prefix_len: int = 0

@@ -13,7 +13,7 @@ import json
 import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Task:
     last_n: int = 1
     """Answers sampled for the last question."""
     temperature: float = 1.0
+    forced: bool = True
+    """The tool turn forces its tool; else the model chooses, and a random one never does."""
 
 
 def run(task: Task, *, model: str, workspace: Path) -> list[Any]:
@@ -111,7 +113,7 @@ class _Asker:
             "model": self.model,
             "messages": messages,
             "tools": TOOLS,
-            "tool_choice": {"type": "function", "function": {"name": tool}} if tool else "none",
+            "tool_choice": self._choice(tool),
             "max_completion_tokens": 128 if tool else MAX_TOKENS,
             "temperature": self.task.temperature,
             "top_p": 1.0,
@@ -122,6 +124,13 @@ class _Asker:
             return _read_stream(self.client.chat.completions.create(stream=True, **options))
         answer = self.client.chat.completions.create(n=n, **options)
         return answer.choices[0].message.model_dump(exclude_none=True)
+
+    def _choice(self, tool: str | None) -> Any:
+        if tool is None:
+            return "none"
+        if not self.task.forced:
+            return "auto"
+        return {"type": "function", "function": {"name": tool}}
 
 
 def _read_stream(stream: Any) -> dict[str, Any]:
@@ -188,13 +197,16 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--workspace", type=Path, default=Path())
+    parser.add_argument("--once", action="store_true", help="do not repeat the first run")
+    parser.add_argument("--free", action="store_true", help="force no tool choice")
     options = parser.parse_args()
-    chosen = tasks(options.runs)
+    chosen = [replace(task, forced=not options.free) for task in tasks(options.runs)]
     # The first run is repeated word for word, seed included: the engine's own noise floor.
+    again = [] if options.once else chosen[:1]
     with ThreadPoolExecutor(max_workers=3) as pool:
         for _ in pool.map(
             lambda task: run(task, model=options.model, workspace=options.workspace),
-            [*chosen, chosen[0]],
+            [*chosen, *again],
         ):
             print(".", end="", flush=True)
     print()

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
-from driftgate.gateway import api_judge, openapi
+from driftgate.gateway import api_judge, api_tree, openapi
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api_live import LIVE_ROUTES, LiveAnswers, LiveHandlers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
@@ -221,7 +221,10 @@ class Api(LiveHandlers):
         return response
 
     async def no_such_route(self, request: web.Request) -> web.StreamResponse:
-        """Everything else below /api/."""
+        """Everything else below /api/; 405 where it is only the method that is not there."""
+        resolved = [await one.resolve(request) for one in request.app.router.resources()]
+        if allowed := {method for _, methods in resolved for method in methods if method != "*"}:
+            raise web.HTTPMethodNotAllowed(request.method, allowed)
         raise NotFoundError(
             f"there is no {request.method} {request.path}; /api/openapi.json lists what there is"
         )
@@ -270,10 +273,7 @@ class Api(LiveHandlers):
     ) -> list[Event]:
         return [
             Event(
-                event.cursor,
-                event.score.trajectory,
-                event.score.kind,
-                msgspec.json.encode(event),
+                event.cursor, event.score.trajectory, event.score.kind, msgspec.json.encode(event)
             )
             for event in self._answers.drift(after, limit, trajectory, kind)
         ]
@@ -329,6 +329,7 @@ ROUTES: tuple[Route, ...] = (
         answer=Reward,
     ),
     *api_judge.ROUTES,
+    *api_tree.ROUTES,
     Route(method="GET", path="/api/cells", handler=Api.get_cells, answer=Cells),
     Route(
         method="GET",

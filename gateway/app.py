@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,9 +23,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import DriftgateError, StorageError
-from driftgate.gateway import http, limits
+from driftgate.gateway import http, limits, telemetry
+from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.drift_metrics import DriftMetrics
 from driftgate.gateway.guard import Guard
 from driftgate.gateway.listen import listening, raise_file_limit
 from driftgate.gateway.metrics import Metrics
@@ -100,6 +103,7 @@ class Gateway:
             neighbours=self._neighbours,
             upstream=self.upstream,
             metrics=self.metrics,
+            spans=telemetry.from_environment(os.environ, config.upstream),
         )
         self.calls = Calls()
         self._tasks = Tasks()
@@ -130,6 +134,8 @@ class Gateway:
             self.reader.close()
         if self._neighbours is not None:
             self._neighbours.close()
+        if self.proxy.spans is not None:
+            await asyncio.to_thread(self.proxy.spans.close)
 
     async def _restore(self) -> None:
         try:
@@ -172,7 +178,8 @@ class Gateway:
     async def render_metrics(self, _request: web.Request) -> web.Response:
         """Prometheus exposition."""
         return web.Response(
-            body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+            body=await asyncio.to_thread(self.metrics.render),
+            headers={"Content-Type": CONTENT_TYPE_LATEST},
         )
 
 
@@ -206,6 +213,7 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
         feed = add_api_routes(app, context)
         add_pages(app)
         gateway.metrics.count_poll_errors(lambda: feed.poll_errors)
+        gateway.metrics.add(DriftMetrics(Answers(gateway.reader)))
     app.on_response_prepare.append(_remember)
     app.on_shutdown.append(gateway.stop)  # after the API's: its followers end at once
     return app
@@ -242,9 +250,12 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         message = error.reason
         if error.status in (404, 405):
-            message = f"there is no {request.method} {_path(request)} here; there are " + ", ".join(
-                http.SUPPORTED
+            there = (
+                "/api/openapi.json lists what there is"
+                if request.path.startswith("/api/")
+                else f"there are {', '.join(http.SUPPORTED)}"
             )
+            message = f"there is no {request.method} {_path(request)} here; {there}"
         elif error.status == 408:
             message = f"the request's body took longer than {limits.BODY_TIMEOUT_S:g} s"
         elif error.status == 413:

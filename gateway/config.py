@@ -11,6 +11,7 @@ import msgspec
 
 from driftgate.gateway.keys import DIGEST, Keys, TrajectoryKeys, is_loopback
 from driftgate.gateway.redact import check_path, redacted
+from driftgate.logs import LogFormat
 from driftgate.trace import LogprobsMode
 
 __all__ = ["GatewayConfig", "StreamingRoutes"]
@@ -72,6 +73,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     redact: list[str] = []
     """Fields of requests that are not stored, like ``user``, ``metadata.email`` or
     ``messages.*.name``. The engine still gets them, and the token ids still hold every prompt."""
+    log_format: LogFormat = "text"
+    """``json``: one object a line on stderr, for a collector."""
     max_request_bytes: int = 64 << 20
     """A longer request body is refused with 413; room for images in base64."""
     max_answer_bytes: int = 1 << 30

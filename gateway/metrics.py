@@ -83,8 +83,12 @@ class Metrics:
         """Show ``errors()`` as the failed looks for new scores."""
         self._registry.register(_PollErrors(errors))
 
+    def add(self, collector: Collector) -> None:
+        """Show what ``collector`` reads at each scrape."""
+        self._registry.register(collector)
+
     def render(self) -> bytes:
-        """The exposition text."""
+        """The exposition text. Blocks while the store is read: call it on a thread."""
         return generate_latest(self._registry)
 
 

@@ -15,6 +15,7 @@ import msgspec
 
 from driftgate.client import CURSOR_HEADER
 from driftgate.gateway.keys import access_of
+from driftgate.gateway.wire import MAX_STEP
 from driftgate.views import ApiError
 
 __all__ = ["Route", "document"]
@@ -27,7 +28,7 @@ RESUME = {
     "name": "Last-Event-ID",
     "in": "header",
     "required": False,
-    "schema": {"type": "string", "pattern": "^([0-9]{1,18}|now)$"},
+    "schema": {"type": "string", "pattern": "^([0-9]{1,18}|now)?$"},
     "description": "Wins over `after`; browsers' EventSource sends it when it reconnects.",
 }
 CURSOR = {
@@ -126,13 +127,16 @@ def _security(route: Route) -> list[dict[str, list[str]]]:
     return [{name: []} for name in ("read", "admin", *(["trajectory"] if own else []))]
 
 
+_STEP = {"type": "integer", "minimum": 0, "maximum": MAX_STEP}
+
+
 def _path_parameters(path: str) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
             "in": "path",
             "required": True,
-            "schema": {"type": "integer", "minimum": 0} if name == "step" else {"type": "string"},
+            "schema": _STEP if name == "step" else {"type": "string"},
             "description": "Percent-encoded; an encoded slash belongs to the name.",
         }
         for name in re.findall(r"\{(\w+)\}", path)

@@ -34,6 +34,7 @@ from driftgate.gateway.openai import Api, Fields, Plan
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.sessions import Call, Place, Sessions
+from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
 from driftgate.storage import Neighbours, Reader
 from driftgate.trace import CallIntent
@@ -76,7 +77,9 @@ class Proxy:
         neighbours: Neighbours | None,
         upstream: Upstream,
         metrics: Metrics,
+        spans: Spans | None = None,
     ) -> None:
+        self.spans = spans
         self._config = config
         self._base = config.upstream.rstrip("/")
         self._adapter = adapter
@@ -151,6 +154,13 @@ class Proxy:
             raise
         finally:
             self._count(exchange, api, started_ns)
+            if call.span is not None:
+                call.span.end(
+                    exchange.outcome,
+                    first_byte_ns=exchange.first_byte_ns,
+                    streamed=exchange.streamed,
+                    now_ns=time.time_ns(),
+                )
 
     def _prepare(self, api: Api, body: bytes) -> tuple[bytes, Fields, Plan]:
         """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
@@ -204,6 +214,9 @@ class Proxy:
             self._metrics.ambiguous.inc()
         url = self._engine_url(PATHS[plan.api], request)
         headers = http.request_headers(request.headers, self._config)
+        if self.spans is not None:
+            engine = self._upstream.name
+            self.spans.begin(call, plan, request.headers, headers, engine, started_ns)
         return call, Asked(
             send=lambda: self._session.post(
                 url, data=_payload(sent), headers=headers, allow_redirects=False

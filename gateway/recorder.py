@@ -180,6 +180,8 @@ class Recorder:
         except StorageError as error:
             self._trace_lost(call.call_id, error)
             return None
+        if call.span is not None:
+            call.span.wait_for(future)
         self._watch(future, call.call_id, "trace", None)
         return future
 
@@ -290,6 +292,8 @@ class Recorder:
 
     def _make(self, call: Call, plan: Plan, answer: Answer) -> list[Record]:
         folded = answer.fold()
+        if call.span is not None:
+            call.span.folded(folded, plan.n)
         engine = self._engine(plan.model, folded.fingerprint)
         records: list[Record] = [
             self._trace(call, plan, answer, sample, engine) for sample in folded.samples
@@ -325,6 +329,7 @@ class Recorder:
             model=plan.model,
             attribution=call.place.attribution,
             ambiguous=list(call.place.ambiguous),
+            agent=call.place.agent,
             parent=parent.trace_id,
             prefix_len=parent.prefix_len,
             prefix_exact=parent.exact,

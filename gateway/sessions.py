@@ -16,15 +16,19 @@ import secrets
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from driftgate.errors import RequestError
+from driftgate.gateway.agents import read_agent
 from driftgate.gateway.conversation import Conversation, Turn
 from driftgate.gateway.history import History
 from driftgate.gateway.keys import TrajectoryKeys, minted_key
 from driftgate.gateway.prompts import End, Kind, Prompt
 from driftgate.gateway.recent import Recent
-from driftgate.trace import Attribution
+from driftgate.trace import Agent, Attribution
+
+if TYPE_CHECKING:
+    from driftgate.gateway.telemetry import CallSpan
 
 __all__ = [
     "TRAJECTORY_HEADER",
@@ -67,6 +71,7 @@ class Place:
     trajectory: str
     attribution: Attribution
     ambiguous: tuple[str, ...] = ()
+    agent: Agent | None = None
 
     @property
     def named(self) -> bool:
@@ -86,6 +91,8 @@ class Call:
     failed: bool = False
     repeated: bool = False
     """A retry of it has come."""
+    span: CallSpan | None = None
+    """Where spans are asked for."""
 
 
 @dataclass(slots=True)
@@ -149,6 +156,16 @@ class Sessions:
 
         ``headers`` must find names in any case.
         """
+        place = self._by_rules(url, headers, metadata, history)
+        return replace(place, agent=read_agent(headers))
+
+    def _by_rules(
+        self,
+        url: str | None,
+        headers: Mapping[str, str],
+        metadata: Mapping[str, Any] | None,
+        history: History,
+    ) -> Place:
         if url is not None:
             return Place(check_trajectory(url), "url")
         if (named := headers.get(TRAJECTORY_HEADER)) is not None:
@@ -234,9 +251,8 @@ class Sessions:
             first.repeated = True
             retry = max(sdk_retry, first.retry + 1)
             known = first.place.ambiguous or place.ambiguous  # a restored one may have lost its own
-            call = Call(
-                call_id, replace(first.place, ambiguous=known), first.step, retry, body_sha256
-            )
+            where = replace(first.place, ambiguous=known, agent=place.agent)
+            call = Call(call_id, where, first.step, retry, body_sha256)
         else:
             if place.attribution == "new" and sdk_retry > 0:
                 others = (call.place.trajectory for call in earlier if not call.repeated)

@@ -124,6 +124,11 @@ class Upstream:
         return "plugin" if self.report.streaming_routes else "synthesise"
 
     @property
+    def name(self) -> str:
+        """What the engine calls itself, ``unknown`` before the first probe."""
+        return "unknown" if self.report is None else self.report.engine
+
+    @property
     def has_routes(self) -> bool | None:
         """Answers carry routed experts, so that one without them misses something; None: not
         known."""

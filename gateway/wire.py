@@ -11,9 +11,12 @@ from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway.limits import read_body
 from driftgate.views import ApiError, ErrorBody
 
-__all__ = ["body_of", "error_answer", "json_answer", "origin_of", "query_of", "step_of"]
+__all__ = ["MAX_STEP", "body_of", "error_answer", "json_answer", "origin_of", "query_of", "step_of"]
 
 T = TypeVar("T")
+
+MAX_STEP = 999_999_999
+"""Far above any run, far below what an index column holds."""
 
 FIXES: dict[int, str] = {
     400: "Correct the request; /api/openapi.json describes every parameter.",
@@ -89,6 +92,6 @@ def origin_of(request: web.Request) -> str:
 def step_of(request: web.Request) -> int:
     """The path's step. RequestError where it is no number."""
     text = request.match_info["step"]
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise RequestError(f"step {text!r} is not a number from 0")
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) > MAX_STEP:
+        raise RequestError(f"step {text[:20]!r} is not a number from 0 to {MAX_STEP}")
     return int(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import openai
 
-from driftgate.adapters.jsonl import rows as exported
+from driftgate.adapters.export_select import Selection
 from driftgate.storage import Reader
 from reliability.agent import ask, get, path_of
 from reliability.answers import MODEL, Said, request, say
@@ -92,7 +92,7 @@ async def leaves(engine: Engine, gateway: Gateway, tries: int) -> Row:
             row.check(states == [("partial", "uncertain")], f"{name}: stored as {states}")
             ids = [len(t.response_ids) for t in stored.traces if t.response_ids is not None]
             row.check(ids > [0], f"{name}: nothing of the part was kept")
-        row.check(not list(exported(reader, name)), f"{name}: exported for training")
+        row.check(not list(Selection(reader).samples(name)), f"{name}: exported for training")
         reader.close()
     row.worst_ms, row.saw = slowest_s * 1000, "engine let go"
     return row

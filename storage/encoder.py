@@ -11,7 +11,10 @@ import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from driftgate.errors import FormatError, NotFoundError
 from driftgate.storage.codec import pack_record
@@ -19,7 +22,7 @@ from driftgate.storage.delta import diff
 from driftgate.storage.index import INDEX_NAME, open_index
 from driftgate.storage.inserts import Place, add_intent, add_outcome, add_reward, add_trace
 from driftgate.storage.load import CachedTrace, TraceCache, load_trace
-from driftgate.storage.records import Kind, Small, encode_small, encode_trace, twin_key
+from driftgate.storage.records import Kind, Small, encode_small, encode_trace, prompt_key, twin_key
 from driftgate.trace import CallIntent, CallOutcome, Trace
 
 __all__ = ["AddRow", "Encoder"]
@@ -86,6 +89,9 @@ class Encoder:
             base_depth=base.depth if base else 0,
             twin_key=twin_key(trace),
         )
+        if (group := prompt_key(trace)) is not None:
+            head = msgspec.structs.replace(stored.head, prompt_key=group)
+            stored = replace(stored, head=head)
         data = pack_record(Kind.TRACE, encode_trace(stored), time_ns=time.time_ns())
         if base is not None and base.trace.meta.call_id != trace.meta.call_id:
             self._cache.drop(base.trace.meta.trace_id)  # the next step builds on this one

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from driftgate.logs import LogFormat
+
 __all__ = ["BackendName", "TeacherConfig"]
 
 BackendName = Literal["reference", "fsdp", "megatron"]
@@ -61,6 +63,8 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Score a mixture of experts a second time under the rollout's routes, where it has them. It
     costs a forward more for each one, and a dense model nothing. On unless switched off: a score is
     taken once, and what routing contributes to its drift cannot be told later without this."""
+    log_format: LogFormat = "text"
+    """``json``: one object a line on stderr, for a collector."""
     lease_s: float = 120.0
     """A trajectory leased by a worker that died is free again after this many seconds."""
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
+from driftgate import logs
 from driftgate.errors import DriftgateError, TeacherError
 from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
@@ -62,8 +63,8 @@ def run_reference(config: TeacherConfig) -> int:
 def main() -> int:
     """One rank under torchrun; its settings come in the environment
     (``driftgate.teacher.launch``)."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     config = msgspec.json.decode(os.environ[CONFIG_ENV], type=TeacherConfig)
+    logs.configure(config.log_format)
     reports = Path(os.environ[REPORT_ENV]) if REPORT_ENV in os.environ else None
     try:
         if int(os.environ["RANK"]) > 0:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
@@ -11,6 +12,10 @@ import typer
 from driftgate import cli_io
 from driftgate.client import DEFAULT_URL, Client
 from driftgate.commands.options import JsonOption, KeyOption, StoreInstead, UrlOption
+
+if TYPE_CHECKING:
+    from driftgate.gateway.answers import Answers
+    from driftgate.tree import Tree
 
 __all__ = ["cells", "show", "tail"]
 
@@ -58,7 +63,7 @@ def show(
 ) -> None:
     """Show a trajectory, or one step of it in full.
 
-    Its steps, what is missing, and where trainer and engine differ.
+    Its steps, what is missing, which call continues which, and where trainer and engine differ.
     """
     if step is not None:
         in_full = cli_io.read_or_ask(
@@ -71,10 +76,23 @@ def show(
     )
     cli_io.show(detail, as_json, lambda render: render.trajectory(detail))
     if not as_json:
+        _show_tree(trajectory, store, url, key)
         found = cli_io.read_or_ask(
             store, url, key, lambda a: a.mismatch(trajectory), lambda c: c.mismatch(trajectory)
         )
         cli_io.show(found, False, lambda render: render.mismatch(found))
+
+
+def _show_tree(trajectory: str, store: Path | None, url: str, key: str | None) -> None:
+    from driftgate.render_tree import tree
+
+    def read(answers: Answers) -> Tree:
+        from driftgate.gateway.api_tree import read_tree
+
+        return read_tree(answers.reader, trajectory)
+
+    found = cli_io.read_or_ask(store, url, key, read, lambda client: client.tree(trajectory))
+    cli_io.console().print(tree(found))
 
 
 def cells(

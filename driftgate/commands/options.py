@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["DEFAULT_STORE", "JsonOption", "KeyOption", "StoreInstead", "StoreOption", "UrlOption"]
+__all__ = [
+    "DEFAULT_STORE",
+    "JsonOption",
+    "KeyOption",
+    "LogFormatOption",
+    "StoreInstead",
+    "StoreOption",
+    "UrlOption",
+]
 
 DEFAULT_STORE = Path("driftgate-store")
 """The gateway's default as well."""
@@ -26,4 +34,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the API's JSON."
 KeyOption = Annotated[
     str | None,
     typer.Option("--key", help="Key for reading, if asked for.", envvar="DRIFTGATE_KEY"),
+]
+LogFormatOption = Annotated[
+    Literal["text", "json"] | None,
+    typer.Option("--log-format", help="json: one object a line on stderr; else text."),
 ]

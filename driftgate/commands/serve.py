@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import typer
 
-from driftgate import cli_io
+from driftgate import cli_io, logs
+from driftgate.commands.options import LogFormatOption
 from driftgate.errors import DriftgateError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def serve(
     weight_version: Annotated[
         str | None, typer.Option(help="Version of the policy that the engine serves.")
     ] = None,
+    log_format: LogFormatOption = None,
     upstream_key: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +86,7 @@ def serve(
         "streaming_routes": streaming_routes,
         "logprobs_mode": logprobs_mode,
         "weight_version": weight_version,
+        "log_format": log_format,
         "upstream_key": upstream_key,
         "tls_cert": tls_cert,
         "tls_key": tls_key,
@@ -92,7 +95,7 @@ def serve(
     settings = _gateway_config(config, {k: v for k, v in given.items() if v is not None})
     from driftgate.gateway.app import run
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format)
     _warn(settings)
     try:
         run(settings, started=lambda url: print(_welcome(url, settings), flush=True))

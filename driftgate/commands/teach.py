@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from driftgate.commands.options import DEFAULT_STORE, StoreOption
+from driftgate import logs
+from driftgate.commands.options import DEFAULT_STORE, LogFormatOption, StoreOption
 from driftgate.errors import DriftgateError
 
 __all__ = ["teach"]
@@ -59,6 +60,7 @@ def teach(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")
     ] = "auto",
+    log_format: LogFormatOption = None,
 ) -> None:
     """Score the store's traces with the trainer.
 
@@ -90,7 +92,9 @@ def teach(
             device=device,
             replay=replay,
             lease_s=lease_s,
+            log_format=log_format or "text",
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    logs.configure(settings.log_format)
     raise typer.Exit(launch(settings))

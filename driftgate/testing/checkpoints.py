@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["CheckpointKind", "make_checkpoint"]
+__all__ = ["CHAT_TEMPLATE", "CheckpointKind", "make_checkpoint", "make_tokenizer"]
 
 CheckpointKind = Literal["dense", "moe"]
 CheckpointDtype = Literal["bfloat16", "float32"]
@@ -158,7 +158,7 @@ def _write(path: Path, kind: CheckpointKind, *, seed: int, dtype: CheckpointDtyp
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     tokenizer.save_pretrained(path)
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     config = _config(kind, eos_token_id=end, pad_token_id=pad)
@@ -254,7 +254,8 @@ def _blanks(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [index for index in range(len(tokenizer)) if tokenizer.decode([index]).isspace()]
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of every checkpoint, with `CHAT_TEMPLATE`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -116,6 +116,7 @@ def by_hand(pairs: Sequence[Pair]) -> dict[str, float]:
         "gate_verl_tis_clip_frac": (w > 2).mean(),
         "gate_icepop_drop_frac": ((w < 0.5) | (w > 5)).mean(),
         "gate_dppo_drop_frac": (diff > 0.2).mean(),
+        "gate_areal_drop_frac": (w > 5).mean(),
     }
     for tau in ("1.25", "2", "5", "10"):
         found[f"extreme_frac_tau{tau}"] = (np.maximum(w, 1 / w) > float(tau)).mean()
@@ -150,7 +151,11 @@ def _by_sequence(pairs: Sequence[Pair]) -> dict[str, Any]:
         "ess_verl_sequence_trunc2": kish(truncated),
         "gate_verl_seqtis_clip_frac": (np.exp(sums) > 2).mean(),
         "gate_trl_seqmask_drop_frac": (np.exp(sums) > 3).mean(),
-        "gate_geo_drop_frac": (np.abs(means) > math.log(1.001)).mean(),
+        "gate_verl_seqrs_drop_frac": ((np.exp(sums) < 0.5) | (np.exp(sums) > 2)).mean(),
+        "gate_geo_drop_frac": ((np.exp(means) < 0.999) | (np.exp(means) > 1.001)).mean(),
+        "gate_skyrl_geo_drop_frac": ((np.exp(means) < 0.99) | (np.exp(means) > 1.01)).mean(),
+        "gate_verl_k3rs_drop_frac": np.mean([(np.exp(x) - 1 - x).mean() > 0.01 for x in d]),
+        "gate_opsm_drop_frac": (r_mean - t_mean > 1e-4).mean(),
         "gate_veto_drop_frac": np.mean([np.exp(x.min()) < 1e-4 for x in d]),
     }
 
