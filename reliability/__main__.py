@@ -26,6 +26,7 @@ FAULTS = {
     "kills": "Killed processes",
     "teacher": "Killed trainers",
     "upstream": "The engine breaks",
+    "extremes": "Large and slow answers",
     "clients": "Agents and clocks misbehave",
     "disk": "The disk fails",
     "stops": "Stops and restarts",

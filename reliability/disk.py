@@ -160,7 +160,7 @@ async def failing(
         judge_failing(row, gateway, policy, before, during, after, lost)
         row.check(pulse.slowest_s < BLOCKED_LOOP_S, f"healthz took {pulse.slowest_s:.2f} s")
     row.tries = tries
-    row.worst_ms = pulse.slowest_s * 1000
+    row.worst = pulse.slowest_s * 1000
     return row
 
 
@@ -237,7 +237,7 @@ async def waiting(engine: Engine, folder: Path, *, slow: bool) -> Row:
         row.check(pulse.slowest_s < BLOCKED_LOOP_S, f"healthz took {pulse.slowest_s:.2f} s")
         row.check(all(one.seen.answered for one in calls), "a call was not answered")
         row.tries = len(calls)
-        row.worst_ms, row.saw = pulse.slowest_s * 1000, "200"
+        row.worst, row.saw = pulse.slowest_s * 1000, "200"
     return row
 
 
@@ -256,7 +256,7 @@ async def slow_disk(engine: Engine, folder: Path, tries: int) -> Row:
         row.judge(store, calls)
         row.check(pulse.slowest_s < BLOCKED_LOOP_S, f"healthz took {pulse.slowest_s:.2f} s")
         row.check(all(one.seen.answered for one in calls), "a call was not answered")
-    row.tries, row.worst_ms, row.saw = tries, pulse.slowest_s * 1000, "200"
+    row.tries, row.worst, row.saw = tries, pulse.slowest_s * 1000, "200"
     return row
 
 

@@ -223,7 +223,7 @@ async def of(folder: Path, durability: Durability, tries: int, *, sync_ms: int =
                 disk.be()
             gateway = await start(engine.url, store, *options, wrap=wrap)
             oldest_s = judge(row, store, load, killed_at, durability, held_up_s=held_s)
-            row.worst_ms = max(row.worst_ms or 0.0, oldest_s * 1000)
+            row.worst = max(row.worst or 0.0, oldest_s * 1000)
             lost_calls += await named(row, gateway, load, durability)
             ends += sum(call.seen.answered for call in load.calls)
             held_up_s = max(held_up_s, held_s)

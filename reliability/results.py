@@ -29,7 +29,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     tries: int
     lost: int
     wrong: int
-    worst_ms: float | None = None
+    worst: float | None = None
+    unit: str = "ms"
     notes: list[str] = []
 
     @classmethod
@@ -41,7 +42,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             tries=row.tries,
             lost=row.lost,
             wrong=row.wrong,
-            worst_ms=row.worst_ms,
+            worst=row.worst,
+            unit=row.unit,
             notes=row.notes,
         )
 
@@ -88,14 +90,14 @@ def summed(runs: list[Kept]) -> Table:
     lines = []
     for fault in faults:
         rows = [row for run in runs for row in run.rows if row.fault == fault]
-        worst = [row.worst_ms for row in rows if row.worst_ms is not None]
+        worst = [row.worst for row in rows if row.worst is not None]
         lines.append(
             [
                 fault,
                 str(len(rows)),
                 f"{sum(row.tries for row in rows):,}",
                 rows[-1].saw,
-                f"{max(worst):.0f} ms" if worst else "",
+                f"{max(worst):.0f} {rows[-1].unit}" if worst else "",
                 str(sum(row.lost for row in rows)),
                 str(sum(row.wrong for row in rows)),
             ]

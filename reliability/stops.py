@@ -70,7 +70,7 @@ async def terminated(engine: Engine, folder: Path, tries: int) -> Row:
         left_open = len(reader.open_calls())
         reader.close()
         row.check(not left_open, f"{left_open} calls are open in the store")
-    row.worst_ms = slowest_s * 1000
+    row.worst = slowest_s * 1000
     row.saw = f"{answers} answers, {turned_away} not accepted"
     return row
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import gzip
 import io
@@ -10,7 +9,6 @@ import json
 import math
 import pickle
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,15 +24,12 @@ from reliability.engine import SSE_HEAD, End, Engine, Script, chunked, json_head
 from reliability.gateway import Gateway, running
 from reliability.verdict import Call, Row, read_call
 
-__all__ = ["FAULTS", "Fault", "run"]
+__all__ = ["FAULTS", "Fault", "drip", "run"]
 
 Parts = Iterator[bytes | float | End]
 
 PATIENCE_S, SILENT_PATIENCE_S = 30.0, 0.7
 """Of the agent; the second where the engine stays silent anyway."""
-
-DRIPPED_BYTES = 55
-"""One a second."""
 
 BIG_BYTES = 10 << 20
 
@@ -273,9 +268,7 @@ def scripts() -> dict[str, Script]:
     def script(fault: Fault, said: Said, stream: bool) -> Parts:
         return fault.script(fault.changed(said), stream)
 
-    slowest = partial(drip, pause_s=1.0, count=DRIPPED_BYTES)
-    found: dict[str, Script] = {"slowest": slowest, "slowest-s": slowest}
-    return found | {name: partial(script, fault) for name, fault in FAULTS.items()}
+    return {name: partial(script, fault) for name, fault in FAULTS.items()}
 
 
 def same(fault: Fault, direct: Seen, proxied: Seen) -> bool:
@@ -332,9 +325,9 @@ async def one(name: str, number: int, engine: Engine, gateway: Gateway, row: Row
         row.lose(f"{call}: {stored.known} calls known, {stored.still_open} open")
 
 
-async def _call(gateway: Gateway, name: str, *, stream: bool, script: str = "well") -> Call:
-    body = request(script, name, stream=stream)
-    seen = await ask(gateway.url, body, path=path_of(name), patience_s=4 * PATIENCE_S)
+async def _call(gateway: Gateway, name: str, *, stream: bool) -> Call:
+    body = request("well", name, stream=stream)
+    seen = await ask(gateway.url, body, path=path_of(name))
     return Call(say(name, asked=True), name, body, seen)
 
 
@@ -365,31 +358,8 @@ def _closed_port() -> Iterator[str]:
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-async def drips(engine: Engine, gateway: Gateway, number: int) -> Row:
-    """A byte a second for a minute, JSON and a stream at once, while other calls go on."""
-    row, slowest_s = Row("one byte a second for a minute"), 0.0
-    calls = {
-        name: asyncio.create_task(_call(gateway, f"{name}.{number}", script=name, stream=stream))
-        for name, stream in (("slowest", False), ("slowest-s", True))
-    }
-    while not all(task.done() for task in calls.values()):
-        started = time.monotonic()
-        other = await _call(gateway, f"beside.{number}.{row.tries}", stream=bool(row.tries % 2))
-        slowest_s = max(slowest_s, time.monotonic() - started)
-        row.check(other.seen.answered, f"a call beside it saw {other.seen.words}")
-        row.tries += 1
-        await asyncio.sleep(1.0)
-    await gateway.drained()
-    dripped = [await task for task in calls.values()]
-    row.judge(gateway.store, dripped)
-    row.check(all(call.seen.answered for call in dripped), "a slow answer was not passed on")
-    row.tries += len(calls)
-    row.worst_ms, row.saw = slowest_s * 1000, "200; the worst of the calls beside it"
-    return row
-
-
 async def run(folder: Path, *, full: bool) -> list[Row]:
-    """Every fault; ``full``: ten times, and one that takes a minute."""
+    """Every fault; ``full``: ten times."""
     rows = [await refuses(folder, 10 if full else 2)]
     async with serve_engine(scripts()) as engine, running(engine.url, folder / "store") as gateway:
         for name, fault in FAULTS.items():
@@ -397,6 +367,4 @@ async def run(folder: Path, *, full: bool) -> list[Row]:
             for number in range(10 if full else 1):
                 await one(name, number, engine, gateway, row)
             rows.append(row)
-        if full:
-            rows.append(await drips(engine, gateway, 0))
     return rows

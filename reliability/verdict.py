@@ -96,8 +96,10 @@ class Row:
     tries: int = 0
     lost: int = 0
     wrong: int = 0
-    worst_ms: float | None = None
-    """Of what the row bounds: the age of a lost answer, a delay; None: it bounds no time."""
+    worst: float | None = None
+    """Of what the row bounds: the age of a lost answer, a delay, memory; None: nothing."""
+    unit: str = "ms"
+    """Of ``worst``."""
     notes: list[str] = field(default_factory=list)
     """What is not as it should be, in words."""
 
