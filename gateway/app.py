@@ -41,7 +41,7 @@ from driftgate.gateway.sessions import Sessions
 from driftgate.gateway.tasks import Calls, Tasks, watch_lag
 from driftgate.gateway.upstreams import Upstreams
 from driftgate.gateway.wire import error_answer
-from driftgate.storage import Reader, Writer
+from driftgate.storage import Neighbours, Reader, Writer
 from driftgate.trace import Api
 
 __all__ = ["GATEWAY", "Gateway", "create_app", "run", "serve"]
@@ -79,6 +79,7 @@ class Gateway:
         self._writer = _open_store(config) if sink is None else None
         self.sink: Sink = sink or self._writer or _unreachable()
         self.reader = Reader(config.store) if sink is None else None
+        self._neighbours = Neighbours(config.store) if sink is None else None
         self.metrics = Metrics(lambda: self.sink.stats)
         keys = config.keys()
         self.guard = Guard(keys, lambda why: self.metrics.refused.labels(why).inc())
@@ -97,6 +98,7 @@ class Gateway:
             sessions=self.sessions,
             recorder=self.recorder,
             reader=self.reader,
+            neighbours=self._neighbours,
             upstreams=self.upstreams,
             metrics=self.metrics,
             spans=telemetry.from_environment(os.environ),
@@ -130,6 +132,8 @@ class Gateway:
             )
         if self.reader is not None:
             self.reader.close()
+        if self._neighbours is not None:
+            self._neighbours.close()
         if self.proxy.spans is not None:
             await asyncio.to_thread(self.proxy.spans.close)
 

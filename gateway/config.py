@@ -39,7 +39,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     store: Path = Path("driftgate-store")
     """Directory of the store; made when it is not there."""
     durability: Literal["group", "strict"] = "group"
-    """``group``: records are synced within 50 ms and never delay the agent. ``strict``: the end of
+    """``group``: never delays the agent; what came in the last 50 ms can be lost when the process
+    is killed, and when the machine stops also what a sync had not reached. ``strict``: the end of
     an answer is withheld until its traces are on disk."""
     on_capture_failure: Literal["serve", "refuse"] = "serve"
     """What a call meets when it cannot be recorded: ``serve`` answers it, counts the loss and marks

@@ -17,6 +17,7 @@ import aiohttp
 from aiohttp import web
 
 from driftgate.errors import StorageError, UpstreamError
+from driftgate.gateway.breakage import broken_body
 from driftgate.gateway.capture import Folded
 from driftgate.gateway.conversation import Turn
 from driftgate.gateway.dialect import Dialect
@@ -27,7 +28,7 @@ from driftgate.gateway.recorder import Answer, Recorder
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Sessions
 
-__all__ = ["Asked", "Ending", "Fetched", "Outcome", "chunks", "read_whole", "said", "words"]
+__all__ = ["Asked", "Ending", "Fetched", "Outcome", "chunks", "read_whole", "said"]
 
 SAID_CHARS = 300
 """Of an engine's error, in an outcome."""
@@ -194,7 +195,7 @@ async def chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         async for chunk in answer.content.iter_any():
             yield chunk
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise UpstreamError(f"the engine broke off its answer: {words(error)}") from error
+        raise UpstreamError(f"the engine broke off its answer: {broken_body(error)}") from error
 
 
 def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
@@ -232,11 +233,6 @@ async def read_whole(answer: aiohttp.ClientResponse, asked: Asked) -> bytes:
             )
     whole = b"".join(parts)
     return whole if answer.status == 200 else asked.hide_key(whole)
-
-
-def words(error: BaseException) -> str:
-    """An error's text, or at least its name."""
-    return str(error) or type(error).__name__
 
 
 def said(raw: bytes) -> str:

@@ -17,8 +17,9 @@ from aiohttp import web
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import DriftgateError, StorageError, UpstreamError
 from driftgate.gateway import http, sse
+from driftgate.gateway.breakage import breakage
 from driftgate.gateway.capture import Folded, fold_answer, fold_stream
-from driftgate.gateway.ending import Asked, Ending, Outcome, chunks, read_whole, said, words
+from driftgate.gateway.ending import Asked, Ending, Outcome, chunks, read_whole, said
 from driftgate.gateway.history import turns_of_answer, turns_of_stream
 from driftgate.gateway.openai import strip_answer
 from driftgate.gateway.recorder import CLIENT_LEFT, Recorder
@@ -82,11 +83,9 @@ class Exchange:
             self._end.fail("cancelled", self._recorder.cancel_reason)
             raise
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._end.fail("unreachable", f"the engine did not answer: {words(error)}")
-            raise UpstreamError(
-                f"the engine did not answer: {words(error)}; check that it runs, and that the "
-                "gateway's upstream is its address"
-            ) from error
+            broke = breakage(error)
+            self._end.fail("cut" if broke.reached else "unreachable", broke.what)
+            raise UpstreamError(f"{broke.what}; {broke.fix}") from error
         except DriftgateError as error:
             storage = isinstance(error, StorageError)
             self._end.fail("not_recorded" if storage else "cut", str(error))

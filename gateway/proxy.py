@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import logging
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,11 +23,12 @@ from yarl import URL
 
 from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
 from driftgate.gateway import anthropic, anthropic_answer, dialects, http, openai
+from driftgate.gateway.breakage import breakage
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import MAX_SEEN, Seen
 from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.earlier import Earlier, kept_of
-from driftgate.gateway.ending import Asked, words
+from driftgate.gateway.ending import Asked
 from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import continues
 from driftgate.gateway.metrics import Metrics
@@ -40,7 +43,7 @@ from driftgate.gateway.sessions import Call, Place, Sessions
 from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.upstreams import Upstreams
-from driftgate.storage import Reader
+from driftgate.storage import Neighbours, Reader
 from driftgate.trace import Api as AgentApi
 from driftgate.trace import CallIntent
 
@@ -65,6 +68,8 @@ READ_BUFFER_BYTES = 1 << 18
 
 T = TypeVar("T")
 
+log = logging.getLogger("driftgate.gateway")
+
 PATHS: dict[Api, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
@@ -78,6 +83,7 @@ class Proxy:
         sessions: Sessions,
         recorder: Recorder,
         reader: Reader | None,
+        neighbours: Neighbours | None,
         upstreams: Upstreams,
         metrics: Metrics,
         spans: Spans | None = None,
@@ -88,6 +94,7 @@ class Proxy:
         self._recorder = recorder
         self._reader = reader
         self._upstreams = upstreams
+        self._neighbours = neighbours
         self._metrics = metrics
         self._session: aiohttp.ClientSession
         self._earlier = Earlier(reader, config.redact)
@@ -137,9 +144,8 @@ class Proxy:
                 body = http.without_key(await answer.read(), self._config.upstream_key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             upstream.lost()
-            raise UpstreamError(
-                f"the engine at {upstream.url} did not answer: {words(error)}"
-            ) from error
+            broke = breakage(error)
+            raise UpstreamError(f"{broke.what}; {broke.fix}") from error
         return web.Response(
             status=answer.status, body=body, headers=http.answer_headers(answer.headers)
         )
@@ -172,9 +178,8 @@ class Proxy:
                 told = http.without_key(await answer.read(), self._config.upstream_key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             upstream.lost()
-            raise UpstreamError(
-                f"the engine at {upstream.url} did not answer: {words(error)}"
-            ) from error
+            broke = breakage(error)
+            raise UpstreamError(f"{broke.what}; {broke.fix}") from error
         return web.Response(
             status=answer.status,
             body=anthropic_answer.counted(answer.status, told),
@@ -195,6 +200,7 @@ class Proxy:
             call_id=f"c-{uuid.uuid4().hex}",
             body_sha256=read.digest,
             sdk_retry=_retry_count(request),
+            step=await self._shared_step(place, read.digest, _retry_count(request)),
         )
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
@@ -299,6 +305,21 @@ class Proxy:
             history=read.history,
             previous=read.previous,
         )
+
+    async def _shared_step(self, place: Place, digest: str, retry: int) -> int | None:
+        """The call's step where other gateways may serve its trajectory too; None: number it here.
+
+        A trajectory that begins here has a name that nobody else knows yet."""
+        if self._neighbours is None or place.attribution == "new" or not self._neighbours.any():
+            return None
+        step = self._sessions.next_step(place, body_sha256=digest, sdk_retry=retry)
+        if step is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._neighbours.next_step, place.trajectory, step)
+        except sqlite3.Error as error:
+            log.warning("step %d of %s may be taken twice: %s", step, place.trajectory, error)
+            return None
 
     def _next_step(self, trajectory: str) -> int:
         """Behind the steps that the store knows."""

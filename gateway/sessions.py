@@ -236,8 +236,24 @@ class Sessions:
         """Number on from what the index holds, unless steps were given here in the meantime."""
         self._steps.put(trajectory, max(next_step, self._steps.get(trajectory) or 0))
 
-    def begin(self, place: Place, *, call_id: str, body_sha256: str, sdk_retry: int) -> Call:
-        """Give the call its step: that of the call it repeats, or the next one."""
+    def next_step(self, place: Place, *, body_sha256: str, sdk_retry: int) -> int | None:
+        """The step that ``begin`` would give to a call that repeats none; None where it does."""
+        earlier = self._calls.get(_scope_of(place, body_sha256)) or []
+        if _repeated(earlier, place, sdk_retry) is not None:
+            return None
+        return self._steps.get(place.trajectory) or 0
+
+    def begin(
+        self,
+        place: Place,
+        *,
+        call_id: str,
+        body_sha256: str,
+        sdk_retry: int,
+        step: int | None = None,
+    ) -> Call:
+        """Give the call its step: that of the call it repeats, or the next one; ``step`` is one
+        that was given out for it elsewhere."""
         scope = _scope_of(place, body_sha256)
         earlier = self._calls.get(scope) or []
         first = _repeated(earlier, place, sdk_retry)
@@ -251,8 +267,9 @@ class Sessions:
             if place.attribution == "new" and sdk_retry > 0:
                 others = (call.place.trajectory for call in earlier if not call.repeated)
                 place = replace(place, ambiguous=tuple(dict.fromkeys((*place.ambiguous, *others))))
-            step = self._steps.get(place.trajectory) or 0
-            self._steps.put(place.trajectory, step + 1)
+            following = self._steps.get(place.trajectory) or 0
+            step = following if step is None else step
+            self._steps.put(place.trajectory, max(following, step + 1))
             call = Call(call_id, place, step, sdk_retry, body_sha256)
         self._calls.put(scope, [*(c for c in earlier if not c.repeated), call][-MAX_CANDIDATES:])
         return call

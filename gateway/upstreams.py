@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager, contextmanager
 import aiohttp
 
 from driftgate.errors import UpstreamError
+from driftgate.gateway.breakage import breakage
 from driftgate.gateway.config import GatewayConfig
-from driftgate.gateway.ending import words
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.served import Served
@@ -117,10 +117,11 @@ class Upstreams:
             answer = await post(upstream.url)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._metrics.upstream_calls.labels(upstream.url, "failed").inc()
-            upstream.health.failed(f"a call did not reach it: {words(error)}")
+            broke = breakage(error).what
+            upstream.health.failed(broke)
             if is_last:
                 raise
-            return words(error)
+            return broke
         if answer.status in NOT_SERVED and not is_last:
             self._metrics.upstream_calls.labels(upstream.url, "failed").inc()
             upstream.health.failed(f"it answered a call with {answer.status}")

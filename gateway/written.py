@@ -14,8 +14,9 @@ from aiohttp import web
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import StorageError, UpstreamError
 from driftgate.gateway import http, synthesis
+from driftgate.gateway.breakage import breakage
 from driftgate.gateway.capture import fold_answer
-from driftgate.gateway.ending import Asked, Ending, Fetched, read_whole, said, words
+from driftgate.gateway.ending import Asked, Ending, Fetched, read_whole, said
 from driftgate.gateway.history import turns_of_answer
 from driftgate.gateway.openai import Stripped, strip_answer
 from driftgate.gateway.tasks import beside
@@ -53,7 +54,8 @@ class Written:
             except (aiohttp.ClientError, TimeoutError, OSError, UpstreamError) as error:
                 if response is None:
                     raise
-                self._end.fail("cut", words(error))
+                why = str(error) if isinstance(error, UpstreamError) else breakage(error).what
+                self._end.fail("cut", why)
                 self._end.abort()
                 return response
         if stripped is None:

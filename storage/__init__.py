@@ -2,6 +2,7 @@
 
 from driftgate.storage.glance import Activity, AnswerText
 from driftgate.storage.leases import Leases
+from driftgate.storage.neighbours import Neighbours
 from driftgate.storage.reader import Reader
 from driftgate.storage.records import Record
 from driftgate.storage.recovery import rebuild_index
@@ -27,6 +28,7 @@ __all__ = [
     "Counts",
     "Lease",
     "Leases",
+    "Neighbours",
     "OpenWork",
     "Reader",
     "RebuildReport",
