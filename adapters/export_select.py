@@ -15,12 +15,18 @@ import numpy as np
 
 from driftgate.errors import NotFoundError, StorageError
 from driftgate.mismatch import BAD_FLOOR
+from driftgate.profiles import PROFILES
 from driftgate.samples import Sample, assemble, lines
 from driftgate.storage import Reader, TraceRow
-from driftgate.trace import I32, Comparable, Trace
+from driftgate.storage.subjects import pairs
+from driftgate.trace import I32, Trace
 from driftgate.tree import retried_calls
+from driftgate.verdict import judge
 
 __all__ = ["REASONS", "Selection", "trajectories"]
+
+PROFILE = PROFILES["default"]
+"""Budget under which a run is left out."""
 
 PAGE = 500
 """Trajectories named per question to the index."""
@@ -30,9 +36,11 @@ REASONS = {
     "damaged": "could not be read: see the list",
     "incomplete_capture": "the answer did not end, or something the engine owed is missing",
     "trajectory_gap": "another call of its trajectory was not captured whole",
-    "delivery_uncertain": "the agent left before the end of the answer was written to it",
+    "delivery_uncertain": "the agent left before the end of the answer was written to it, or it "
+    "could not be sent once it was recorded",
     "retried": "the client asked again: this answer never reached it; never exported",
-    "not_comparable": "every trainer that scored it says that the numbers are not comparable",
+    "not_comparable": "no trainer's numbers for it are comparable: it stays as context, unmasked",
+    "quarantined": f"its run is quarantined under profile {PROFILE.name}: `driftgate verdict`",
     "bad_logprobs": "logprobs that are NaN, infinite or the engine's floor; never exported",
 }
 """Why a trace is left out, in words."""
@@ -65,7 +73,7 @@ class Selection:
     def _trajectory(self, name: str) -> Iterator[Sample]:
         row = self.reader.trajectory(name)
         gap = [] if row.complete else ["trajectory_gap"]
-        verdicts = _verdicts(self.reader, name)
+        judged = _judged(self.reader, name)
         rows = sorted(self.reader.traces(name), key=_order)
         retried = retried_calls([row.meta for row in rows])
         flags: dict[str, list[str]] = {}
@@ -74,7 +82,7 @@ class Selection:
             trace = self._load(trace_row.meta.trace_id)
             if trace is None:
                 continue
-            reasons = [*_reasons(trace, verdicts.get(trace.meta.trace_id, [])), *gap]
+            reasons = [*_reasons(trace), *judged.get(trace.meta.trace_id, []), *gap]
             if trace.meta.call_id in retried:
                 reasons.append("retried")
             if (set(reasons) & set(FINAL)) if self.include_incomplete else reasons:
@@ -86,8 +94,8 @@ class Selection:
             pair = (trace.prompt_ids, trace.response_ids)
             models.setdefault(trace.meta.model, []).append((trace.meta.trace_id, pair))
         for found in models.values():
-            pairs = [pair for _, pair in found]
-            joined = [[n] for n in range(len(pairs))] if self.per_trace else lines(pairs)
+            ids = [pair for _, pair in found]
+            joined = [[n] for n in range(len(ids))] if self.per_trace else lines(ids)
             for line in joined:
                 yield from self._sample([found[n][0] for n in line], row.reward, flags)
 
@@ -127,22 +135,34 @@ def _order(row: TraceRow) -> tuple[int, int, int, str]:
     return meta.step, meta.choice, meta.retry, meta.trace_id
 
 
-def _verdicts(reader: Reader, trajectory: str) -> dict[str, list[Comparable]]:
-    """What each trainer's latest score says, by trace."""
-    latest: dict[tuple[str, str], Comparable] = {}
-    after = 0
-    while page := reader.scores(trajectory, after=after, kind="drift"):
-        for row in page:
-            latest[row.meta.trace_id, row.meta.trainer.digest] = row.meta.comparable
-        after = page[-1].seq
-    found: dict[str, list[Comparable]] = {}
-    for (trace_id, _), comparable in latest.items():
-        found.setdefault(trace_id, []).append(comparable)
+def _judged(reader: Reader, trajectory: str) -> dict[str, list[str]]:
+    """``not_comparable`` and ``quarantined`` by trace, where they hold.
+
+    One trainer that can compare a trace, or that lets its run pass, is enough. A run without a
+    verdict is not quarantined; one that is for nothing but a gap has ``trajectory_gap``.
+    """
+    scored, compared, judged, passed = set[str](), set[str](), set[str](), set[str]()
+    for pair in pairs(reader, trajectory, reader.cells()):
+        names = {row.meta.trace_id for row in pair.traces}
+        refused = {one.trace_id for one in pair.subject.refused}
+        scored |= pair.scored
+        compared |= pair.scored - refused
+        verdict = judge(pair.subject, PROFILE)
+        if verdict.verdict is None:
+            continue
+        judged |= names
+        why = {r.code for r in verdict.reasons if r.verdict == "quarantine"}
+        passed |= set() if why - {"INCOMPLETE_CAPTURE"} else names
+    found: dict[str, list[str]] = {}
+    for trace_id in sorted(scored - compared):
+        found.setdefault(trace_id, []).append("not_comparable")
+    for trace_id in sorted(judged - passed):
+        found.setdefault(trace_id, []).append("quarantined")
     return found
 
 
-def _reasons(trace: Trace, verdicts: list[Comparable]) -> list[str]:
-    """Codes of `REASONS` that hold for this trace alone."""
+def _reasons(trace: Trace) -> list[str]:
+    """Codes of `REASONS` that a trace gives by itself."""
     meta, logprobs = trace.meta, trace.logprobs
     if (
         trace.prompt_ids is None
@@ -156,7 +176,6 @@ def _reasons(trace: Trace, verdicts: list[Comparable]) -> list[str]:
     holds = {
         "incomplete_capture": meta.status != "complete" or bool(meta.missing),
         "delivery_uncertain": meta.delivery != "delivered",
-        "not_comparable": bool(verdicts) and all(v.verdict == "no" for v in verdicts),
         "bad_logprobs": not bool(np.all(np.isfinite(logprobs) & (logprobs > BAD_FLOOR))),
     }
     return [code for code, holding in holds.items() if holding]

@@ -9,7 +9,11 @@ import time
 
 from benchmarks.report import Section, write_section
 
+<<<<<<< HEAD
 NAMES = ("storage", "teacher", "gateway", "memory", "page")
+=======
+NAMES = ("storage", "teacher", "scaling", "gateway", "memory")
+>>>>>>> main
 
 
 def main() -> None:

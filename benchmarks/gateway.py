@@ -173,7 +173,7 @@ def measure_delays(cores: Cores, log: Callable[[str], None]) -> list[tuple[str, 
         upstream = start_standin(stage, PACED, cores, pace_ms=PACE_MS)
         for way in start_ways(stage, upstream, cores, stream=True):
             with pinned(cores.rest):
-                seen = delays_us(agents, way.url, STREAMS, spread_s=SPREAD_S)
+                seen = delays_us(agents, way.url, STREAMS, pace_ms=PACE_MS, spread_s=SPREAD_S)
             log(f"{way.name}: {len(seen)} events")
             delays.append((way.name, seen))
             if way.gateway is not None:

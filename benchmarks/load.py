@@ -24,6 +24,7 @@ __all__ = ["Agents", "Rate", "call", "delays_us", "drive", "paced"]
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CREATED_FIELD = re.compile(rb'"created":(\d{10})')
+STAMP_BYTES = len('"created":1234567890')
 LAST_CHUNK = b"\r\n0\r\n\r\n"
 SPREAD_S = 5.0
 """Streams do not start, and so do not end, all at once."""
@@ -84,7 +85,9 @@ class _Run:
     calls_left: int | None = None
     """Stop after so many requests were sent; None: when told."""
     delays_us: list[int] | None = None
-    """Collects the age of every event, if not None."""
+    """Collects how late every event is, if not None."""
+    pace_us: int = 0
+    """Of a stream's events (``benchmarks.standin``)."""
 
     def fail(self, error: Exception) -> None:
         """End the run with ``error``."""
@@ -119,6 +122,9 @@ class _Client(asyncio.Protocol):
         self._left = 0
         """Bytes of the body still to come; -1: until the last chunk; 0: no answer is due."""
         self._tail = b""
+        self._unread = b""
+        self._events = 0
+        """Of the answer that comes."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -129,8 +135,7 @@ class _Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._run.delays_us is not None:
-            stamps = map(int, CREATED_FIELD.findall(data))
-            self._run.delays_us += [since_us(stamped) for stamped in stamps if stamped != CREATED]
+            self._look(data, self._run.delays_us)
         if self._left == 0:
             data = self._read_head(data)
             if self._left == 0:
@@ -143,6 +148,16 @@ class _Client(asyncio.Protocol):
             self._tail = (self._tail + data[-len(LAST_CHUNK) :])[-len(LAST_CHUNK) :]
             if self._tail == LAST_CHUNK:
                 self._done()
+
+    def _look(self, data: bytes, delays_us: list[int]) -> None:
+        """Every event has one stamp; one that is split over two reads is whole with the second."""
+        data, end = self._unread + data, 0
+        for found in CREATED_FIELD.finditer(data):
+            end, stamped = found.end(), int(found.group(1))
+            if stamped != CREATED:
+                delays_us.append(since_us(stamped) - self._events * self._run.pace_us)
+                self._events += 1
+        self._unread = data[max(end, len(data) - STAMP_BYTES) :]
 
     def _read_head(self, data: bytes) -> bytes:
         """Take the head of an answer off; returns what follows it."""
@@ -162,7 +177,8 @@ class _Client(asyncio.Protocol):
         if not self._run.may_send():
             self._run.leave()
             return
-        self._tail = b""
+        self._tail = self._unread = b""
+        self._events = 0
         self.transport.writelines(next(self._requests))
 
     def _done(self) -> None:
@@ -240,13 +256,15 @@ def call(agents: Agents, url: str, connections: int, *, calls: int) -> None:
     uvloop.run(play())
 
 
-def paced(agents: Agents, url: str, streams: int, *, seconds: float, seen: list[int]) -> int:
+def paced(
+    agents: Agents, url: str, streams: int, *, pace_ms: float, seconds: float, seen: list[int]
+) -> int:
     """``streams`` parallel paced streams, one answer after the other; how many answers. ``seen``
-    gets the ages of events and may be emptied by another thread."""
+    gets how late events are, in us, and may be emptied by another thread."""
 
     async def play() -> int:
         loop = _Loop(url, agents, streams)
-        loop.run.delays_us = seen
+        loop.run.delays_us, loop.run.pace_us = seen, round(pace_ms * 1000)
         await loop.open(SPREAD_S)
         await loop.go_on(seconds)
         await loop.finish()
@@ -255,14 +273,16 @@ def paced(agents: Agents, url: str, streams: int, *, seconds: float, seen: list[
     return uvloop.run(play())
 
 
-def delays_us(agents: Agents, url: str, streams: int, *, spread_s: float) -> list[int]:
-    """The age on arrival of every event of ``streams`` parallel paced streams, one answer each."""
+def delays_us(
+    agents: Agents, url: str, streams: int, *, pace_ms: float, spread_s: float
+) -> list[int]:
+    """How late every event of ``streams`` parallel paced streams is, in us; one answer each."""
 
     async def play() -> list[int]:
         loop = _Loop(url, agents, streams)
         loop.run.calls_left = streams
         delays: list[int] = []
-        loop.run.delays_us = delays
+        loop.run.delays_us, loop.run.pace_us = delays, round(pace_ms * 1000)
         await loop.open(spread_s)
         await loop.run.finished
         await loop.finish()

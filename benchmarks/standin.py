@@ -3,8 +3,9 @@
     python -m benchmarks.standin --port N --shape typical [--pace-ms 20]
 
 It picks the answer by two fields of the body (the step and the trajectory's number) and parses
-nothing else. With ``--pace-ms`` a stream's events are sent one by one, and ``created`` is a stamp
-of the time at which the event was sent, so that a reader on this machine can tell the delay.
+nothing else. With ``--pace-ms`` a stream's events are sent one by one. ``created`` is the same in
+all of them, as vLLM's is, and a stamp of the time at which the first was due: event k is due k
+paces later, so that a reader on this machine can tell every delay.
 """
 
 from __future__ import annotations
@@ -75,14 +76,17 @@ class Answers:
     def __init__(self, episode: Episode, pace_s: float | None) -> None:
         self.pace_s = pace_s
         """Between the events of a stream; None: all at once."""
-        self.json, self.sse, self.events = [], [], []
+        self.json, self.sse = [], []
+        self.ends: list[list[int]] = []
+        """Of each event of a stream, head included: slots have fixed widths."""
         for step in range(episode.shape.steps):
             answer = episode.answer(step)
             self.json.append(Canned(JSON_HEAD % (b"200 OK", len(answer)) + answer.template))
-            events = [Canned(_chunk(event.template)) for event in episode.events(step)]
-            body = b"".join(event.template for event in events)
-            self.sse.append(Canned(SSE_HEAD + body + LAST_CHUNK))
-            self.events.append(events)
+            events = [_chunk(event.template) for event in episode.events(step)]
+            self.sse.append(Canned(SSE_HEAD + b"".join(events) + LAST_CHUNK))
+            self.ends.append(
+                list(itertools.accumulate(map(len, events), initial=len(SSE_HEAD)))[1:]
+            )
         self._calls = itertools.count(1 << 60)
 
     def call_id(self) -> bytes:
@@ -139,19 +143,17 @@ class Engine(asyncio.Protocol):
         elif answers.pace_s is None:
             self.transport.write(b"".join(answers.sse[step].fill(nonce, call)))
         else:
-            self.transport.write(SSE_HEAD)
-            self._pace(iter(answers.events[step]), nonce, call, self._loop.time())
+            body = b"".join(answers.sse[step].fill(nonce, call))
+            body = body.replace(CREATED_FIELD, b'"created":%d' % stamp())
+            self._pace(memoryview(body), 0, iter(answers.ends[step]), self._loop.time())
 
-    def _pace(self, events: Iterator[Canned], nonce: bytes, call: bytes, due: float) -> None:
+    def _pace(self, body: memoryview, sent: int, ends: Iterator[int], due: float) -> None:
         """Send one event, and the next one ``pace_s`` after the time this one was due."""
-        event = next(events, None)
-        if event is None or self.transport.is_closing():
-            self.transport.write(LAST_CHUNK)
-            return
-        data = b"".join(event.fill(nonce, call))
-        self.transport.write(data.replace(CREATED_FIELD, b'"created":%d' % stamp()))
-        due += self._answers.pace_s or 0.0
-        self._loop.call_at(due, self._pace, events, nonce, call, due)
+        end = next(ends, len(body))
+        self.transport.write(body[sent:end])
+        if end < len(body) and not self.transport.is_closing():
+            due += self._answers.pace_s or 0.0
+            self._loop.call_at(due, self._pace, body, end, ends, due)
 
 
 def _value(request: bytes, name: bytes, length: int) -> bytes | None:

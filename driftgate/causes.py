@@ -9,23 +9,30 @@ so that the shares telescope to 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from driftgate.anatomy import Response
 from driftgate.bands import BANDS
+from driftgate.baseline import (
+    BASELINE_MIN_TOKENS,
+    Evidence,
+    Floor,
+    Run,
+    excess,
+    is_sharp,
+    mean_abs,
+)
+from driftgate.comparable import DUAL_T_FACTOR, DUAL_T_FLOOR, DUAL_T_MIN_TOKENS
 from driftgate.evidence import SLOPE_MIN_CORRELATION, SLOPE_TOLERANCE, SLOPE_Z, TEST_MIN_TOKENS
 from driftgate.mismatch import LOGIT_EDGE, Bucket
 from driftgate.sums import CoMoments
+from driftgate.words import listed
 
-__all__ = ["CAUSES", "Evidence", "Floor", "Found", "Run", "Undone"]
+__all__ = ["CAUSES", "Floor", "Found", "Run", "Undone"]
 
 F64 = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 Found = Literal["measured", "inferred", "suspected", "absent", "untested"]
 """``measured``: undone by a second set of numbers, or against a baseline. ``inferred``: by the
@@ -33,22 +40,15 @@ shape of the numbers alone. ``suspected``: there is a sign of it, but nothing to
 with, which stays unexplained. ``absent``: tested, and not there. ``untested``: what the test needs
 is not stored."""
 
-Evidence = dict[str, float | int | str | None]
-
-DUAL_T_FACTOR = 0.5
-"""The other temperature fits when its mean|D| is at most half; as in `driftgate.comparable`."""
-DUAL_T_MIN_TOKENS = 16
-EXCESS_Z = 6.0
-"""z of one group's mean|D| above another's. Tokens of a run are not independent and the largest of
-many boundaries is looked at: 4 would fire on noise."""
-EXCESS_FACTOR = 1.5
-"""A group of tokens is worse only where its mean|D| is at least this much of the other's."""
-BASELINE_MIN_TOKENS = 32
-"""Below this a baseline is no baseline."""
+MAX_BOUNDARIES = 64
+"""Steps that are tried as the place of a jump, evenly over the run: each looks at every token."""
 CORE_SIGMAS = 4.0
 """Robust standard deviations that symmetric rounding noise stays within."""
 SYMMETRY_Z = 4.0
 """z of mean D up to which noise counts as symmetric."""
+PRECISION_MAX_SIGMA = 1.5 * BANDS["abs_log_ratio_mean"].red
+"""nats. FP8 stays below the red band's mean|D| of .1 (a sigma of .125); wider noise is not
+rounding."""
 CONVENTION_CODES = (
     "logprob_convention_mismatch",
     "logprobs_mode_unknown",
@@ -63,46 +63,6 @@ CONVENTION_CODES = (
 )
 
 
-class Floor(NamedTuple):
-    """A side against itself."""
-
-    abs_log_ratio_mean: float
-    side: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Run:
-    """The compared tokens of one run under one engine and one trainer, end to end."""
-
-    responses: Sequence[Response]
-    """In order of step and choice."""
-    floor: Floor | None
-    """The larger of the two sides' measured noise floors."""
-    at: npt.NDArray[np.intp] = field(init=False)
-    """[n] index into ``responses``."""
-
-    def __post_init__(self) -> None:
-        sizes = [response.index.size for response in self.responses]
-        object.__setattr__(self, "at", np.repeat(np.arange(len(sizes)), sizes))
-
-    def of(self, parts: Iterable[F64]) -> F64:
-        """[n] from one array for each response."""
-        return np.concatenate([*parts])
-
-    @property
-    def d(self) -> F64:
-        """[n] nats."""
-        return self.of(response.d for response in self.responses)
-
-    def where(self, chosen: Sequence[bool]) -> Mask:
-        """[n] tokens of the responses that are chosen."""
-        return np.asarray(np.array(chosen, dtype=np.bool_)[self.at])
-
-    def codes(self) -> set[str]:
-        """Of every score's comparability."""
-        return {reason.code for r in self.responses for reason in r.score.comparable.reasons}
-
-
 class Undone(NamedTuple):
     """What a test found."""
 
@@ -112,10 +72,6 @@ class Undone(NamedTuple):
     detail: str
     evidence: Evidence
     fix: str
-
-
-def _mean_abs(d: F64) -> float:
-    return float(np.abs(d).mean())
 
 
 def transform(run: Run, d: F64) -> Undone:
@@ -139,9 +95,9 @@ def transform(run: Run, d: F64) -> Undone:
     both = run.where([r.other is not None for r in run.responses])
     if int(both.sum()) >= DUAL_T_MIN_TOKENS:
         other = run.of(r.d if r.other is None else r.other - r.rollout for r in run.responses)
-        here, there = _mean_abs(d[both]), _mean_abs(other[both])
+        here, there = mean_abs(d[both]), mean_abs(other[both])
         evidence |= {"abs_log_ratio_mean_here": here, "abs_log_ratio_mean_other_T": there}
-        if there <= DUAL_T_FACTOR * here:
+        if here > DUAL_T_FLOOR and there <= DUAL_T_FACTOR * here:
             detail = f"mean|D| {here:.3g} falls to {there:.3g} with the logits at the other T"
             return Undone(other, "measured", detail, evidence, fix)
     if _slope_is_off(whole.logits):
@@ -160,8 +116,11 @@ def _slope_is_off(logits: CoMoments) -> bool:
     slope, error, correlation = logits.slope(), logits.slope_se(), logits.correlation()
     if logits.n < TEST_MIN_TOKENS or slope is None or error is None or correlation is None:
         return False
-    off = abs(slope - 1.0) > max(SLOPE_TOLERANCE, SLOPE_Z * error)
-    return off and correlation >= SLOPE_MIN_CORRELATION
+    if correlation < SLOPE_MIN_CORRELATION:
+        return False
+    # With noise on either side the true slope is between the two regressions (Frisch 1934).
+    tolerance = max(SLOPE_TOLERANCE, SLOPE_Z * error)
+    return slope - 1.0 > tolerance or 1.0 - slope / correlation**2 > tolerance
 
 
 def _calibrated(run: Run, logits: CoMoments) -> F64:
@@ -177,39 +136,6 @@ def _calibrated(run: Run, logits: CoMoments) -> F64:
         moved[inside] = -np.logaddexp(0.0, -line)
         out.append(r.train - moved)
     return run.of(out)
-
-
-class _Excess(NamedTuple):
-    d: F64 | None
-    evidence: Evidence
-
-
-def _excess(d: F64, group: Mask, base: Mask, floor: Floor | None) -> _Excess:
-    """``group`` scaled down to the baseline where it is clearly worse: tokens of ``base``, else the
-    measured floor."""
-    here = np.abs(d[group])
-    evidence: Evidence = {"tokens": int(group.sum()), "abs_log_ratio_mean": float(here.mean())}
-    level, error = None, 0.0
-    if int(base.sum()) >= BASELINE_MIN_TOKENS:
-        there = np.abs(d[base])
-        level, error = float(there.mean()), _standard_error(there)
-        evidence |= {"baseline": level, "baseline_is": f"{base.sum()} other tokens of this run"}
-    elif floor is not None:
-        level = floor.abs_log_ratio_mean
-        evidence |= {"baseline": level, "baseline_is": f"noise floor of the {floor.side}"}
-    if level is None or here.size < BASELINE_MIN_TOKENS:
-        return _Excess(None, evidence | {"baseline": None})
-    mean = float(here.mean())
-    spread = math.hypot(error, _standard_error(here))
-    z = (mean - level) / spread if spread else math.inf
-    evidence["z"] = z if math.isfinite(z) else None
-    if mean <= level or z < EXCESS_Z or mean < EXCESS_FACTOR * level:
-        return _Excess(None, evidence)
-    return _Excess(np.where(group, d * (level / mean), d), evidence)
-
-
-def _standard_error(x: F64) -> float:
-    return float(x.std(ddof=1)) / math.sqrt(x.size) if x.size > 1 else 0.0
 
 
 def _broken_prefix(run: Run) -> list[bool]:
@@ -230,11 +156,11 @@ def template(run: Run, d: F64) -> Undone:
             return Undone(None, "suspected", ", ".join(signs), evidence, fix)
         return Undone(None, "absent", "every prompt extends the tokens before", evidence, "nothing")
     group = run.where(broken)
-    found = _excess(d, group, ~group, run.floor)
+    found = excess(run, d, group, ~group)
     evidence |= found.evidence
     if found.d is not None:
         steps = sorted({r.trace.step for r, b in zip(run.responses, broken, strict=True) if b})
-        detail = f"drift is higher where the prefix breaks, steps {_listed(steps)}"
+        detail = f"drift is higher where the prefix breaks, steps {listed(steps)}"
         return Undone(found.d, "measured", detail, evidence, fix)
     if evidence["baseline"] is None:
         detail = "prefixes break, and there is nothing to compare their steps with"
@@ -251,12 +177,12 @@ def stale_weights(run: Run, d: F64) -> Undone:
         not lag and not broken for lag, broken in zip(lagging, _broken_prefix(run), strict=True)
     ]
     evidence: Evidence = {
-        "sampled_under": _listed(sorted({a for a, _ in pairs})),
-        "scored_under": _listed(sorted({b or "unknown" for _, b in pairs})),
+        "sampled_under": listed(sorted({a for a, _ in pairs})),
+        "scored_under": listed(sorted({b or "unknown" for _, b in pairs})),
     }
     fix = "sample and score under one version; reset the prefix cache when weights change"
     if any(lagging):
-        found = _excess(d, run.where(lagging), run.where(clean), run.floor)
+        found = excess(run, d, run.where(lagging), run.where(clean))
         evidence |= found.evidence
         if found.d is not None:
             detail = "drift is higher where the tokens are of another weight version"
@@ -268,7 +194,10 @@ def stale_weights(run: Run, d: F64) -> Undone:
     if jump is not None:
         undone, more = jump
         detail = f"drift jumps at step {more['jump_at_step']}: weights or cache changed there"
-        return Undone(undone, "inferred", detail, evidence | more, fix)
+        if any("unknown" in (a, b or "unknown") or a != b for a, b in pairs):
+            return Undone(undone, "inferred", detail, evidence | more, fix)
+        detail = f"drift jumps at step {more['jump_at_step']}, under one version: a stale cache?"
+        return Undone(None, "suspected", detail, evidence | more, fix)
     if "prefix_cache_stale" in run.codes():
         return Undone(None, "suspected", "prefix_cache_stale", evidence, fix)
     if any(lagging):
@@ -283,11 +212,13 @@ def _jump(run: Run, d: F64) -> tuple[F64, Evidence] | None:
     """The step boundary with the clearest change of mean|D|, the worse side scaled to the other."""
     best: tuple[float, F64, Evidence] | None = None
     steps = np.array([r.trace.step for r in run.responses])[run.at]
-    for step in np.unique(steps)[1:]:
+    boundaries = np.unique(steps)[1:]
+    thinned = np.linspace(0, boundaries.size - 1, min(boundaries.size, MAX_BOUNDARIES))
+    for step in boundaries[thinned.astype(np.intp)]:
         after = steps >= step
-        rises = _mean_abs(d[after]) > _mean_abs(d[~after])
+        rises = mean_abs(d[after]) > mean_abs(d[~after])
         worse = after if rises else ~after
-        found = _excess(d, worse, ~worse, None)
+        found = excess(run, d, worse, ~worse, floor=False)
         z = found.evidence.get("z")
         if found.d is None or int((~worse).sum()) < BASELINE_MIN_TOKENS:
             continue
@@ -295,7 +226,9 @@ def _jump(run: Run, d: F64) -> tuple[F64, Evidence] | None:
         if best is None or score > best[0]:
             more: Evidence = {"jump_at_step": int(step), "jump": "up" if rises else "down"}
             best = (score, found.d, found.evidence | more)
-    return None if best is None else (best[1], best[2])
+    if best is None or not is_sharp(run, d, steps >= best[2]["jump_at_step"]):
+        return None
+    return best[1], best[2]
 
 
 def routing(run: Run, d: F64) -> Undone:
@@ -316,11 +249,14 @@ def routing(run: Run, d: F64) -> Undone:
             np.zeros(r.index.size) if r.replayed is None else r.train - r.replayed
             for r in run.responses
         )
+        raw = np.abs(run.d)
+        # of what is left of each token after the causes before
+        effect *= np.minimum(1.0, np.abs(d) / np.where(raw > 0.0, raw, 1.0))
         chosen = run.where(replayed)
         evidence |= {
             "tokens_replayed": int(chosen.sum()),
-            "abs_log_ratio_mean": _mean_abs(d[chosen]),
-            "abs_log_ratio_mean_replay": _mean_abs((d - effect)[chosen]),
+            "abs_log_ratio_mean": mean_abs(d[chosen]),
+            "abs_log_ratio_mean_replay": mean_abs((d - effect)[chosen]),
         }
         return Undone(d - effect, "measured", "scored under the rollout's routes", evidence, fix)
     if disagree is None:
@@ -341,33 +277,31 @@ def precision(run: Run, d: F64) -> Undone:
     z = float(d.mean()) / error if error else None
     sigma = 1.4826 * float(np.median(np.abs(d - np.median(d))))
     evidence: Evidence = {
-        "remaining_abs_log_ratio_mean": _mean_abs(d),
+        "remaining_abs_log_ratio_mean": mean_abs(d),
         "noise_floor": run.floor.abs_log_ratio_mean if run.floor else None,
         "mean_z": z,
         "robust_sigma": sigma,
     }
     fix = "score in the engine's precision as well, to see what the precision alone does"
     symmetric = z is not None and abs(z) <= SYMMETRY_Z and d.size >= BASELINE_MIN_TOKENS
-    if differs and symmetric:
+    if differs and symmetric and sigma <= PRECISION_MAX_SIGMA:
         core = np.abs(d) <= CORE_SIGMAS * sigma
         evidence["tokens_within_core"] = int(core.sum())
         detail = f"precisions differ; symmetric noise of sigma {sigma:.3g} around 0"
         return Undone(np.where(core, 0.0, d), "inferred", detail, evidence, fix)
     if run.floor is not None:
-        level, mean = run.floor.abs_log_ratio_mean, _mean_abs(d)
+        level, mean = run.floor.abs_log_ratio_mean, mean_abs(d)
         left = max(0.0, 1.0 - level / mean) if mean else 0.0
         detail = f"the {run.floor.side} differs from itself by mean|D| {level:.3g}"
         fix = "nothing: drift below the noise floor says nothing"
         return Undone(d * left, "measured", detail, evidence, fix)
     if differs:
-        detail = "precisions differ, but the noise is not symmetric around 0"
+        wide = f"its sigma {sigma:.3g} is more than rounding gives"
+        said = wide if symmetric else "the noise is not symmetric around 0"
+        detail = f"precisions differ, but {said}"
         return Undone(None, "suspected", detail, evidence, fix)
     detail = "no noise floor is stored for either side"
     return Undone(None, "untested", detail, evidence, "measure one: the same requests twice")
-
-
-def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:8])) + (", …" if len(items) > 8 else "")
 
 
 CAUSES = {

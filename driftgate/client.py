@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from driftgate.engine_views import Engines, WeightsRequest
 from driftgate.errors import (
     UNREADABLE,
     AccessError,
@@ -190,6 +191,34 @@ class Client:
         """Give a trajectory its reward; on disk when this returns."""
         path = f"/api/trajectories/{_segment(trajectory)}/reward"
         return await self._post(path, RewardRequest(value=value, source=source), Reward)
+
+    async def engines(self) -> Engines:
+        """The engines behind the gateway: up, paused, under which weights, with how many calls."""
+        return await self._get("/api/weights", Engines)
+
+    async def tell_weights(
+        self,
+        version: str | None = None,
+        *,
+        upstream: str | None = None,
+        from_ns: int | None = None,
+        pause: bool = False,
+        resume: bool = False,
+        reason: str = "new weights",
+    ) -> Engines:
+        """Tell under which weights the engines sample, or pause and resume them; the engines then.
+
+        See `driftgate.engine_views.WeightsRequest`.
+        """
+        said = WeightsRequest(
+            version=version,
+            upstream=upstream,
+            from_ns=from_ns,
+            pause=pause,
+            resume=resume,
+            reason=reason,
+        )
+        return await self._post("/api/weights", said, Engines)
 
     async def drift(
         self,

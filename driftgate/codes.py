@@ -11,7 +11,7 @@ from typing import Literal
 
 from driftgate.trace import Reason
 
-__all__ = ["CODES", "SEVERITY", "SPOILS_ROUTES", "Severity", "reason"]
+__all__ = ["CODES", "MASKABLE", "SEVERITY", "SPOILS_ROUTES", "Severity", "reason"]
 
 Severity = Literal["no", "converted", "note"]
 
@@ -100,6 +100,10 @@ _TABLE: dict[str, tuple[Severity, str]] = {
         "converted",
         "The tokens were sampled under another weight version: drift includes policy lag.",
     ),
+    "weight_versions_mixed": (
+        "converted",
+        "The weights changed while the answer was sampled: its tokens are of several policies.",
+    ),
     "weight_version_unknown": ("note", "The weight version of one side is not known."),
     "prefix_cache_stale": ("no", "The engine's prefix cache is older than its weights."),
     "tokenizer_digest_differs": (
@@ -153,6 +157,24 @@ SPOILS_ROUTES = frozenset(
     }
 )
 """Reasons after which router drift says nothing either; every other one concerns logprobs only."""
+
+MASKABLE = frozenset(
+    {
+        "grammar_masked",
+        "processed_truncation",
+        "processed_penalties",
+        "processed_logit_bias",
+        "processed_min_tokens",
+        "beam_search",
+        "logprobs_mode_unknown",
+        "not_scored_at_temperature",
+        "sequence_too_long",
+        "nothing_to_compare",
+    }
+)
+"""Reasons of severity ``no`` that lie in what one answer was asked with: its tokens cannot be
+judged and can be masked, and the rest of the run stands. Every other one doubts a side of the pair,
+and with it what looks sound too (docs/design/0007-what-cannot-be-compared.md)."""
 
 
 def reason(code: str, detail: str, fix: str) -> Reason:

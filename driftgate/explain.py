@@ -1,39 +1,47 @@
 """Why trainer and engine differ on one run: causes with their shares, and where the drift sits.
 
-Pure: scored responses in, an explanation out. Shares are of the sum of |D| over the compared
-tokens, comparable or not: what is wrong with a comparison is itself a cause. The causes of
-`driftgate.causes` are undone one after the other; the share of each is how much the sum falls when
-it is, so that they add to 1 with what is left, ``unexplained``. What one cause took, the next
-cannot take again: where two are entangled, the earlier one has it.
+Pure: scored responses in, an explanation out. Answers that are not comparable are set aside first,
+by the reason that says so, with their share of all tokens and of all drift: their numbers accuse
+nobody. Causes are of what is left. Those of `driftgate.causes` are undone one after the other; the
+share of each is how much the sum of |D| over the comparable tokens falls when it is, so that they
+add to 1 with what is left, ``unexplained``. What one cause took, the next cannot take again: where
+two are entangled, the earlier one has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from driftgate import anatomy
 from driftgate.anatomy import Growth, Place, Response, Slice
-from driftgate.causes import CAUSES, Floor, Found, Run
+from driftgate.baseline import Floor, Run
+from driftgate.causes import CAUSES, Found
+from driftgate.trace import Reason, ScoreMeta
 
 __all__ = [
     "METHOD",
     "Cause",
     "CauseName",
     "Explanation",
+    "Refusal",
+    "SetAside",
     "TrajectoryExplanation",
     "explain",
 ]
 
+F64 = npt.NDArray[np.float64]
+
 CauseName = Literal["transform", "template", "stale_weights", "routing", "precision", "unexplained"]
 
 METHOD = (
-    "causes are undone in this order; a share is the fall of sum|D| when its cause is undone, over "
-    "sum|D| at the start, so shares add to 1; one that cannot be measured has share 0, and its "
-    "drift stays unexplained"
+    "of the comparable tokens: causes are undone in this order; a share is the fall of sum|D| when "
+    "its cause is undone, over sum|D| at the start, so shares add to 1; one that cannot be "
+    "measured has share 0, and its drift stays unexplained"
 )
 
 
@@ -49,6 +57,35 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
     fix: str
 
 
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """A scored answer that is not comparable."""
+
+    step: int
+    reason: Reason
+    """The first that says so."""
+    tokens: int
+    """Sampled ones."""
+    sum_abs: float
+    """nats, over those that could be subtracted at all."""
+
+
+class SetAside(msgspec.Struct, frozen=True, kw_only=True):
+    """The answers that one reason makes not comparable: no cause is looked for in them."""
+
+    code: str
+    """Of `driftgate.codes`, such as ``grammar_masked``."""
+    detail: str
+    """What was seen, in the first of them."""
+    fix: str
+    responses: int
+    steps: list[int]
+    tokens: int
+    share_of_tokens: float
+    """Of the scored answers' sampled tokens."""
+    share_of_drift: float | None
+    """Of their sum of |D|, comparable or not; null where that is 0."""
+
+
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """One run under one engine and one trainer."""
 
@@ -60,15 +97,24 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     scored: int
     """Of those, by this trainer."""
     n_tokens: int
+    """Comparable ones that were read: the numbers below are of these."""
     n_responses: int
+    set_aside: list[SetAside]
+    """What is not comparable, by reason; most tokens first."""
+    left_out_responses: int
+    """Comparable ones that were not read: of a long run, answers evenly over it are."""
+    left_out_tokens: int
+    unreadable_responses: int
+    """Scored ones whose trace is lost or damaged."""
     comparable: dict[str, int]
-    """Scores by their verdict: ``yes``, ``converted``, ``no``."""
-    abs_log_ratio_mean: float
-    """nats, over all its compared tokens."""
+    """Scores by their verdict: ``yes``, ``converted``, ``no``; what only the whole cell refutes is
+    ``no`` here."""
+    abs_log_ratio_mean: float | None
+    """nats; null without a comparable token."""
     noise_floor: float | None
     """mean|D| of the noisier side against itself; null where it was not measured."""
     causes: list[Cause]
-    """In the order that they are undone, ``unexplained`` last."""
+    """In the order that they are undone, ``unexplained`` last; none without a comparable token."""
     method: str
     growth: Growth
     by_step: list[Slice]
@@ -92,30 +138,40 @@ class TrajectoryExplanation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def explain(
-    responses: Sequence[Response], *, captured: int, scored: int, floor: Floor | None = None
+    responses: Sequence[Response],
+    *,
+    sides: ScoreMeta,
+    captured: int,
+    comparable: Mapping[str, int],
+    refusals: Sequence[Refusal] = (),
+    floor: Floor | None = None,
+    left_out: Sequence[int] = (),
+    unreadable: int = 0,
 ) -> Explanation:
-    """The explanation of at least one response of one engine and one trainer.
+    """The explanation of one run under one engine and one trainer.
 
-    ``captured``, ``scored``: responses of the run, those without a comparable token included.
-    ValueError without a response.
+    ``responses``: comparable ones that were read. ``sides``: any score of the run. ``captured``:
+    traces of the engine in it. ``comparable``: scores by verdict. ``left_out``: tokens of each
+    comparable response that was not read.
     """
-    if not responses:
-        raise ValueError("nothing to explain: no response has a comparable token")
     ordered = sorted(responses, key=lambda r: (r.trace.step, r.trace.started_ns, r.trace.choice))
-    run, first = Run(ordered, floor), ordered[0].score
-    verdicts = [response.score.comparable.verdict for response in ordered]
+    d = np.concatenate([response.d for response in ordered] or [np.zeros(0)])
     return Explanation(
-        model=first.model,
-        engine_digest=first.engine.digest,
-        trainer_digest=first.trainer.digest,
+        model=sides.model,
+        engine_digest=sides.engine.digest,
+        trainer_digest=sides.trainer.digest,
         captured=captured,
-        scored=scored,
-        n_tokens=int(run.at.size),
+        scored=sum(comparable.values()),
+        n_tokens=d.size,
         n_responses=len(ordered),
-        comparable={v: verdicts.count(v) for v in ("yes", "converted", "no") if v in verdicts},
-        abs_log_ratio_mean=float(np.abs(run.d).mean()),
+        set_aside=_set_aside(refusals, d, sum(left_out)),
+        left_out_responses=len(left_out),
+        left_out_tokens=sum(left_out),
+        unreadable_responses=unreadable,
+        comparable=dict(comparable),
+        abs_log_ratio_mean=float(np.abs(d).mean()) if d.size else None,
         noise_floor=floor.abs_log_ratio_mean if floor else None,
-        causes=attribute(run),
+        causes=attribute(Run(ordered, floor)) if ordered else [],
         method=METHOD,
         growth=anatomy.growth(ordered),
         by_step=anatomy.by_step(ordered),
@@ -126,6 +182,31 @@ def explain(
         first_divergent=anatomy.first_divergent(ordered),
         worst=anatomy.worst(ordered),
     )
+
+
+def _set_aside(refusals: Sequence[Refusal], d: F64, unread: int) -> list[SetAside]:
+    """``d``: [n] nats of the comparable tokens, ``unread`` others of which are not known here and
+    drift as these do."""
+    drift = float(np.abs(d).sum()) * (1.0 + unread / d.size if d.size else 1.0)
+    tokens = d.size + unread + sum(refusal.tokens for refusal in refusals)
+    drift += sum(refusal.sum_abs for refusal in refusals)
+    codes: dict[str, list[Refusal]] = {}
+    for refusal in refusals:
+        codes.setdefault(refusal.reason.code, []).append(refusal)
+    out = [
+        SetAside(
+            code=code,
+            detail=found[0].reason.detail,
+            fix=found[0].reason.fix,
+            responses=len(found),
+            steps=sorted({one.step for one in found}),
+            tokens=(count := sum(one.tokens for one in found)),
+            share_of_tokens=count / tokens if tokens else 0.0,
+            share_of_drift=sum(one.sum_abs for one in found) / drift if drift else None,
+        )
+        for code, found in codes.items()
+    ]
+    return sorted(out, key=lambda aside: (-aside.tokens, aside.code))
 
 
 def attribute(run: Run) -> list[Cause]:

@@ -65,11 +65,14 @@ class GroupVerdict(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     engine_digest: str
     trainer_digest: str
+    of: int
+    """Runs that began with the prompt; ``members`` are the nearest in time of this engine."""
     members: list[GroupMember]
     verdict: Verdict
     ess_kish_trajectory: float | None
     """Kish over e^(sum of D) of each run: can whole runs be weighted against each other. Falls
-    with length by itself, so no profile looks at it. Null below two runs."""
+    with length by itself, so no profile looks at it. Over the comparable tokens of each; null below
+    two runs, and where one has none or is not scored in full."""
 
 
 class TrajectoryVerdicts(msgspec.Struct, frozen=True, kw_only=True):

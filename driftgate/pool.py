@@ -15,14 +15,14 @@ from typing import Literal
 
 import msgspec
 
-from driftgate.codes import SEVERITY, SPOILS_ROUTES
+from driftgate.codes import SEVERITY, SPOILS_ROUTES, reason
 from driftgate.comparable import judge_merged
 from driftgate.mismatch import Bucket, Worst
 from driftgate.replay import ReplayPair
 from driftgate.router import RouterBucket
 from driftgate.trace import Engine, Reason, Sampling, ScoreMeta
 
-__all__ = ["MAX_POOLS", "OTHERS", "Findings", "Judged", "Pools", "pool_of", "refutes"]
+__all__ = ["MAX_POOLS", "OTHERS", "Findings", "Judged", "Pools", "pool_of", "refusals", "refutes"]
 
 MAX_POOLS = 32
 """Of one cell. Agents use a handful of settings; one that draws its temperature must not grow the
@@ -33,6 +33,9 @@ OTHERS = "others"
 
 SHOWN = ("low_power",)
 """Notes of a pool that are told besides what refutes it: it was not tested."""
+
+NO_REASON = reason("scoring_failed", "not comparable, and no known reason", "score it again")
+"""Of a score that is not comparable and does not say why."""
 
 Findings = Mapping[str, Sequence[Reason]]
 """What the merged sums of each pool gave, by its key; every pool has an entry."""
@@ -47,6 +50,22 @@ def pool_of(meta: ScoreMeta, known: Collection[str]) -> str:
 def refutes(reasons: Iterable[Reason], codes: Collection[str] | None = None) -> bool:
     """Any of ``reasons`` makes the numbers no evidence (``codes``: only these count)."""
     return any(SEVERITY.get(r.code) == "no" and (codes is None or r.code in codes) for r in reasons)
+
+
+def refusals(meta: ScoreMeta, findings: Findings) -> list[Reason]:
+    """Why this score is no evidence, each code once; empty where it is.
+
+    Its own reasons, then those of its pool among ``findings``, which are of a cell that it is
+    folded into.
+    """
+    pooled = findings.get(pool_of(meta, findings), ())
+    found: dict[str, Reason] = {}
+    for one in (*meta.comparable.reasons, *pooled):
+        if refutes([one]):
+            found.setdefault(one.code, one)
+    if not found and meta.comparable.verdict == "no":
+        found[NO_REASON.code] = NO_REASON
+    return list(found.values())
 
 
 def _settings(sampling: Sampling | None) -> str:

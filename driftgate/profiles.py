@@ -33,6 +33,7 @@ Code = Literal[
     "NOT_COMPARABLE",
     "INCOMPLETE_CAPTURE",
     "ROUTER_FLIP",
+    "SYSTEMATIC_SHIFT",
 ]
 
 ProfileName = Literal["default", "observatory"]
@@ -42,6 +43,21 @@ NARROW, WIDE = "extreme_frac_tau2", "extreme_frac_tau5"
 
 CLAMPED = "clamped_frac_20"
 """Share of tokens with |D| > 20 nats, the original observatory's clamp."""
+
+BUT_WORST = "_but_worst"
+LEAVE_ONE_OUT = "ess_kish_token" + BUT_WORST
+"""``ess_kish_token`` without the token of the largest |D|: one token is no rate, and no reason to
+throw a run away."""
+
+NOT_COMPARABLE = "not_comparable_frac"
+"""Share of the scored answers' tokens that no number of the verdict rests on: of answers that are
+not comparable, and bad logprobs."""
+
+FEW_HITS = 3
+"""Tokens below which a share is not enough to throw a run away: one token of fifty is 2 %."""
+
+SHIFT_MIN_TOKENS = 32
+"""For the mean of D: at sigma = .5 its standard error is then below .09."""
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +69,10 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Tier
     above: float | None = None
     below: float | None = None
+    least: int = 1
+    """Of a share: only where at least so many tokens are behind it."""
+    min_tokens: int = 0
+    """Compared tokens below which the metric is not tested, by none of the limits on it."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,14 +83,23 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     limits: tuple[Limit, ...]
 
 
+MASKED = (
+    # Most of it cannot be judged: a verdict would speak for the smaller part.
+    Limit(code="NOT_COMPARABLE", metric=NOT_COMPARABLE, verdict="quarantine", above=0.5),
+    Limit(code="NOT_COMPARABLE", metric=NOT_COMPARABLE, verdict="train_with_correction", above=0),
+)
+"""Of every profile: what cannot be compared is masked, or the run is left."""
+
 OBSERVATORY = Profile(
     name="observatory",
     about=(
         "The original observatory's numbers: min ESS .30 (replay .60), clipped fraction .10 at a "
         "clamp of 20 nats, lag 8 (replay 4), veto 30 nats, slot-0 flips .15. Clamp and veto never "
-        "fire on real data. That any lag or clamped token asks for the correction is ours."
+        "fire on real data. That any lag or clamped token asks for the correction, and what "
+        "becomes of tokens that cannot be compared, is ours."
     ),
     limits=(
+        *MASKED,
         Limit(code="LOW_ESS", metric="ess_kish_response", verdict="quarantine", below=0.30),
         Limit(code="HIGH_CLIPPED_FRACTION", metric=CLAMPED, verdict="quarantine", above=0.10),
         Limit(code="STALE_POLICY_LAG", metric="policy_lag", verdict="quarantine", above=8),
@@ -97,13 +126,36 @@ OBSERVATORY = Profile(
     ),
 )
 
+_SHIFT_SIZES: tuple[tuple[Tier, float], ...] = (
+    ("quarantine", 0.47),
+    ("replay", 0.22),
+    ("train_with_correction", 0.10),
+)
+"""nats of mean D whose square / 2, the k3 of such a shift, is that of the ESS limits below: .11,
+.025 and .005."""
+
+_SHIFTS = tuple(
+    Limit(
+        code="SYSTEMATIC_SHIFT",
+        metric="log_ratio_mean",
+        verdict=verdict,
+        above=size if side > 0 else None,
+        below=-size if side < 0 else None,
+        min_tokens=SHIFT_MIN_TOKENS,
+    )
+    for verdict, size in _SHIFT_SIZES
+    for side in (-1, 1)
+)
+"""A shift that all tokens share leaves ESS at 1 and every ratio inside [.5, 2]."""
+
 DEFAULT = Profile(
     name="default",
     about=(
         "Limits that fire on real data: ratios outside [.5, 2] and [.2, 5], any ratio below 1e-4, "
-        "token ESS, lag, and routing by expert sets."
+        "token ESS, a shift of all tokens, lag, and routing by expert sets."
     ),
     limits=(
+        *MASKED,
         # verl's veto: a token that the trainer thinks ten thousand times less likely.
         Limit(
             code="VETO_THRESHOLD_EXCEEDED",
@@ -117,13 +169,20 @@ DEFAULT = Profile(
             metric=NARROW,
             verdict="quarantine",
             above=BANDS[NARROW].red,
+            least=FEW_HITS,
         ),
-        Limit(code="HIGH_CLIPPED_FRACTION", metric=WIDE, verdict="quarantine", above=0.01),
+        Limit(
+            code="HIGH_CLIPPED_FRACTION",
+            metric=WIDE,
+            verdict="quarantine",
+            above=0.01,
+            least=FEW_HITS,
+        ),
         # Token ESS is about e^-(sigma^2): .8 is sigma = .47, k3 of .11, ten times the red band.
-        Limit(code="LOW_ESS", metric="ess_kish_token", verdict="quarantine", below=0.80),
+        Limit(code="LOW_ESS", metric=LEAVE_ONE_OUT, verdict="quarantine", below=0.80),
         Limit(code="STALE_POLICY_LAG", metric="policy_lag", verdict="quarantine", above=8),
         # .95 is sigma = .23, k3 of .025: red, and still usable with another objective.
-        Limit(code="REPLAY_TIER_ESS", metric="ess_kish_token", verdict="replay", below=0.95),
+        Limit(code="REPLAY_TIER_ESS", metric=LEAVE_ONE_OUT, verdict="replay", below=0.95),
         Limit(code="REPLAY_TIER_LAG", metric="policy_lag", verdict="replay", above=4),
         # The ends of the green bands.
         Limit(
@@ -142,6 +201,7 @@ DEFAULT = Profile(
             verdict="train_with_correction",
             above=BANDS["router_set_disagree_rate"].red,
         ),
+        *_SHIFTS,
     ),
 )
 

@@ -19,6 +19,7 @@ from driftgate.judgements import Feedback, TrajectoryVerdicts
 from driftgate.profiles import Tier
 from driftgate.terminal import MISSING, number, percent, plain, safe, signed
 from driftgate.verdict import Brief, Verdict
+from driftgate.words import listed
 
 __all__ = ["explanation", "feedback", "verdicts"]
 
@@ -50,7 +51,8 @@ def verdicts(found: TrajectoryVerdicts) -> RenderableType:
         head.append(f"  {item.scored} of {item.captured} scored, {item.n_tokens:,} tokens")
         parts += [head, *_verdict(item.verdict), *_gates(item.verdict)]
     for group in found.groups:
-        head = Text(f"prompt group of {len(group.members)}", "bold")
+        of = f" of {group.of}" if group.of > len(group.members) else ""
+        head = Text(f"prompt group of {len(group.members)}{of}", "bold")
         head.append(f"  trainer {group.trainer_digest}", "default")
         head.append(f"  ess_kish_trajectory {number(group.ess_kish_trajectory)}")
         parts += [head, *_verdict(group.verdict)]
@@ -104,6 +106,9 @@ def explanation(found: TrajectoryExplanation) -> RenderableType:
     parts: list[RenderableType] = []
     for item in found.items:
         parts.append(_head(found.trajectory, item))
+        parts += _set_aside(item)
+        if not item.n_responses:
+            continue
         parts.append(_causes(item))
         parts.append(_growth(item.growth))
         for title, slices in (
@@ -130,8 +135,32 @@ def _head(trajectory: str, item: Explanation) -> Text:
     return head.append("  comparable " + ", ".join(f"{k} {v}" for k, v in item.comparable.items()))
 
 
+def _set_aside(item: Explanation) -> Iterator[RenderableType]:
+    """What no number below is of, and why."""
+    for aside in item.set_aside:
+        text = Text("  set aside: ").append(safe(aside.code), "bold yellow")
+        text.append(
+            f": {number(aside.tokens)} tokens, {percent(aside.share_of_tokens)} of all and "
+            f"{percent(aside.share_of_drift)} of all |D|, step {listed(aside.steps)}: "
+        )
+        yield text.append(safe(f"{aside.detail}. {aside.fix}"))
+    if item.left_out_responses:
+        yield Text(
+            f"  a long run: {item.n_responses:,} answers evenly over it were read; "
+            f"{item.left_out_responses:,} with {item.left_out_tokens:,} tokens were not. First and "
+            "worst token are of all",
+            "dim",
+        )
+    if item.unreadable_responses:
+        yield Text(f"  not readable: {item.unreadable_responses} answers", "yellow")
+    if not item.n_responses:
+        yield Text("  no comparable token: there is nothing to look for causes in")
+
+
 def _causes(item: Explanation) -> Table:
-    table = Table(title="shares of mean|D|", title_justify="left", pad_edge=False)
+    table = Table(
+        title="shares of mean|D| of the comparable tokens", title_justify="left", pad_edge=False
+    )
     for column in ("cause", "share", "found", "what was seen", "what to do"):
         table.add_column(column)
     for cause in item.causes:

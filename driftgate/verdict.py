@@ -1,8 +1,10 @@
 """May this rollout be trained on? METRICS 5: a verdict with typed reasons, or null and why.
 
 Pure: sums and coverage in, verdict out. A verdict is only given of something whole: while calls
-are open, or while traces that can be scored are not, it is null. A gap in the capture and a
-comparison that is not valid end in quarantine, whatever the numbers say.
+are open, or while traces that can be scored are not, it is null. A gap in the capture ends in
+quarantine, whatever the numbers say; so does a comparison whose reason doubts a side. An answer
+that only cannot be compared, for what it was asked with, is named to be masked, and the rest is
+judged (docs/design/0007-what-cannot-be-compared.md).
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ from typing import Literal
 
 import msgspec
 
+from driftgate.codes import MASKABLE
 from driftgate.gates import GATES, Gate
+from driftgate.lag import Lag
 from driftgate.mismatch import Bucket
-from driftgate.profiles import CLAMPED, TIERS, Code, Limit, Profile, Tier
-from driftgate.router import RouterBucket
-from driftgate.sums import bin_value
+from driftgate.profiles import BUT_WORST, NOT_COMPARABLE, TIERS, Code, Limit, Profile, Tier
+from driftgate.subject import Refused, Subject, measure
+from driftgate.words import listed
 
 __all__ = [
     "Brief",
@@ -27,11 +31,7 @@ __all__ = [
     "VerdictReason",
     "brief",
     "judge",
-    "policy_lag",
 ]
-
-CLAMP = 20.0
-"""nats; the observatory's clamp."""
 
 FIXES: dict[Code, str] = {
     "WITHIN_BUDGET": "train on it as it is",
@@ -48,52 +48,13 @@ FIXES: dict[Code, str] = {
     "not drift",
     "INCOMPLETE_CAPTURE": "leave it out of training; `driftgate show` lists what is missing",
     "ROUTER_FLIP": "train under the rollout's routes (routing replay, R3)",
+    "SYSTEMATIC_SHIFT": "look for another temperature, other weights or another adapter: "
+    "importance weights do not see what all tokens share",
 }
 """What to do about each."""
 
-
-class Lag(msgspec.Struct, frozen=True, kw_only=True):
-    """Policy versions between sampling and scoring, the largest of several; null with a reason."""
-
-    steps: int | None
-    reason: str | None = None
-
-
-def policy_lag(pairs: Iterable[tuple[str, str | None]]) -> Lag:
-    """The largest distance over (version that sampled, version that scored) of each trace.
-
-    Only whole numbers have a distance; one pair without makes it null.
-    """
-    steps = 0
-    for sampled, scored in pairs:
-        if not _whole(sampled) or scored is None or not _whole(scored):
-            seen = f"sampled under {sampled!r}, scored under {scored or 'unknown'!r}"
-            return Lag(steps=None, reason=f"{seen}: a lag needs two whole numbers")
-        steps = max(steps, abs(int(scored) - int(sampled)))
-    return Lag(steps=steps)
-
-
-def _whole(version: str) -> bool:
-    return version.isascii() and version.isdigit() and len(version) <= 18
-
-
-class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """What is judged: the traces of one engine, scored by one trainer, of one run or of a group."""
-
-    captured: int
-    scorable: int
-    scored: int
-    open_calls: int = 0
-    gaps: Sequence[str] = ()
-    bucket: Bucket | None = None
-    """Over the scores that are comparable."""
-    comparable: int = 0
-    """Of ``scored``, those behind ``bucket``."""
-    codes: Sequence[str] = ()
-    """Why the others are not."""
-    router: RouterBucket | None = None
-    router_reason: str | None = None
-    lag: Lag = Lag(steps=None, reason="no weight versions")
+MASK_FIX = "mask these tokens out of the loss (`driftgate export` does); they stay as context"
+"""For ``NOT_COMPARABLE`` where the rest can be trained on."""
 
 
 class VerdictReason(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +91,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     undefined: dict[str, str] = {}
     """Why one of them is null; a limit on it is then not tested."""
     gates: list[GateShare] = []
+    not_comparable: list[Refused] = []
+    """Answers that nothing here speaks for: mask their tokens, or leave them out."""
 
 
 class Brief(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +117,7 @@ def brief(verdict: Verdict) -> Brief:
 
 def judge(subject: Subject, profile: Profile) -> Verdict:
     """The verdict on ``subject`` under ``profile``."""
-    measured, undefined = _measure(subject, profile)
+    measured, undefined = measure(subject, profile)
     if why := _unfinished(subject):
         return Verdict(
             verdict=None,
@@ -163,12 +126,16 @@ def judge(subject: Subject, profile: Profile) -> Verdict:
             measured=measured,
             undefined=undefined,
             gates=_gates(subject.bucket),
+            not_comparable=list(subject.refused),
         )
-    reasons = [*_invalid(subject), *_broken(profile.limits, measured)]
+    reasons = [*_invalid(subject), *_broken(subject, profile.limits, measured)]
     reasons.sort(key=lambda reason: -TIERS.index(reason.verdict))
     if not reasons:
         tested = sum(measured[name] is not None for name in measured)
-        detail = f"within all limits of {profile.name}; {tested} of {len(measured)} numbers known"
+        detail = (
+            f"within all limits of {profile.name} over {subject.compared} tokens; "
+            f"{tested} of {len(measured)} numbers known"
+        )
         reasons = [_reason("WITHIN_BUDGET", "train", detail)]
     return Verdict(
         verdict=reasons[0].verdict,
@@ -177,6 +144,7 @@ def judge(subject: Subject, profile: Profile) -> Verdict:
         measured=measured,
         undefined=undefined,
         gates=_gates(subject.bucket),
+        not_comparable=list(subject.refused),
     )
 
 
@@ -190,6 +158,8 @@ def _unfinished(subject: Subject) -> str | None:
         return "nothing is captured"
     if subject.scored < subject.scorable or not subject.scored:
         return f"{subject.scored} of {subject.scorable} traces that can be scored are scored"
+    if not subject.tokens:
+        return "no token was sampled"
     return None
 
 
@@ -208,42 +178,75 @@ def _invalid(subject: Subject) -> list[VerdictReason]:
                 threshold=0.0,
             )
         )
-    refused = subject.scored - subject.comparable
-    if refused:
-        codes = ", ".join(subject.codes) or "no comparable token"
+    if faults := _faults(subject):
+        answers = f"{len(faults)} of {subject.scored} answers ({_steps(faults)})"
         out.append(
             _reason(
                 "NOT_COMPARABLE",
                 "quarantine",
-                f"{refused} of {subject.scored} scores: {codes}",
-                metric="not_comparable_frac",
-                observed=refused / subject.scored,
+                f"{answers}: {_codes(faults)}; that doubts the whole run",
+                metric=NOT_COMPARABLE,
+                observed=subject.not_compared_share,
                 threshold=0.0,
             )
         )
+    if subject.lag.steps is None and subject.lag.differs:
+        detail = f"{subject.lag.reason}; they differ"
+        out.append(_reason("STALE_POLICY_LAG", "train_with_correction", detail))
     return out
 
 
+def _faults(subject: Subject) -> list[Refused]:
+    """Answers whose reasons doubt a side of the pair, and not only the answer."""
+    return [refused for refused in subject.refused if not MASKABLE.issuperset(refused.codes)]
+
+
 def _broken(
-    limits: Sequence[Limit], measured: Mapping[str, float | None]
+    subject: Subject, limits: Sequence[Limit], measured: Mapping[str, float | None]
 ) -> Iterable[VerdictReason]:
     """One reason for each broken limit; of one code on one metric only the most severe."""
-    seen = set[tuple[str, str]]()
+    seen = {("NOT_COMPARABLE", NOT_COMPARABLE)} if _faults(subject) else set[tuple[str, str]]()
     for limit in sorted(limits, key=lambda limit: -TIERS.index(limit.verdict)):
-        value, key = measured[limit.metric], (limit.code, limit.metric)
+        value, key = measured[limit.metric], (limit.code, limit.metric.removesuffix(BUT_WORST))
+        at_least = ""
+        if value is None and limit.metric == "policy_lag" and subject.lag.at_least:
+            value, at_least = float(subject.lag.at_least), "at least "
         if value is None or key in seen:
+            continue
+        if limit.least > 1 and round(value * subject.compared) < limit.least:
             continue
         sign, threshold = _threshold(limit)
         if (value > threshold) if sign == ">" else (value < threshold):
             seen.add(key)
+            masked = limit.metric == NOT_COMPARABLE
             yield _reason(
                 limit.code,
                 limit.verdict,
-                f"{limit.metric} {value:.4g} {sign} {threshold:g}",
+                _uncompared(subject)
+                if masked
+                else f"{limit.metric} {at_least}{value:.4g} {sign} {threshold:g}",
                 metric=limit.metric,
                 observed=value,
                 threshold=threshold,
+                fix=MASK_FIX if masked and limit.verdict == "train_with_correction" else None,
             )
+
+
+def _uncompared(subject: Subject) -> str:
+    """In words, what cannot be compared and why."""
+    count = subject.tokens - subject.compared
+    named = f": {_codes(subject.refused)} in {_steps(subject.refused)}" if subject.refused else ""
+    bad = count - sum(refused.tokens for refused in subject.refused)
+    words = f"; bad logprobs: {bad}" if bad else ""
+    return f"{count} of {subject.tokens} tokens ({count / subject.tokens:.1%}){named}{words}"
+
+
+def _codes(refused: Iterable[Refused]) -> str:
+    return ", ".join(sorted({code for one in refused for code in one.codes}))
+
+
+def _steps(refused: Iterable[Refused]) -> str:
+    return f"step {listed(sorted({one.step for one in refused}))}"
 
 
 def _threshold(limit: Limit) -> tuple[Literal[">", "<"], float]:
@@ -261,6 +264,7 @@ def _reason(
     metric: str | None = None,
     observed: float | None = None,
     threshold: float | None = None,
+    fix: str | None = None,
 ) -> VerdictReason:
     return VerdictReason(
         code=code,
@@ -269,44 +273,8 @@ def _reason(
         observed=observed,
         threshold=threshold,
         detail=detail,
-        fix=FIXES[code],
+        fix=fix or FIXES[code],
     )
-
-
-def _measure(subject: Subject, profile: Profile) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Each number that the profile looks at, and why one is not known."""
-    values: dict[str, float | None] = {}
-    why: dict[str, str] = {}
-    values["policy_lag"] = None if subject.lag.steps is None else float(subject.lag.steps)
-    if subject.lag.reason is not None:
-        why["policy_lag"] = subject.lag.reason
-    if subject.bucket is not None:
-        values |= subject.bucket.metrics()
-        values[CLAMPED] = _clamped(subject.bucket)
-        why |= subject.bucket.undefined()
-    if subject.router is not None:
-        values |= {
-            name: value
-            for name, value in subject.router.metrics().items()
-            if isinstance(value, (int, float))
-        }
-        why |= subject.router.undefined()
-    measured: dict[str, float | None] = {}
-    undefined: dict[str, str] = {}
-    for name in dict.fromkeys(limit.metric for limit in profile.limits):
-        measured[name] = values.get(name)
-        if measured[name] is None:
-            absent = subject.router_reason if name.startswith("router_") else None
-            undefined[name] = why.get(name) or absent or "nothing comparable to measure it on"
-    return measured, undefined
-
-
-def _clamped(bucket: Bucket) -> float | None:
-    """Share of tokens with |D| > CLAMP, from the sketch: its edge is within 0.5 % of it."""
-    if not bucket.n_tokens:
-        return None
-    above = sum(count for at, count in bucket.sketch.bins.items() if bin_value(at) > CLAMP)
-    return above / bucket.n_tokens
 
 
 def _gates(bucket: Bucket | None) -> list[GateShare]:

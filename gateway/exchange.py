@@ -17,8 +17,9 @@ from aiohttp import web
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import DriftgateError, StorageError, UpstreamError
 from driftgate.gateway import http, sse
+from driftgate.gateway.breakage import breakage
 from driftgate.gateway.capture import Folded, fold_answer, fold_stream
-from driftgate.gateway.ending import Asked, Ending, Outcome, chunks, read_whole, said, words
+from driftgate.gateway.ending import Asked, Ending, Outcome, chunks, read_whole, said
 from driftgate.gateway.history import turns_of_answer, turns_of_stream
 from driftgate.gateway.openai import strip_answer
 from driftgate.gateway.recorder import CLIENT_LEFT, Recorder
@@ -47,6 +48,10 @@ class Exchange:
         self._adapter = adapter
         self._end = Ending(request, asked, sessions=sessions, recorder=recorder)
         self._tape = Tape(asked.plan, limit_bytes=asked.max_answer_bytes)
+        self._teller = asked.dialect.teller if asked.dialect is not None else None
+
+        self._last: list[bytes] = []
+        """A teller's events for the end of the answer, which wait for its record."""
 
     @property
     def outcome(self) -> Outcome:
@@ -78,11 +83,9 @@ class Exchange:
             self._end.fail("cancelled", self._recorder.cancel_reason)
             raise
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._end.fail("unreachable", f"the engine did not answer: {words(error)}")
-            raise UpstreamError(
-                f"the engine did not answer: {words(error)}; check that it runs, and that the "
-                "gateway's upstream is its address"
-            ) from error
+            broke = breakage(error)
+            self._end.fail("cut" if broke.reached else "unreachable", broke.what)
+            raise UpstreamError(f"{broke.what}; {broke.fix}") from error
         except DriftgateError as error:
             storage = isinstance(error, StorageError)
             self._end.fail("not_recorded" if storage else "cut", str(error))
@@ -97,13 +100,18 @@ class Exchange:
                 return await self._stream(answer)
             return await self._json(answer)
         raw = await read_whole(answer, self._asked)
+        headers = http.answer_headers(answer.headers)
         if answer.status == 200:
-            self._end.unkept("the engine compressed its answer although identity was asked for")
+            why = "the engine compressed its answer although identity was asked for"
+            if self._teller is not None:
+                raise UpstreamError(why)
+            self._end.unkept(why)
         else:
             self._end.fail("engine_error", said(raw), answer.status)
-        return web.Response(
-            status=answer.status, body=raw, headers=http.answer_headers(answer.headers)
-        )
+            if self._asked.dialect is not None:
+                raw = self._asked.dialect.engine_error(answer.status, raw)
+                headers["Content-Type"] = "application/json"
+        return web.Response(status=answer.status, body=raw, headers=headers)
 
     async def _json(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         asked, end = self._asked, self._end
@@ -112,6 +120,8 @@ class Exchange:
         # On the loop at any size: the parser holds the GIL, a thread would only add its switch.
         body, messages, pieces = strip_answer(raw, asked.plan)
         turns = turns_of_answer(asked.history, asked.plan, raw, messages)
+        if self._teller is not None:
+            body = end.response = self._teller.answer(body)
         fold = partial(
             fold_answer, pieces or raw, asked.plan, self._adapter, expect_routes=asked.expect_routes
         )
@@ -141,6 +151,7 @@ class Exchange:
         try:
             await response.prepare(self._request)
             async for chunk in chunks(answer):
+                self._asked.served.passing(self._tape)
                 await self._pass_events(response, splitter.feed(chunk))
             if rest := splitter.rest():
                 await self._pass_events(response, [rest])
@@ -171,8 +182,16 @@ class Exchange:
                 out.clear()
                 await self._before_end()
             if passed is not None:
-                out.append(passed)
+                out += self._told(event, passed)
         await self._write(response, out)
+
+    def _told(self, event: bytes, passed: bytes) -> list[bytes]:
+        """An event as the agent's API has it. A teller reads what the engine sent: it counts the
+        prompt's ids, and shows no more than was asked for."""
+        if self._teller is None:
+            return [passed]
+        last, self._last = self._last, []
+        return last if self._tape.done else self._teller.take(event)
 
     async def _write(self, response: web.StreamResponse, events: list[bytes]) -> None:
         if events:
@@ -184,6 +203,9 @@ class Exchange:
         if self._end.known:
             return
         turns = turns_of_stream(self._asked.history, self._tape)
+        if self._teller is not None:
+            self._last = self._teller.end() if self._tape.done else []
+            self._end.response = self._teller.body()
         if self._tape.over:
             self._end.known = self._end.released = True
             self._end_stream(None, left=False)
@@ -191,6 +213,8 @@ class Exchange:
             await self._end.before_end(turns, self._fold(None), self._tape.size_bytes)
 
     def _end_stream(self, end: str | None, *, left: bool) -> None:
+        if self._teller is not None:
+            self._end.response = self._teller.body()
         if end is not None:
             self._end.failed_try()
             self._end.outcome = "cancelled" if left else "cut"

@@ -2,8 +2,8 @@
 event loop.
 
 The first rule that applies names the trajectory: URL, header, minted key, agents' session headers,
-metadata, the longest prefix of the conversation or prompt that ends in an answer we gave, else a
-new one.
+metadata, the response that the call names, the longest prefix of the conversation or prompt that
+ends in an answer we gave, else a new one.
 Nothing is guessed: a call without an answer of ours in it is a new trajectory even when its prompt
 equals another's, and one that several trajectories could have led to is a new one that lists them.
 
@@ -144,6 +144,11 @@ class Sessions:
         name = new_trajectory() if trajectory is None else check_trajectory(trajectory)
         return name, self._keys.make(name)
 
+    def owner(self, headers: Mapping[str, str]) -> str | None:
+        """The only trajectory that the request's key opens; None where it opens all."""
+        key = minted_key(headers)
+        return None if key is None else self._keys.trajectory_of(key)
+
     def place(
         self,
         *,
@@ -151,12 +156,14 @@ class Sessions:
         headers: Mapping[str, str],
         metadata: Mapping[str, Any] | None,
         history: History,
+        previous: str | None = None,
     ) -> Place:
         """The first rule that applies. RequestError for an id or a minted key that is not valid.
 
-        ``headers`` must find names in any case.
+        ``headers`` must find names in any case; ``previous``: the trajectory of the response that
+        the call goes on from.
         """
-        place = self._by_rules(url, headers, metadata, history)
+        place = self._by_rules(url, headers, metadata, history, previous)
         return replace(place, agent=read_agent(headers))
 
     def _by_rules(
@@ -165,6 +172,7 @@ class Sessions:
         headers: Mapping[str, str],
         metadata: Mapping[str, Any] | None,
         history: History,
+        previous: str | None,
     ) -> Place:
         if url is not None:
             return Place(check_trajectory(url), "url")
@@ -183,6 +191,8 @@ class Sessions:
                 return Place(headers[name], "session_header")
         if metadata and is_trajectory(named := metadata.get("trajectory_id")):
             return Place(named, "metadata")
+        if previous is not None:
+            return Place(previous, "previous_response")
         if isinstance(history, Conversation):
             return _one_of(self._givers_of_last_turn(history))
         if isinstance(history, Prompt):
@@ -226,8 +236,24 @@ class Sessions:
         """Number on from what the index holds, unless steps were given here in the meantime."""
         self._steps.put(trajectory, max(next_step, self._steps.get(trajectory) or 0))
 
-    def begin(self, place: Place, *, call_id: str, body_sha256: str, sdk_retry: int) -> Call:
-        """Give the call its step: that of the call it repeats, or the next one."""
+    def next_step(self, place: Place, *, body_sha256: str, sdk_retry: int) -> int | None:
+        """The step that ``begin`` would give to a call that repeats none; None where it does."""
+        earlier = self._calls.get(_scope_of(place, body_sha256)) or []
+        if _repeated(earlier, place, sdk_retry) is not None:
+            return None
+        return self._steps.get(place.trajectory) or 0
+
+    def begin(
+        self,
+        place: Place,
+        *,
+        call_id: str,
+        body_sha256: str,
+        sdk_retry: int,
+        step: int | None = None,
+    ) -> Call:
+        """Give the call its step: that of the call it repeats, or the next one; ``step`` is one
+        that was given out for it elsewhere."""
         scope = _scope_of(place, body_sha256)
         earlier = self._calls.get(scope) or []
         first = _repeated(earlier, place, sdk_retry)
@@ -241,8 +267,9 @@ class Sessions:
             if place.attribution == "new" and sdk_retry > 0:
                 others = (call.place.trajectory for call in earlier if not call.repeated)
                 place = replace(place, ambiguous=tuple(dict.fromkeys((*place.ambiguous, *others))))
-            step = self._steps.get(place.trajectory) or 0
-            self._steps.put(place.trajectory, step + 1)
+            following = self._steps.get(place.trajectory) or 0
+            step = following if step is None else step
+            self._steps.put(place.trajectory, max(following, step + 1))
             call = Call(call_id, place, step, sdk_retry, body_sha256)
         self._calls.put(scope, [*(c for c in earlier if not c.repeated), call][-MAX_CANDIDATES:])
         return call

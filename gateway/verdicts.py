@@ -7,12 +7,11 @@ verdict for each pair.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from driftgate.codes import SEVERITY
+from driftgate.codes import SPOILS_ROUTES
 from driftgate.judgements import (
     Feedback,
     FeedbackRow,
@@ -22,38 +21,26 @@ from driftgate.judgements import (
     TrajectoryVerdict,
     TrajectoryVerdicts,
 )
+from driftgate.lag import Lag, widest
 from driftgate.mismatch import Bucket
-from driftgate.pool import merged
+from driftgate.pool import merged, refusals
 from driftgate.profiles import PROFILES, Profile, ProfileName
 from driftgate.router import RouterBucket
-from driftgate.storage import CellRow, Reader, TraceRow
-from driftgate.storage.cells import CellFold
+from driftgate.storage import CellRow, Reader
+from driftgate.storage.subjects import Pair, pairs, unscored
+from driftgate.subject import Refused, Subject
 from driftgate.sums import LogSum, kish
-from driftgate.trace import Engine, ScoreMeta, Trainer
-from driftgate.verdict import Brief, Lag, Subject, Verdict, brief, judge, policy_lag
+from driftgate.trace import ScoreMeta
+from driftgate.verdict import Brief, Verdict, brief, judge
 
-__all__ = ["MAX_FEEDBACK", "Verdicts", "of_response", "scores_of"]
+__all__ = ["MAX_FEEDBACK", "Verdicts", "of_response"]
 
 MAX_FEEDBACK = 1000
 """Trajectories behind one roll-up: each is read and folded, about 1 ms."""
 
-SCORES_PAGE = 1000
-"""Rows read from the index at once."""
 
-
-class _Pair(NamedTuple):
-    """One engine and one trainer on one trajectory."""
-
-    model: str
-    engine: Engine
-    trainer: Engine | Trainer | None
-    versions: tuple[str, ...]
-    subject: Subject
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        trainer = self.trainer.digest if self.trainer else ""
-        return self.model, self.engine.digest, trainer
+MAX_MEMBERS = 128
+"""Runs of one prompt that are judged together, the nearest in time; groups are of 4 to 64 runs."""
 
 
 class Verdicts:
@@ -89,7 +76,7 @@ class Verdicts:
         rows = self.reader.trajectories(limit=min(limit, MAX_FEEDBACK))
         tallies: dict[tuple[str, ...], _Tally] = {}
         for row in rows:
-            for pair in self._pairs(row.trajectory, cells):
+            for pair in pairs(self.reader, row.trajectory, cells):
                 key = (*pair.key, *pair.versions)
                 tallies.setdefault(key, _Tally(pair)).add(pair, judge(pair.subject, budget))
         return Feedback(
@@ -102,11 +89,13 @@ class Verdicts:
     def _items(
         self, trajectory: str, profile: Profile, cells: Sequence[CellRow]
     ) -> list[TrajectoryVerdict]:
-        pairs = self._pairs(trajectory, cells)
-        if pairs:
-            return [_item(pair, profile) for pair in pairs]
+        found = pairs(self.reader, trajectory, cells)
+        if found:
+            return [_item(pair, profile) for pair in found]
         row = self.reader.trajectory(trajectory)
-        empty = Subject(captured=0, scorable=0, scored=0, open_calls=row.open_calls, gaps=row.gaps)
+        empty = Subject(
+            captured=0, scorable=0, scored=0, tokens=0, open_calls=row.open_calls, gaps=row.gaps
+        )
         return [
             TrajectoryVerdict(
                 model=None,
@@ -124,130 +113,69 @@ class Verdicts:
     def _groups(
         self, trajectory: str, profile: Profile, cells: Sequence[CellRow]
     ) -> Iterator[GroupVerdict]:
-        names = self.reader.prompt_group(trajectory)
-        if len(names) < 2:
+        group = self.reader.prompt_group(trajectory)
+        if len(group) < 2:
             return
-        members = {name: {pair.key: pair for pair in self._pairs(name, cells)} for name in names}
-        for key, own in members[trajectory].items():
+        first = max(0, min(group.index(trajectory) - MAX_MEMBERS // 2, len(group) - MAX_MEMBERS))
+        names = group[first : first + MAX_MEMBERS]
+        members = {name: pairs(self.reader, name, cells) for name in names}
+        for own in members[trajectory]:
             if own.trainer is None:
                 continue
-            pairs = {name: pairs[key] for name, pairs in members.items() if key in pairs}
+            same = {
+                name: pair
+                for name, found in members.items()
+                if (pair := _counterpart(found, own)) is not None
+            }
+            if len(same) < 2:
+                continue
             yield GroupVerdict(
                 model=own.model,
                 engine_digest=own.engine.digest,
                 trainer_digest=own.trainer.digest,
+                of=len(group),
                 members=[
                     GroupMember(trajectory=name, verdict=brief(judge(pair.subject, profile)))
-                    for name, pair in pairs.items()
+                    for name, pair in same.items()
                 ],
-                verdict=judge(_together(pairs), profile),
-                ess_kish_trajectory=_kish([pair.subject for pair in pairs.values()]),
+                verdict=judge(_together(same), profile),
+                ess_kish_trajectory=_kish([pair.subject for pair in same.values()]),
             )
 
-    def _pairs(self, trajectory: str, cells: Sequence[CellRow]) -> list[_Pair]:
-        """Every engine that sampled for it with every trainer that scored any of it, or alone."""
-        row = self.reader.trajectory(trajectory)
-        engines: dict[tuple[str, str], list[TraceRow]] = {}
-        for trace in self.reader.traces(trajectory):
-            engines.setdefault((trace.meta.model, trace.meta.engine.digest), []).append(trace)
-        metas: dict[str, dict[str, ScoreMeta]] = {}
-        trainers: dict[str, Engine | Trainer] = {}
-        for meta in scores_of(self.reader, trajectory):
-            digest = meta.trainer.digest
-            trainers[digest] = meta.trainer
-            metas.setdefault(digest, {})[meta.trace_id] = meta
-        out = []
-        for _, traces in sorted(engines.items()):
-            for trainer in sorted(trainers) or [""]:
-                scores = [
-                    metas[trainer][trace.meta.trace_id]
-                    for trace in traces
-                    if trace.meta.trace_id in metas.get(trainer, {})
-                ]
-                subject = _subject(traces, scores, cells, gaps=row.gaps, open_calls=row.open_calls)
-                first = traces[0].meta
-                versions = tuple(sorted({trace.meta.weight_version for trace in traces}))
-                out.append(
-                    _Pair(first.model, first.engine, trainers.get(trainer), versions, subject)
-                )
-        return out
+
+def _counterpart(found: Sequence[Pair], own: Pair) -> Pair | None:
+    """Of another run, the same engine and trainer; unscored where this trainer has not been there,
+    None where the engine has not."""
+    sampled = [pair for pair in found if pair.key[:2] == own.key[:2]]
+    scored = [pair for pair in sampled if pair.key == own.key]
+    return scored[0] if scored else unscored(sampled[0]) if sampled else None
 
 
 def of_response(meta: ScoreMeta) -> Brief | None:
     """The default profile's verdict on one response by its score alone; None for a noise floor."""
     if meta.kind != "drift":
         return None
-    refused = [r.code for r in meta.comparable.reasons if SEVERITY.get(r.code) == "no"]
+    codes = [reason.code for reason in refusals(meta, {})]
+    bucket = meta.bucket
+    tokens = bucket.n_tokens + bucket.n_bad_tokens if bucket else 0
+    refused = Refused(
+        trace_id=meta.trace_id, step=meta.step, choice=meta.choice, tokens=tokens, codes=codes
+    )
     subject = Subject(
         captured=1,
         scorable=1,
         scored=1,
-        bucket=meta.bucket,
-        comparable=int(meta.comparable.verdict != "no"),
-        codes=refused,
-        router=meta.router,
+        bucket=None if codes else bucket,
+        tokens=max(1, tokens),
+        refused=[refused] if codes else [],
+        router=None if SPOILS_ROUTES.intersection(codes) else meta.router,
         router_reason=meta.router_reason,
         lag=Lag(steps=None, reason="a score does not say under which version was sampled"),
     )
     return brief(judge(subject, PROFILES["default"]))
 
 
-def scores_of(reader: Reader, trajectory: str) -> Iterator[ScoreMeta]:
-    """Every drift score of a trajectory in order of arrival."""
-    after, page = 0, SCORES_PAGE
-    while page == SCORES_PAGE:
-        rows = reader.scores(trajectory, after=after, limit=SCORES_PAGE, kind="drift")
-        yield from (row.meta for row in rows)
-        page, after = len(rows), rows[-1].seq if rows else after
-
-
-def _subject(
-    traces: Sequence[TraceRow],
-    scores: Sequence[ScoreMeta],
-    cells: Sequence[CellRow],
-    *,
-    gaps: Sequence[str],
-    open_calls: int,
-) -> Subject:
-    folded = _fold(scores, len(traces), cells) if scores else None
-    bucket = folded.comparable_bucket if folded else None
-    versions = {trace.meta.trace_id: trace.meta.weight_version for trace in traces}
-    pairs = [(versions[meta.trace_id], meta.trainer_weight_version) for meta in scores]
-    return Subject(
-        captured=len(traces),
-        scorable=sum(trace.scorable for trace in traces),
-        scored=len(scores),
-        open_calls=open_calls,
-        gaps=gaps,
-        bucket=bucket,
-        comparable=bucket.n_seqs if bucket else 0,
-        codes=_refusals(folded) if folded else (),
-        router=folded.router if folded else None,
-        router_reason=next((meta.router_reason for meta in scores if meta.router_reason), None),
-        lag=policy_lag(pairs) if pairs else Lag(steps=None, reason="not scored"),
-    )
-
-
-def _fold(scores: Sequence[ScoreMeta], captured: int, cells: Sequence[CellRow]) -> CellRow:
-    """One trajectory's scores as the cell they would be, refuted by what the whole cell refutes."""
-    first = scores[0]
-    fold = CellFold(first)
-    for meta in scores:
-        fold.fold(meta)
-    same = (first.engine, first.trainer, first.model, first.kind)
-    wider = next(
-        (row for row in cells if (row.engine, row.trainer, row.model, row.kind) == same), None
-    )
-    return fold.row(captured, wider=wider.findings if wider else None)
-
-
-def _refusals(row: CellRow) -> list[str]:
-    """Codes that make scores of the row not comparable."""
-    found = {reason.code for reasons in row.findings.values() for reason in reasons}
-    return sorted(code for code in {*row.reasons, *found} if SEVERITY.get(code) == "no")
-
-
-def _item(pair: _Pair, profile: Profile) -> TrajectoryVerdict:
+def _item(pair: Pair, profile: Profile) -> TrajectoryVerdict:
     subject = pair.subject
     return TrajectoryVerdict(
         model=pair.model,
@@ -262,23 +190,21 @@ def _item(pair: _Pair, profile: Profile) -> TrajectoryVerdict:
     )
 
 
-def _together(pairs: dict[str, _Pair]) -> Subject:
+def _together(found: Mapping[str, Pair]) -> Subject:
     """The members of a group as one subject."""
-    subjects = [pair.subject for pair in pairs.values()]
-    lags = [subject.lag for subject in subjects]
-    unknown = next((lag for lag in lags if lag.steps is None), None)
+    subjects = [pair.subject for pair in found.values()]
     return Subject(
         captured=sum(s.captured for s in subjects),
         scorable=sum(s.scorable for s in subjects),
         scored=sum(s.scored for s in subjects),
         open_calls=sum(s.open_calls for s in subjects),
-        gaps=[f"{name}: {gap}" for name, pair in pairs.items() for gap in pair.subject.gaps],
+        gaps=[f"{name}: {gap}" for name, pair in found.items() for gap in pair.subject.gaps],
         bucket=_merged_buckets(s.bucket for s in subjects),
-        comparable=sum(s.comparable for s in subjects),
-        codes=sorted({code for s in subjects for code in s.codes}),
+        tokens=sum(s.tokens for s in subjects),
+        refused=[refused for s in subjects for refused in s.refused],
         router=_merged_routers(s.router for s in subjects),
         router_reason=next((s.router_reason for s in subjects if s.router_reason), None),
-        lag=unknown or Lag(steps=max(lag.steps or 0 for lag in lags)),
+        lag=widest(subject.lag for subject in subjects),
     )
 
 
@@ -298,25 +224,26 @@ def _merged_routers(routers: Iterable[RouterBucket | None]) -> RouterBucket | No
 
 
 def _kish(subjects: Sequence[Subject]) -> float | None:
-    """Kish over e^(sum of D), one weight for each run; None for fewer than two."""
+    """Kish over e^(sum of D), one weight for each run; None for fewer than two, and where a run has
+    none or it is only of a part of its answers."""
+    if len(subjects) < 2 or any(s.scored < s.scorable or not s.compared for s in subjects):
+        return None
     sums = np.array(
         [s.bucket.log_ratio.mean * s.bucket.n_tokens for s in subjects if s.bucket is not None]
     )
-    if sums.size < 2:
-        return None
     return kish(LogSum.of(sums), LogSum.of(2.0 * sums), int(sums.size))
 
 
 class _Tally:
     """One row of the roll-up while it is filled."""
 
-    def __init__(self, first: _Pair) -> None:
+    def __init__(self, first: Pair) -> None:
         self._first = first
         self._verdicts: Counter[str] = Counter()
         self._codes: Counter[str] = Counter()
         self._bucket: Bucket | None = None
 
-    def add(self, pair: _Pair, verdict: Verdict) -> None:
+    def add(self, pair: Pair, verdict: Verdict) -> None:
         self._verdicts[verdict.verdict or "null"] += 1
         self._codes.update({reason.code for reason in verdict.reasons})
         self._bucket = _merged_buckets([self._bucket, pair.subject.bucket])

@@ -14,7 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.report import Goal, Section, Table, write_section
+import msgspec
+
+from benchmarks.report import Goal, Section, write_section
+from reliability.results import RESULTS, Kept, history, keep, kept, summed
 from reliability.verdict import Row
 
 __all__ = ["FAULTS", "NAMES", "run_rows"]
@@ -23,6 +26,7 @@ FAULTS = {
     "kills": "Killed processes",
     "teacher": "Killed trainers",
     "upstream": "The engine breaks",
+    "extremes": "Large and slow answers",
     "clients": "Agents and clocks misbehave",
     "disk": "The disk fails",
     "stops": "Stops and restarts",
@@ -30,7 +34,6 @@ FAULTS = {
 NAMES = (*FAULTS, "soak")
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
-COLUMNS = ["fault", "tries", "agent saw", "records lost", "records wrong"]
 
 
 def run_rows(name: str, folder: Path, *, full: bool) -> list[Row]:
@@ -41,27 +44,32 @@ def run_rows(name: str, folder: Path, *, full: bool) -> list[Row]:
     return rows
 
 
-def section(name: str, folder: Path, *, full: bool) -> Section:
-    """One table as a section of the document."""
+def section(name: str, folder: Path, *, full: bool) -> tuple[Section, Kept]:
+    """One table as a section of the document, over this run and all that were kept before."""
     command = f"python -m reliability {name}{' --full' if full else ''}"
     if name == "soak":
         found: Section = importlib.import_module("reliability.soak").run(folder, full=full)
         found.command = command
-        return found
+        this = keep(name, command, goals=found.goals)
+        found.tables.append(history([*kept(name), this]))
+        return found, this
     rows = run_rows(name, folder, full=full)
     bad = [row for row in rows if not row.good]
     for row in bad:
         for note in row.notes:
             print(f"{row.fault}: {note}", file=sys.stderr)
+    this = keep(name, command, rows=rows)
+    runs = [*kept(name), this]
     lost, wrong = sum(row.lost for row in rows), sum(row.wrong for row in rows)
-    return Section(
+    made = Section(
         name=name,
         title=FAULTS[name],
         how=str(importlib.import_module(f"reliability.{name}").__doc__).strip(),
         command=command,
-        tables=[Table("What broke and what came of it", COLUMNS, [row.cells for row in rows])],
-        goals=[Goal("records lost and wrong", "0 and 0", f"{lost} and {wrong}", not bad)],
+        tables=[summed(runs), history(runs)],
+        goals=[Goal("records lost and wrong, last run", "0 and 0", f"{lost} and {wrong}", not bad)],
     )
+    return made, this
 
 
 def main() -> None:
@@ -69,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reliability")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--full", action="store_true", help="as often as the document says")
-    parser.add_argument("--write", action="store_true", help=f"put the tables into {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help=f"keep the result, in {DOCUMENT.name}")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(
@@ -80,11 +88,13 @@ def main() -> None:
     for name in options.names or FAULTS:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="driftgate-reliability-") as folder:
-            made = section(name, Path(folder), full=options.full)
+            made, this = section(name, Path(folder), full=options.full)
         print(f"\n{made.markdown()}\n", flush=True)
         print(f"{name} took {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         missed += sum(not goal.met for goal in made.goals)
         if options.write:
+            with RESULTS.open("ab") as results:
+                results.write(msgspec.json.encode(this) + b"\n")
             write_section(made, DOCUMENT)
     sys.exit(1 if missed else 0)
 

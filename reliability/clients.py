@@ -94,7 +94,7 @@ async def leaves(engine: Engine, gateway: Gateway, tries: int) -> Row:
             row.check(ids > [0], f"{name}: nothing of the part was kept")
         row.check(not list(Selection(reader).samples(name)), f"{name}: exported for training")
         reader.close()
-    row.saw = f"engine let go after at most {slowest_s * 1000:.0f} ms"
+    row.worst, row.saw = slowest_s * 1000, "engine let go"
     return row
 
 

@@ -1,8 +1,10 @@
 """The disk is full, read-only, refuses every write, or is stuck or slow.
 
-Full and read-only are a tmpfs in a namespace of the gateway's own; refused writes are a limit on
-the running process (``RLIMIT_FSIZE``); stuck and slow are another process that holds the index's
-write lock. ``/healthz`` is asked all the while: a writer that waits must not make the loop wait.
+Full and read-only at the start are a tmpfs in a namespace of the gateway's own; refused writes are
+a limit on the running process (``RLIMIT_FSIZE``); a slow disk and one that turns read-only are a
+library preloaded into the gateway, where there is a C compiler; a locked index is another process
+that holds its write lock. ``/healthz`` is asked all the while, and the worst of its answers is in
+the table: a writer that waits must not make the loop wait.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from reliability.agent import Seen, ask, get, path_of
 from reliability.answers import request, say
 from reliability.engine import Engine, serve_engine
 from reliability.gateway import Gateway, running
+from reliability.slowdisk import SlowDisk, compiler
 from reliability.verdict import Call, Row, read_call
 
 __all__ = ["run"]
@@ -33,6 +36,8 @@ BLOCKED_LOOP_S = 0.5
 """A healthz that takes longer was held up; this machine may be busy."""
 
 STUCK_S = 1.5
+SLOW_SYNC_MS, SLOW_WRITE_MS = 300, 2
+"""A network disk on a bad day."""
 FILLER_BLOCK, PAGE = 1 << 16, 1 << 12
 
 Fault = Callable[[Gateway], AbstractContextManager[None]]
@@ -73,6 +78,11 @@ def stuck(gateway: Gateway) -> Iterator[None]:
     finally:
         connection.execute("ROLLBACK")
         connection.close()
+
+
+def turned_read_only(_gateway: Gateway) -> AbstractContextManager[None]:
+    """Stands for the disk below the store, which is made when the store is known."""
+    raise AssertionError("failing() makes it")
 
 
 def _inside(gateway: Gateway) -> Path:
@@ -127,9 +137,12 @@ async def failing(
 ) -> Row:
     """Calls before, while and after a disk that does not take records."""
     row = Row(f"{title}, policy {policy}")
-    store = folder / f"{fault.__name__}-{policy}"
+    store = folder / f"{title.replace(' ', '-')}-{policy}"
     options = ("--on-capture-failure", policy)
-    wrap = small_disk(store) if fault is full else ()
+    wrap: tuple[str, ...] = small_disk(store) if fault is full else ()
+    if fault is turned_read_only:
+        disk = SlowDisk(store)
+        wrap, fault = disk.wrap, lambda _: disk.read_only()
     async with running(engine.url, store, *options, wrap=wrap) as gateway:
         pulse = Pulse(gateway)
         async with pulse.felt():
@@ -147,7 +160,7 @@ async def failing(
         judge_failing(row, gateway, policy, before, during, after, lost)
         row.check(pulse.slowest_s < BLOCKED_LOOP_S, f"healthz took {pulse.slowest_s:.2f} s")
     row.tries = tries
-    row.saw += f"; healthz at most {pulse.slowest_s * 1000:.0f} ms"
+    row.worst = pulse.slowest_s * 1000
     return row
 
 
@@ -205,7 +218,7 @@ def _says_when(seen: Seen) -> bool:
 
 async def waiting(engine: Engine, folder: Path, *, slow: bool) -> Row:
     """A writer that waits: calls are answered meanwhile, and all is stored when it goes on."""
-    row = Row("slow writer: the index is locked 9/10 of the time" if slow else "stuck writer")
+    row = Row("the index is locked 9/10 of the time" if slow else "the index is locked")
     async with running(engine.url, folder / f"waiting-{slow}") as gateway:
         pulse = Pulse(gateway)
         await call(gateway, "first", 0)
@@ -224,7 +237,26 @@ async def waiting(engine: Engine, folder: Path, *, slow: bool) -> Row:
         row.check(pulse.slowest_s < BLOCKED_LOOP_S, f"healthz took {pulse.slowest_s:.2f} s")
         row.check(all(one.seen.answered for one in calls), "a call was not answered")
         row.tries = len(calls)
-        row.saw = f"200; healthz at most {pulse.slowest_s * 1000:.0f} ms"
+        row.worst, row.saw = pulse.slowest_s * 1000, "200"
+    return row
+
+
+async def slow_disk(engine: Engine, folder: Path, tries: int) -> Row:
+    """Every sync takes long: no agent waits for it, and all is stored in the end."""
+    row = Row(f"slow disk: each sync takes {SLOW_SYNC_MS} ms, each write {SLOW_WRITE_MS} ms")
+    store = folder / "slow-disk"
+    disk = SlowDisk(store)
+    async with running(engine.url, store, wrap=disk.wrap) as gateway:
+        pulse = Pulse(gateway)
+        disk.be(sync_ms=SLOW_SYNC_MS, write_ms=SLOW_WRITE_MS)
+        async with pulse.felt():
+            calls = [await call(gateway, f"slow{number}", number) for number in range(tries)]
+            await gateway.drained()
+        disk.be()
+        row.judge(store, calls)
+        row.check(pulse.slowest_s < BLOCKED_LOOP_S, f"healthz took {pulse.slowest_s:.2f} s")
+        row.check(all(one.seen.answered for one in calls), "a call was not answered")
+    row.tries, row.worst, row.saw = tries, pulse.slowest_s * 1000, "200"
     return row
 
 
@@ -251,11 +283,19 @@ async def run(folder: Path, *, full: bool) -> list[Row]:
     async with serve_engine({}) as engine:
         for policy in ("serve", "refuse"):
             for fault, title in FAULTS:
+                if fault is turned_read_only and compiler() is None:
+                    continue
                 rows.append(await failing(engine, folder, policy, fault, title, tries))
         rows.append(await waiting(engine, folder, slow=False))
         rows.append(await waiting(engine, folder, slow=True))
+        if compiler() is not None:
+            rows.append(await slow_disk(engine, folder, tries))
         rows.append(await read_only(engine, folder))
     return rows
 
 
-FAULTS: tuple[tuple[Fault, str], ...] = ((full, "disk full"), (refusing, "every write fails"))
+FAULTS: tuple[tuple[Fault, str], ...] = (
+    (full, "disk full"),
+    (refusing, "every write fails"),
+    (turned_read_only, "turns read-only while it runs"),
+)

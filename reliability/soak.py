@@ -78,7 +78,14 @@ def streams(url: str, pid: int | None, seconds: float, cores: Cores) -> Sampled:
 
     def load() -> None:
         try:
-            sampled.answered = paced(agents, url, STREAMS, seconds=seconds, seen=seen)
+            sampled.answered = paced(
+                agents,
+                url,
+                STREAMS,
+                pace_ms=1000 / EVENTS_A_SECOND,
+                seconds=seconds,
+                seen=seen,
+            )
         except (ConnectionError, TimeoutError) as error:
             sampled.failure = str(error)[:200] or type(error).__name__
 

@@ -29,7 +29,8 @@ __all__ = ["run"]
 LEASE_S = 1.0
 """A killed worker's trajectory is free again after this; users have two minutes."""
 
-AGENTS = 3
+AGENTS, PAUSE_S = 3, 0.2
+"""A few calls a second, while a worker takes half a minute to start: all of them are scored."""
 LOAD_S = 1.0
 LATEST_KILL_S = 1.5
 """After a worker's first score, or its first lease."""
@@ -130,7 +131,7 @@ async def worker_alone(engine: Engine, folder: Path, model: Path, tries: int) ->
 
 async def _load(engine: Engine, store: Path, label: str, seconds: float) -> Load:
     gateway = await start(engine.url, store)
-    load = Load(gateway, engine, label)
+    load = Load(gateway, engine, label, pause_s=PAUSE_S)
     async with load.running(AGENTS):
         await asyncio.sleep(seconds)
     await gateway.end()
@@ -147,7 +148,7 @@ async def both(engine: Engine, folder: Path, model: Path, tries: int) -> Row:
     for number in range(tries):
         gateway = await start(engine.url, store, "--durability", "strict")
         worker = teach(store, model, number)
-        load = Load(gateway, engine, f"both{number}")
+        load = Load(gateway, engine, f"both{number}", pause_s=PAUSE_S)
         async with load.running(AGENTS):
             before = scored(store)
             await until(

@@ -24,7 +24,7 @@ from reliability.engine import SSE_HEAD, End, Engine, Script, chunked, json_head
 from reliability.gateway import Gateway, running
 from reliability.verdict import Call, Row, read_call
 
-__all__ = ["FAULTS", "Fault", "run"]
+__all__ = ["FAULTS", "Fault", "drip", "run"]
 
 Parts = Iterator[bytes | float | End]
 
@@ -191,7 +191,9 @@ def pickled(rows: int) -> bytes:
     return npy(array, allow_pickle=True)
 
 
-BROKEN = r"the engine (broke off its answer|did not answer)"
+BROKEN = "the engine broke off its answer"
+CLOSED = "the engine closed the connection|the connection to the engine broke"
+NO_HTTP = "the engine's answer is no valid HTTP"
 NO_JSON = "not a completion"
 ROUTED = "^routed_experts: "
 
@@ -205,9 +207,9 @@ def npy_of(make: Callable[[int], bytes]) -> Script:
 
 
 FAULTS = {
-    "reset-before": Fault("resets before the headers", False, reset_at_once, BROKEN),
-    "reset-before-s": Fault("resets before a stream's headers", True, reset_at_once, BROKEN),
-    "reset-head": Fault("resets in the middle of the headers", False, in_the_head, BROKEN),
+    "reset-before": Fault("resets before the headers", False, reset_at_once, CLOSED),
+    "reset-before-s": Fault("resets before a stream's headers", True, reset_at_once, CLOSED),
+    "reset-head": Fault("resets in the middle of the headers", False, in_the_head, CLOSED),
     "reset-body": Fault("resets in the middle of a JSON body", False, in_the_body, BROKEN),
     "reset-event": Fault("resets in the middle of an event", True, in_an_event, "^end: .*broke"),
     "reset-end": Fault("resets after the terminal event", True, after_the_end, None),
@@ -219,7 +221,7 @@ FAULTS = {
         "content-length too short",
         False,
         short_length,
-        f"{NO_JSON}|{BROKEN}",
+        f"{NO_JSON}|{NO_HTTP}",
         garbled=True,
         unframed=True,
     ),
@@ -343,7 +345,7 @@ async def refuses(folder: Path, tries: int) -> Row:
                 await gateway.drained()
                 reader = Reader(gateway.store)
                 call = Call(say(name, asked=True), name, body, seen)
-                row.says(read_call(reader, call).reasons, "the engine did not answer")
+                row.says(read_call(reader, call).reasons, "the engine could not be reached")
                 reader.close()
     return row
 

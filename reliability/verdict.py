@@ -13,7 +13,7 @@ from driftgate.trace import CallOutcome, Trace
 from reliability.agent import Seen
 from reliability.answers import Said, is_exact, is_part
 
-__all__ = ["Call", "Row", "Stored", "read_call"]
+__all__ = ["Call", "Row", "Stored", "digest_of", "read_call"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,14 @@ class Stored:
         )
 
 
+def digest_of(body: bytes) -> str:
+    """As a call's intent has it."""
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
 def read_call(reader: Reader, call: Call) -> Stored:
     """The records of one call."""
-    digest = hashlib.sha256(call.body).hexdigest()[:16]
+    digest = digest_of(call.body)
     try:
         rows = [
             row
@@ -91,6 +96,10 @@ class Row:
     tries: int = 0
     lost: int = 0
     wrong: int = 0
+    worst: float | None = None
+    """Of what the row bounds: the age of a lost answer, a delay, memory; None: nothing."""
+    unit: str = "ms"
+    """Of ``worst``."""
     notes: list[str] = field(default_factory=list)
     """What is not as it should be, in words."""
 
@@ -126,8 +135,3 @@ class Row:
     def good(self) -> bool:
         """Nothing lost, nothing wrong."""
         return not (self.lost or self.wrong)
-
-    @property
-    def cells(self) -> list[str]:
-        """For the table."""
-        return [self.fault, str(self.tries), self.saw, str(self.lost), str(self.wrong)]

@@ -2,6 +2,7 @@
 
 from driftgate.storage.glance import Activity, AnswerText
 from driftgate.storage.leases import Leases
+from driftgate.storage.neighbours import Neighbours
 from driftgate.storage.reader import Reader
 from driftgate.storage.records import Record
 from driftgate.storage.recovery import rebuild_index
@@ -10,6 +11,7 @@ from driftgate.storage.rows import (
     CellRow,
     Counts,
     Lease,
+    OpenWork,
     RebuildReport,
     ScoreRow,
     TraceRow,
@@ -26,6 +28,8 @@ __all__ = [
     "Counts",
     "Lease",
     "Leases",
+    "Neighbours",
+    "OpenWork",
     "Reader",
     "RebuildReport",
     "Record",

@@ -1,48 +1,32 @@
-"""Records to a segment and the index, one batch at a time: all of it durable, or none of it.
+"""Records to a segment and the index: written at once, made durable and indexed in batches.
 
-Runs on the writer thread only. Chooses what a trace is stored as a difference to.
+``Appender.write`` hands a submission's records to the operating system, so that they survive the
+process. ``Appender.commit`` syncs and indexes all that was written meanwhile, on another thread: a
+slow sync holds up no write. A batch is durable as a whole or taken back as a whole; then each of
+its submissions is tried alone, so that a bad one fails alone.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
+import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from driftgate.errors import FormatError, NotFoundError
+from driftgate.errors import StorageError
 from driftgate.storage.codec import pack_record
-from driftgate.storage.delta import diff
+from driftgate.storage.encoder import AddRow, Encoder
 from driftgate.storage.index import transaction
-from driftgate.storage.inserts import (
-    Place,
-    add_intent,
-    add_outcome,
-    add_reward,
-    add_score,
-    add_trace,
-    has_score,
-    next_seq,
-    set_indexed,
-)
-from driftgate.storage.load import CachedTrace, TraceCache, load_trace
-from driftgate.storage.records import (
-    Kind,
-    Record,
-    ScoreHead,
-    Small,
-    encode_score,
-    encode_small,
-    encode_trace,
-    twin_key,
-)
+from driftgate.storage.inserts import Place, add_score, has_score, next_seq, set_indexed
+from driftgate.storage.records import Kind, Record, ScoreHead, Small, encode_score
 from driftgate.storage.segments import FIRST_SERIAL, SegmentFile
-from driftgate.trace import CallIntent, CallOutcome, Score, Trace
+from driftgate.trace import Score, Trace
 
-__all__ = ["Appender", "Result"]
+__all__ = ["Appender", "Submission"]
 
 log = logging.getLogger(__name__)
 
@@ -50,247 +34,318 @@ SEGMENT_BYTES = 256 << 20
 """A segment that has grown past this is closed: small enough to copy and scan, large enough that a
 million agent-typical traces are a few hundred files."""
 
-CACHE_BYTES = 24 << 20
-"""Decoded traces kept as bases: about 5 with 4.4 MB of routes, 240 without. Others are read back
-from disk, in 5 ms at worst; most of a larger cache would be trajectories that have ended."""
 
-CACHE_TRACES = 512
-"""As many as agents that are thought of as running at once: small traces stay few as well."""
+@dataclass(slots=True, eq=False)
+class Submission:
+    """Records that were submitted together, and what became of them so far."""
 
-LAST_TRACES = 4096
-"""Trajectories whose last trace is remembered here; older ones are looked up in the index."""
+    make: Callable[[], Sequence[Record]]
+    size_bytes: int
+    """Memory, as its submitter says."""
+    future: Future[None]
+    records: Sequence[Record] = ()
+    """What ``make`` gave; kept until they are durable, for a second try."""
+    error: Exception | None = None
+    """The first; a StorageError where the disk or the index is to blame."""
+    rows: list[tuple[AddRow, Place]] = field(default_factory=list)
+    """Written and not indexed."""
+    scores: list[Score] = field(default_factory=list)
+    """Not written: they are numbered and synced under the index's lock (FORMAT.md, Score)."""
+    traces: list[str] = field(default_factory=list)
+    """Trace ids that were written."""
+    written_records: int = 0
+    written_bytes: int = 0
+    duplicates: int = 0
+    """Scores and traces that the store already had, which were not written again."""
 
-AddRow = Callable[[sqlite3.Connection, Place], None]
+    def forget(self) -> None:
+        """Nothing of it is in a segment."""
+        self.rows, self.scores, self.traces = [], [], []
+        self.written_records = self.written_bytes = self.duplicates = 0
 
 
 @dataclass(slots=True)
-class Result:
-    """What became of a batch that was written."""
+class _Batch:
+    """What is made durable at once."""
 
-    errors: list[Exception | None]
-    """Per group of records: the first error in it, None where all were taken."""
-    records: int = 0
-    size_bytes: int = 0
-    duplicates: int = 0
-    """Scores and traces that the store already had, which were not written again."""
-    fsync_s: float = 0.0
-    rows: list[tuple[AddRow, Place]] = field(default_factory=list)
+    submissions: list[Submission] = field(default_factory=list)
+    ends: dict[SegmentFile, int] = field(default_factory=dict)
+    """How far each segment was written when its last submission was taken."""
 
 
 class Appender:
-    """The segment being written, the index connection and the recent traces of one writer."""
+    """The segments being written and the recent traces of one writer.
+
+    One thread calls ``write``, one ``commit``. What both touch is under a lock that is never held
+    during a sync, except where a failed batch is taken back.
+    """
 
     def __init__(self, root: Path, connection: sqlite3.Connection, *, name: str) -> None:
+        """``connection`` is for ``commit`` alone."""
         self._root = root
         self._connection = connection
+        self._encoder = Encoder(root)
         self._name = name
         self._start_ns = time.time_ns()
+        self._lock = threading.RLock()
         self._serial = FIRST_SERIAL - 1
         self._segment: SegmentFile | None = None
+        self._spare: SegmentFile | None = None
+        """The next one: creating it takes two syncs."""
         self._first_segment: SegmentFile | None = None
         """Stays locked as long as this writer lives: FORMAT.md, *Segment*."""
-        self._first = self._committed = 0
-        self._cache = TraceCache(CACHE_BYTES, CACHE_TRACES)
-        self._last: OrderedDict[str, str] = OrderedDict()
+        self._left: list[SegmentFile] = []
+        """Full, and not yet committed to their end."""
+        self._written: list[Submission] = []
+        self.fsyncs = 0
+        self.last_fsync_s = 0.0
+        self._prepare()
 
-    def commit(self, groups: Sequence[Sequence[Record]]) -> Result:
-        """Append, sync and index. A record that cannot be encoded fails its group only.
+    def write(self, submission: Submission) -> None:
+        """Append what can be encoded; what cannot is said in ``error``. Nothing is durable yet.
 
-        OSError and sqlite3.Error mean that nothing of the batch was kept.
+        A disk that refuses takes nothing of the submission.
         """
+        with self._lock:
+            self._write(submission)
+            self._written.append(submission)
+
+    def commit(self) -> list[Submission]:
+        """Sync and index all that was written: durable where ``error`` says nothing else."""
+        batch = _Batch()
+        self._take(batch)
         try:
-            return self._commit(groups)
-        except BaseException:
-            self._undo()
-            raise
+            self._commit(batch)
+        except Exception as error:  # one batch's edge: OSError, sqlite3.Error or our own bug
+            self._take_back(batch, error)
+        self._prepare()
+        return batch.submissions
 
     def close(self) -> None:
         """Release every segment; what was committed is on disk."""
         self._leave_segment()
-        if self._first_segment is not None:
-            self._first_segment.close()
-            self._first_segment = None
+        for segment in {*self._left, self._first_segment} - {None}:
+            assert segment is not None
+            segment.close()
+        if self._spare is not None:
+            self._spare.path.unlink(missing_ok=True)
+            self._spare.close()
+        self._left.clear()
+        self._first_segment = self._spare = None
+        self._encoder.close()
 
     def _leave_segment(self) -> None:
         """Write no more into the open segment."""
-        if self._segment is not None and self._segment is not self._first_segment:
-            self._segment.close()
+        if self._segment is not None:
+            self._left.append(self._segment)
         self._segment = None
 
-    def _commit(self, groups: Sequence[Sequence[Record]]) -> Result:
-        result = Result([None] * len(groups))
-        scores = [(i, r) for i, group in enumerate(groups) for r in group if isinstance(r, Score)]
-        for i, group in enumerate(groups):
-            for record in group:
-                if not isinstance(record, Score):
-                    self._append(i, record, result)
-        if not scores:
-            self._sync(result)
-        with transaction(self._connection):
-            if scores:  # numbered and synced under the index's lock: FORMAT.md, Score
-                for i, score in scores:
-                    self._append_score(i, score, result)
-                self._sync(result)
-            for add_row, place in result.rows:
-                add_row(self._connection, place)
-            if self._segment is not None and self._segment.size > self._committed:
-                set_indexed(self._connection, self._segment.name, self._segment.size)
-        if self._segment is not None:
-            self._committed = self._segment.size
-        return result
-
-    def _append(self, i: int, record: Trace | Small, result: Result) -> None:
+    def _write(self, submission: Submission) -> None:
+        """With the lock held."""
+        before = self._segment, self._segment.size if self._segment else 0
         try:
-            encoded = self._encode(record)
+            for record in submission.records:
+                if isinstance(record, Score):
+                    submission.scores.append(record)
+                else:
+                    self._append(record, submission)
+        except Exception as error:  # one submission's edge: OSError, sqlite3.Error or our own bug
+            submission.error = _not_written(error)
+            self._forget(submission)
+            self._cut(*before)
+
+    def _forget(self, submission: Submission) -> None:
+        self._encoder.lost(submission.traces)
+        submission.forget()
+
+    def _cut(self, segment: SegmentFile | None, size: int) -> None:
+        """Take back what was written since the open segment was ``segment`` with ``size`` bytes."""
+        if self._segment is not None and self._segment is not segment:
+            self._truncate(self._segment, self._segment.committed)
+        if segment is not None and segment.size > size:
+            self._truncate(segment, size)
+
+    def _truncate(self, segment: SegmentFile, size: int) -> bool:
+        """Where that fails, nothing more is written behind what could not be taken back."""
+        try:
+            segment.truncate(size)
+        except OSError as error:
+            log.warning("%s: an unfinished batch stays at its end: %s", segment.path, error)
+            segment.size = size
+            if segment is self._segment:
+                self._leave_segment()
+            return False
+        return True
+
+    def _take(self, batch: _Batch) -> None:
+        """All that was written up to now goes into the batch."""
+        with self._lock:
+            batch.submissions += self._written
+            self._written = []
+            self._note_ends(batch)
+
+    def _note_ends(self, batch: _Batch) -> None:
+        for segment in (*self._left, self._segment):
+            if segment is not None and segment.size > segment.committed:
+                batch.ends[segment] = segment.size
+
+    def _commit(self, batch: _Batch) -> None:
+        if any(submission.scores for submission in batch.submissions):
+            with transaction(self._connection):
+                with self._lock:
+                    self._take(batch)  # lies before the scores in the segment
+                    for submission in batch.submissions:
+                        for score in submission.scores:
+                            self._append_score(score, submission)
+                    self._note_ends(batch)
+                self._sync(batch)
+                self._index(batch)
+        elif batch.ends:
+            self._sync(batch)
+            with transaction(self._connection):
+                self._index(batch)
+        with self._lock:
+            self._settle(batch)
+
+    def _sync(self, batch: _Batch) -> None:
+        started = time.perf_counter()
+        for segment in batch.ends:
+            segment.sync()
+        self.fsyncs += bool(batch.ends)
+        self.last_fsync_s = time.perf_counter() - started
+
+    def _index(self, batch: _Batch) -> None:
+        for submission in batch.submissions:
+            for add_row, place in submission.rows:
+                add_row(self._connection, place)
+        for segment, end in batch.ends.items():
+            set_indexed(self._connection, segment.name, end)
+
+    def _settle(self, batch: _Batch) -> None:
+        """The batch is durable."""
+        for segment, end in batch.ends.items():
+            segment.committed = end
+        for submission in batch.submissions:
+            self._encoder.indexed(submission.traces)
+        for segment in [one for one in self._left if one.committed >= one.size]:
+            self._left.remove(segment)
+            if segment is not self._first_segment:
+                segment.close()
+
+    def _take_back(self, batch: _Batch, error: Exception) -> None:
+        """Nothing of the batch is kept; each submission is tried alone where there are several."""
+        with self._lock:
+            self._take(batch)  # what was written meanwhile may build on it
+            self._undo()
+            alone = len(batch.submissions) == 1
+            if not alone:
+                log.warning(
+                    "%d submissions together: %s; writing each alone", len(batch.submissions), error
+                )
+            for submission in batch.submissions:
+                self._forget(submission)
+            for submission in batch.submissions:
+                if submission.error is None and alone:
+                    submission.error = _not_written(error)
+                elif submission.error is None:
+                    self._try_alone(submission)
+
+    def _try_alone(self, submission: Submission) -> None:
+        batch = _Batch([submission])
+        self._write(submission)
+        self._note_ends(batch)
+        try:
+            self._commit(batch)
+        except Exception as error:  # as in commit
+            self._undo()
+            self._forget(submission)
+            submission.error = _not_written(error)
+
+    def _undo(self) -> None:
+        """Take back all that is not committed."""
+        for segment in (*self._left, self._segment):
+            if segment is None or segment.size == segment.committed:
+                continue
+            cut = self._truncate(segment, segment.committed)
+            # An empty one is kept: a full disk must not collect files.
+            if cut and segment is self._segment and segment.committed > segment.start:
+                self._leave_segment()
+
+    def _prepare(self) -> None:
+        """Create the first segment, and the next one when the open one is half full.
+
+        No write has to wait for it then."""
+        with self._lock:
+            size = SEGMENT_BYTES if self._segment is None else self._segment.size
+            if size < SEGMENT_BYTES // 2 or self._spare is not None:
+                return
+            self._serial += 1
+            serial = self._serial
+        try:
+            spare = self._create(serial)
+        except OSError as error:
+            log.info("no segment could be created ahead: %s", error)
+            return
+        with self._lock:
+            self._spare = spare
+
+    def _create(self, serial: int) -> SegmentFile:
+        return SegmentFile(self._root, name=self._name, serial=serial, start_ns=self._start_ns)
+
+    def _writable_segment(self) -> SegmentFile:
+        """The open segment; the next one after a full one."""
+        if self._segment is not None and self._segment.size >= SEGMENT_BYTES:
+            self._leave_segment()
+        if self._segment is None and self._spare is not None:
+            self._segment, self._spare = self._spare, None
+        if self._segment is None:
+            self._serial += 1
+            self._segment = self._create(self._serial)
+        self._first_segment = self._first_segment or self._segment
+        return self._segment
+
+    def _append(self, record: Trace | Small, submission: Submission) -> None:
+        try:
+            encoded = self._encoder.encode(record)
+        except sqlite3.Error:
+            raise
         except (
             Exception
         ) as error:  # one record's edge: it fails, is counted and logged by the writer
-            result.errors[i] = result.errors[i] or error
+            submission.error = submission.error or error
             return
         if encoded is None:
-            result.duplicates += 1
+            submission.duplicates += 1
             return
         data, add_row = encoded
-        result.rows.append((add_row, self._write(data, result)))
+        if isinstance(record, Trace):
+            submission.traces.append(record.meta.trace_id)
+        submission.rows.append((add_row, self._put(data, submission)))
 
-    def _append_score(self, i: int, score: Score, result: Result) -> None:
+    def _append_score(self, score: Score, submission: Submission) -> None:
+        """Inside a transaction."""
         head = ScoreHead(meta=score.meta, seq=next_seq(self._connection))
         if has_score(self._connection, head):
-            result.duplicates += 1
+            submission.duplicates += 1
             return
         try:
             payload = encode_score(score, seq=head.seq)
         except Exception as error:  # as above
-            result.errors[i] = result.errors[i] or error
+            submission.error = submission.error or error
             return
         data = pack_record(Kind.SCORE, payload, time_ns=time.time_ns())
-        outcome = add_score(self._connection, head, self._write(data, result))
+        outcome = add_score(self._connection, head, self._put(data, submission))
         assert outcome == "added", outcome
 
-    def _write(self, data: bytes, result: Result) -> Place:
+    def _put(self, data: bytes, submission: Submission) -> Place:
         segment = self._writable_segment()
         offset = segment.append(data)
-        result.records += 1
-        result.size_bytes += len(data)
+        submission.written_records += 1
+        submission.written_bytes += len(data)
         return Place(segment.name, offset, len(data))
 
-    def _writable_segment(self) -> SegmentFile:
-        """The open segment; a new one after a full one, but never in the middle of a batch."""
-        full = self._committed >= SEGMENT_BYTES
-        if self._segment is not None and full and self._segment.size == self._committed:
-            self._leave_segment()
-        if self._segment is None:
-            self._serial += 1
-            self._segment = SegmentFile(
-                self._root, name=self._name, serial=self._serial, start_ns=self._start_ns
-            )
-            self._first_segment = self._first_segment or self._segment
-            self._committed = self._first = self._segment.size
-        return self._segment
 
-    def _sync(self, result: Result) -> None:
-        if self._segment is None or self._segment.size == self._committed:
-            return
-        started = time.perf_counter()
-        self._segment.sync()
-        result.fsync_s = time.perf_counter() - started
-
-    def _undo(self) -> None:
-        """Take the batch back; where even that fails, leave the segment and start another."""
-        self._cache.clear()
-        self._last.clear()
-        if self._segment is None:
-            return
-        try:
-            self._segment.truncate(self._committed)
-        except OSError as error:
-            log.warning("%s: an unfinished batch stays at its end: %s", self._segment.path, error)
-            self._leave_segment()
-            return
-        if (
-            self._committed > self._first
-        ):  # an empty one is kept: a full disk must not collect files
-            self._leave_segment()
-
-    def _encode(self, record: Trace | Small) -> tuple[bytes, AddRow] | None:
-        """Bytes of a record and how to index it; None for a trace that the store has."""
-        if isinstance(record, Trace):
-            return self._encode_trace(record)
-        kind, payload = encode_small(record)
-        return pack_record(kind, payload, time_ns=time.time_ns()), _row_of(record)
-
-    def _encode_trace(self, trace: Trace) -> tuple[bytes, AddRow] | None:
-        trace_id, trajectory = trace.meta.trace_id, trace.meta.trajectory
-        if self._has_trace(trace_id):
-            return None
-        base = self._base(trace)
-        stored = diff(
-            trace,
-            base.trace if base else None,
-            base_depth=base.depth if base else 0,
-            twin_key=twin_key(trace),
-        )
-        data = pack_record(Kind.TRACE, encode_trace(stored), time_ns=time.time_ns())
-        if base is not None and base.trace.meta.call_id != trace.meta.call_id:
-            self._cache.drop(base.trace.meta.trace_id)  # the next step builds on this one
-        self._cache.put(trace, stored.head.depth)
-        self._last[trajectory] = trace_id
-        self._last.move_to_end(trajectory)
-        if len(self._last) > LAST_TRACES:
-            self._last.popitem(last=False)
-
-        def add_row(connection: sqlite3.Connection, place: Place) -> None:
-            add_trace(
-                connection,
-                stored.head,
-                place,
-                has_logprobs=stored.logprobs is not None,
-                has_routes=stored.routes is not None,
-            )
-
-        return data, add_row
-
-    def _has_trace(self, trace_id: str) -> bool:
-        query = "SELECT 1 FROM traces WHERE trace_id = ?"
-        return self._connection.execute(query, (trace_id,)).fetchone() is not None
-
-    def _base(self, trace: Trace) -> CachedTrace | None:
-        """The first of the trace's possible bases that can be read."""
-        for trace_id in self._candidates(trace):
-            try:
-                return load_trace(self._connection, self._root, trace_id, self._cache)
-            except NotFoundError:
-                continue
-            except FormatError as error:
-                log.warning("trace %s cannot be a base: %s", trace_id, error)
-        return None
-
-    def _candidates(self, trace: Trace) -> Iterator[str]:
-        """Trace ids, best first: a sample of the same call shares the whole prompt and request."""
-        meta = trace.meta
-        if meta.choice:
-            yield f"{meta.call_id}.0"
-        if meta.parent is not None:
-            yield meta.parent
-        last = self._last.get(meta.trajectory)
-        if last is None:
-            row = self._connection.execute(
-                "SELECT trace_id FROM traces WHERE trajectory = ? "
-                "ORDER BY step DESC, started_ns DESC, choice DESC LIMIT 1",
-                (meta.trajectory,),
-            ).fetchone()
-            last = row[0] if row else None
-        if last is not None:
-            yield last
-
-
-def _row_of(record: Small) -> AddRow:
-    def add_row(connection: sqlite3.Connection, place: Place) -> None:
-        if isinstance(record, CallIntent):
-            add_intent(connection, record, place.segment)
-        elif isinstance(record, CallOutcome):
-            add_outcome(connection, record)
-        else:
-            add_reward(connection, record)
-
-    return add_row
+def _not_written(error: Exception) -> StorageError:
+    failure = StorageError(f"could not be written: {error}")
+    failure.__cause__ = error
+    return failure

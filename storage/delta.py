@@ -66,6 +66,7 @@ class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
     response_len: int | None
     """R; None: no response ids."""
     twin_key: str | None = None
+    prompt_key: str | None = None
     depth: int = 0
     delta: Delta | None = None
 

@@ -21,7 +21,7 @@ __all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
 
 INDEX_NAME = "index.sqlite"
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """``PRAGMA user_version``. An index of another version is rebuilt, not migrated: it is derived."""
 
 BUSY_TIMEOUT_S = 30.0
@@ -55,8 +55,10 @@ CREATE TABLE calls (
     choices INTEGER NOT NULL DEFAULT 0,         -- n of the request, 0 while no trace says it
     captured INTEGER NOT NULL DEFAULT 0,        -- traces in the store
     flawed INTEGER NOT NULL DEFAULT 0,          -- of those, partial or missing something
+    -- whole: all choices are there; cancelled beside them says that they could not be delivered
     whole INTEGER NOT NULL GENERATED ALWAYS AS
-        (status IS NULL AND captured > 0 AND captured >= choices AND flawed = 0) VIRTUAL,
+        (captured > 0 AND captured >= choices AND flawed = 0
+         AND (status IS NULL OR status = 'cancelled')) VIRTUAL,
     gap INTEGER NOT NULL DEFAULT 1              -- not whole, and no repetition made up for it
 ) STRICT;
 CREATE INDEX calls_by_trajectory ON calls (trajectory, step, retry, started_ns);
@@ -81,6 +83,7 @@ CREATE TABLE traces (
     response_len INTEGER,
     has_routes INTEGER NOT NULL,
     twin_key TEXT,
+    prompt_key TEXT,                            -- of a first step
     base TEXT,
     depth INTEGER NOT NULL,
     segment TEXT NOT NULL,
@@ -92,6 +95,7 @@ CREATE INDEX traces_by_trajectory ON traces (trajectory, step, started_ns, choic
 CREATE INDEX traces_by_call ON traces (call_id);
 CREATE INDEX traces_by_engine ON traces (engine, model);
 CREATE INDEX traces_by_twin ON traces (twin_key, engine, started_ns) WHERE twin_key IS NOT NULL;
+CREATE INDEX traces_by_prompt ON traces (prompt_key, started_ns) WHERE prompt_key IS NOT NULL;
 CREATE INDEX traces_unscored ON traces (trajectory) WHERE scorable AND NOT scored;
 
 CREATE TABLE scores (

@@ -104,7 +104,7 @@ def add_trace(
     scorable = head.prompt_len is not None and head.response_len is not None and has_logprobs
     connection.execute(
         "INSERT OR IGNORE INTO traces VALUES (?,?,?,?,?,?,?,?,?,?,?, EXISTS"
-        "(SELECT 1 FROM scores WHERE trace_id = ? AND kind = 'drift'),?,?,?,?,?,?,?,?,?,?)",
+        "(SELECT 1 FROM scores WHERE trace_id = ? AND kind = 'drift'),?,?,?,?,?,?,?,?,?,?,?)",
         (
             meta.trace_id,
             meta.call_id,
@@ -122,6 +122,7 @@ def add_trace(
             head.response_len,
             int(has_routes),
             head.twin_key,
+            head.prompt_key,
             head.delta.base if head.delta else None,
             head.depth,
             place.segment,

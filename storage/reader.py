@@ -6,11 +6,11 @@ segments.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 
 from driftgate.errors import NotFoundError
 from driftgate.storage.cells import Cells
@@ -19,7 +19,7 @@ from driftgate.storage.index import Connections
 from driftgate.storage.load import TraceCache, load_payload, load_trace
 from driftgate.storage.records import Kind, decode_score
 from driftgate.storage.rows import CallRow, CellRow, Counts, ScoreRow, TraceRow, TrajectoryRow
-from driftgate.trace import I32, CallIntent, CallOutcome, Reward, Score, ScoreMeta, Trace, TraceMeta
+from driftgate.trace import CallIntent, CallOutcome, Reward, Score, ScoreMeta, Trace, TraceMeta
 
 __all__ = ["Reader"]
 
@@ -40,7 +40,8 @@ _CALLS = (
 )
 _TRACES = (
     "SELECT meta, prompt_len, response_len, has_routes, scorable, scored, twin_key, base, "
-    "size_bytes FROM traces "
+    "size_bytes, "
+    "(SELECT status FROM calls c WHERE c.call_id = traces.call_id) FROM traces "
 )
 
 T = TypeVar("T")
@@ -61,7 +62,10 @@ class Reader:
 
     def trace(self, trace_id: str) -> Trace:
         """A whole trace; its arrays are read-only (copy what you change). NotFoundError."""
-        return load_trace(self._connections.get(), self._root, trace_id, self._cache).trace
+        trace = load_trace(self._connections.get(), self._root, trace_id, self._cache).trace
+        status = self._one("SELECT status FROM calls WHERE call_id = ?", trace.meta.call_id)
+        meta = _as_delivered(trace.meta, status[0] if status else None)
+        return trace if meta is trace.meta else replace(trace, meta=meta)
 
     def answer_text(self, trace_id: str) -> AnswerText:
         """What an answer says, from its own record alone: cheap where ``trace`` reads its whole
@@ -225,17 +229,17 @@ class Reader:
 
         Itself among them; empty where its own first prompt is not stored. Looked for among the
         `GROUP_WINDOW` trajectories that started before it and as many after it: the samples of one
-        prompt are asked for together. NotFoundError.
+        prompt are asked for together. By the index alone. NotFoundError.
         """
         (started,) = self._known(trajectory)
-        found = self._all(_FIRSTS + "WHERE trajectory = ? AND step = 0 LIMIT 1", trajectory)
-        if not found or found[0][2] is None:
+        own = self._one(_PROMPT_KEY, trajectory)
+        if own is None:
             return []
-        first, _, prompt_len, model = found[0]
-        ids = self.trace(first).prompt_ids
-        near = self._all(_NEAR, started, GROUP_WINDOW, model, prompt_len)
-        same = [other for trace, other in near if _equal(self.trace(trace).prompt_ids, ids)]
-        return list(dict.fromkeys(same))
+        earliest, latest = self._one(_WINDOW, started, GROUP_WINDOW) or (started, started)
+        rows = self._all(_GROUP, own[0], own[1], earliest, latest, GROUP_WINDOW)
+        return list(
+            dict.fromkeys(name for name, _ in sorted(rows, key=lambda row: (row[1], row[0])))
+        )
 
     def answers_of(self, engine: str, model: str, *, limit: int) -> list[str]:
         """Ids of an engine's newest scored traces, by its digest, oldest first."""
@@ -302,15 +306,22 @@ _TWINS = (
 _NOT_A_FLOOR = (
     "AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.trace_id = second AND s.kind = 'noise_floor')"
 )
-_FIRSTS = "SELECT trace_id, trajectory, prompt_len, model FROM traces "
-_NEAR = (
-    "SELECT t.trace_id, t.trajectory FROM traces t JOIN ("
-    "SELECT * FROM (SELECT trajectory, started_ns FROM trajectories WHERE started_ns <= ?1 "
-    "ORDER BY started_ns DESC LIMIT ?2) UNION ALL "
-    "SELECT * FROM (SELECT trajectory, started_ns FROM trajectories WHERE started_ns > ?1 "
-    "ORDER BY started_ns LIMIT ?2)) near ON near.trajectory = t.trajectory "
-    "WHERE t.step = 0 AND t.model = ?3 AND t.prompt_len = ?4 "
-    "ORDER BY near.started_ns, t.trajectory"
+_PROMPT_KEY = (
+    "SELECT prompt_key, started_ns FROM traces "
+    "WHERE trajectory = ? AND step = 0 AND prompt_key IS NOT NULL ORDER BY started_ns LIMIT 1"
+)
+_WINDOW = (
+    "SELECT (SELECT MIN(started_ns) FROM (SELECT started_ns FROM trajectories "
+    "WHERE started_ns <= ?1 ORDER BY started_ns DESC LIMIT ?2)), "
+    "(SELECT MAX(started_ns) FROM (SELECT started_ns FROM trajectories "
+    "WHERE started_ns >= ?1 ORDER BY started_ns LIMIT ?2 + 1))"
+)
+# Of its first steps, the nearest before and after.
+_GROUP = (
+    "SELECT * FROM (SELECT trajectory, started_ns FROM traces WHERE prompt_key = ?1 "
+    "AND started_ns BETWEEN ?3 AND ?2 ORDER BY started_ns DESC LIMIT ?5) UNION ALL "
+    "SELECT * FROM (SELECT trajectory, started_ns FROM traces WHERE prompt_key = ?1 "
+    "AND started_ns > ?2 AND started_ns <= ?4 ORDER BY started_ns LIMIT ?5)"
 )
 _HAS_GAP = "EXISTS (SELECT 1 FROM calls c WHERE c.trajectory = t.trajectory AND c.gap)"
 _IS_SCORED = (
@@ -339,10 +350,6 @@ _COUNTS = (
 )
 
 
-def _equal(a: I32 | None, b: I32 | None) -> bool:
-    return a is not None and b is not None and np.array_equal(a, b)
-
-
 def _decode(text: str, type_: type[T]) -> T:
     return msgspec.json.decode(text, type=type_)
 
@@ -366,10 +373,18 @@ def _call_row(row: tuple[Any, ...]) -> CallRow:
     )
 
 
+def _as_delivered(meta: TraceMeta, call_status: str | None) -> TraceMeta:
+    """With what its call's outcome says: an answer that was recorded as delivered (``strict``) and
+    then could not be sent is taken back by an outcome ``cancelled``."""
+    if call_status != "cancelled" or meta.delivery == "uncertain":
+        return meta
+    return msgspec.structs.replace(meta, delivery="uncertain")
+
+
 def _trace_row(row: tuple[Any, ...]) -> TraceRow:
-    meta, prompt_len, response_len, has_routes, scorable, scored, twin_key, base, size = row
+    meta, prompt_len, response_len, has_routes, scorable, scored, twin_key, base, size, status = row
     return TraceRow(
-        meta=_decode(meta, TraceMeta),
+        meta=_as_delivered(_decode(meta, TraceMeta), status),
         prompt_len=prompt_len,
         response_len=response_len,
         has_routes=bool(has_routes),

@@ -42,6 +42,7 @@ __all__ = [
     "encode_small",
     "encode_trace",
     "head_of",
+    "prompt_key",
     "twin_key",
 ]
 
@@ -88,6 +89,17 @@ def twin_key(trace: Trace) -> str | None:
     asked = msgspec.json.encode([meta.sampling, meta.choice, meta.model, meta.api], order="sorted")
     ids = np.ascontiguousarray(trace.prompt_ids, "<i4").tobytes()
     return hashlib.sha256(asked + b"\0" + ids).hexdigest()[:16]
+
+
+def prompt_key(trace: Trace) -> str | None:
+    """Equal for two runs of one model that begin with the same prompt; None past the first step.
+
+    16 hex digits over prompt ids and model.
+    """
+    if trace.meta.step or trace.prompt_ids is None:
+        return None
+    ids = np.ascontiguousarray(trace.prompt_ids, "<i4").tobytes()
+    return hashlib.sha256(trace.meta.model.encode() + b"\0" + ids).hexdigest()[:16]
 
 
 def encode_trace(stored: StoredTrace) -> bytes:

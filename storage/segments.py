@@ -116,6 +116,8 @@ class SegmentFile:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             self.size = 0
             self.append(header_bytes(name, created_ns))
+            self.start = self.committed = self.size
+            """Of the first record; of the first that is not synced and in the index."""
             os.fsync(self._fd)
             os.rename(temporary, self.path)
             fsync_dir(self.path.parent)

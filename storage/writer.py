@@ -1,8 +1,9 @@
-"""The writer: a bounded queue in front of one thread that appends, syncs and indexes in groups.
+"""The writer: a bounded queue in front of two threads, one that writes and one that syncs.
 
-``submit`` never blocks and does no work on the caller's thread. A batch is what is queued, up to a
-bound; its futures are resolved when it is synced and indexed. A batch that cannot be written is
-taken back as a whole and its submissions are tried one by one, so that a bad one fails alone.
+``submit`` never blocks and does no work on the caller's thread. The first thread makes, encodes and
+writes what is queued, and is held up by no sync: from then on a record survives the process. The
+second syncs and indexes what was written meanwhile, and resolves its futures: from then on a record
+survives the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from driftgate.errors import StorageError
-from driftgate.storage.append import Appender, Result
+from driftgate.storage.append import Appender, Submission
 from driftgate.storage.delta import trace_bytes
 from driftgate.storage.index import INDEX_NAME, open_index
 from driftgate.storage.records import Record
@@ -32,13 +33,20 @@ log = logging.getLogger(__name__)
 QUEUE_BYTES = 256 << 20
 """Default bound of the queue: about 60 answers with 4.4 MB of routes, seconds of a busy gateway."""
 
-GROUP_INTERVAL_S = 0.025
-"""``group``: from one batch to the next. Half of the 50 ms that may be lost (DESIGN 4); folding and
-writing what came meanwhile needs the other half."""
+WRITE_INTERVAL_S = 0.005
+"""``group``: from one look into the queue to the next. A thread that wakes for each of thousands of
+records a second takes the interpreter from the event loop as often; a tenth of GROUP_INTERVAL_S."""
+
+GROUP_INTERVAL_S = 0.05
+"""``group``: from one sync to the next (DESIGN 4)."""
 
 BATCH_BYTES = 32 << 20
-"""Queued memory that is made into records at once: a full queue must not be in memory twice, nor
-its first futures wait for its last."""
+"""Queued memory that is made into records and synced at once: a full queue must not be in memory
+twice, nor its first futures wait for its last."""
+
+UNSYNCED_BYTES = 2 * BATCH_BYTES
+"""Written records that wait for a sync, kept for a second try: one batch being synced, the next one
+being written. A disk that syncs no faster holds up writing."""
 
 RECORD_BYTES = 4096
 """Counted per queued record besides its arrays and bodies."""
@@ -61,22 +69,15 @@ class WriterStats:
     failed_records: int = 0
     """Submissions whose future failed."""
     write_errors: int = 0
-    """Batches that could not be written."""
+    """Submissions of those that the disk or the index did not take."""
     fsyncs: int = 0
     last_fsync_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    make: Callable[[], Sequence[Record]]
-    size_bytes: int
-    future: Future[None]
-
-
 class Writer:
-    """One directory, one writer thread, one series of segments. Thread-safe.
+    """One directory, one series of segments. Thread-safe.
 
-    Records are shared with the writer thread and its cache: do not change them after ``submit``.
+    Records are shared with the writer's threads and its cache: do not change them after ``submit``.
     """
 
     def __init__(
@@ -90,34 +91,44 @@ class Writer:
     ) -> None:
         """Open or create the store at ``root`` and recover what dead writers left.
 
-        ``on_error`` is called on the writer thread for every failed batch or record.
+        ``on_error`` is called on the syncing thread for every failed submission.
         """
         self._durability = durability
         self._limit = queue_bytes
         self._on_error = on_error
         self._stats = WriterStats()
-        self._wake = threading.Condition()
-        self._queue: deque[_Item] = deque()
+        self._lock = threading.Lock()
+        self._queued = threading.Condition(self._lock)
+        self._written = threading.Condition(self._lock)
+        self._resolved = threading.Condition(self._lock)
+        self._queue: deque[Submission] = deque()
         self._submitted = self._done = 0
-        self._hurry = self._closing = False
-        self._next_sync = 0.0
+        self._unsynced_records = self._unsynced_bytes = 0
+        self._wanted = 0
+        """Somebody waits for so many to be done."""
+        self._closing = self._drained = False
+        """Nothing more comes; nothing more is written."""
         root.mkdir(parents=True, exist_ok=True)
-        self._lock = StoreLock(root)
+        self._store_lock = StoreLock(root)
         try:
             self._connection = open_index(root / INDEX_NAME, create=True)
         except BaseException:
-            self._lock.close()
+            self._store_lock.close()
             raise
         try:
             orphans = recover(root, self._connection)
             self._appender = Appender(root, self._connection, name=name)
         except BaseException:
             self._connection.close()
-            self._lock.close()
+            self._store_lock.close()
             raise
-        self._thread = threading.Thread(target=self._run, name=f"driftgate-writer-{name}")
-        self._thread.daemon = True  # a forgotten close must not keep the process; close() joins
-        self._thread.start()
+        # Daemons: a forgotten close must not keep the process; close() joins them.
+        self._threads = [
+            threading.Thread(target=run, name=f"driftgate-{job}-{name}", daemon=True)
+            for job, run in (("writer", self._write_all), ("sync", self._sync_all))
+        ]
+        for thread in self._threads:
+            thread.start()
         for orphan in orphans:
             self.submit(orphan)
         self.flush()  # who reads the store from here on sees how those calls ended
@@ -125,7 +136,7 @@ class Writer:
     @property
     def stats(self) -> WriterStats:
         """A copy of the counters."""
-        with self._wake:
+        with self._lock:
             return replace(self._stats)
 
     def submit(self, record: Record) -> Future[None]:
@@ -145,7 +156,7 @@ class Writer:
         """
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # a waiter that leaves does not take it along
-        with self._wake:
+        with self._lock:
             if self._closing:
                 raise StorageError("the writer is closed")
             stats = self._stats
@@ -158,117 +169,142 @@ class Writer:
             stats.queued_records += 1
             stats.queued_bytes += size_hint
             self._submitted += 1
-            self._queue.append(_Item(make, size_hint, future))
+            self._queue.append(Submission(make, size_hint, future))
             if len(self._queue) == 1:
-                self._wake.notify_all()
+                self._queued.notify()
         return future
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until everything submitted so far is resolved; StorageError after ``timeout_s``."""
-        with self._wake:
-            target = self._submitted
-            self._hurry = True
-            self._wake.notify_all()
-            if not self._wake.wait_for(lambda: self._done >= target, timeout_s):
+        with self._lock:
+            self._wanted = target = self._submitted
+            self._press()
+            if not self._resolved.wait_for(lambda: self._done >= target, timeout_s):
                 left = target - self._done
                 raise StorageError(f"{left} records are still not on disk after {timeout_s} s")
 
     def close(self) -> None:
         """Write what is queued, then release everything; idempotent."""
-        with self._wake:
+        with self._lock:
             self._closing = True
-            self._wake.notify_all()
-        self._thread.join()
-        self._lock.close()
+            self._press()
+        for thread in self._threads:
+            thread.join()
+        self._store_lock.close()
 
-    def _run(self) -> None:
-        while items := self._take():
-            # From its start: what comes while this batch is written waits for no more than it.
-            self._next_sync = time.monotonic() + GROUP_INTERVAL_S
-            errors = self._process(items)
-            self._resolve(items, errors)
-        self._appender.close()
-        self._connection.close()
+    def _press(self) -> None:
+        """Let both threads look whether they may still wait; called with the lock held."""
+        self._queued.notify()
+        self._written.notify()
 
-    def _take(self) -> list[_Item]:
-        """The next batch; empty when the writer is closed and drained."""
-        with self._wake:
+    @property
+    def _at_once(self) -> bool:
+        return self._durability == "strict" or self._done < self._wanted or self._closing
+
+    # The writing thread.
+
+    def _write_all(self) -> None:
+        next_look = 0.0
+        while submissions := self._take(next_look):
+            next_look = time.monotonic() + WRITE_INTERVAL_S
+            self._write(submissions)
+            submissions.clear()  # nothing of them is kept while there is nothing to do
+        with self._lock:
+            self._drained = True
+            self._written.notify()
+
+    def _write(self, submissions: list[Submission]) -> None:
+        for submission in submissions:
+            try:
+                submission.records = submission.make()
+            except Exception as error:  # the caller's code, at the edge of one submission
+                submission.error = error
+            submission.make = _made  # it may hold a whole answer
+            self._appender.write(submission)
+        with self._lock:
+            self._unsynced_records += len(submissions)
+            self._unsynced_bytes += sum(one.size_bytes for one in submissions)
+            self._written.notify()
+
+    def _take(self, next_look: float) -> list[Submission]:
+        """The next to write; empty when the writer is closed and all is written."""
+        with self._lock:
             while True:
-                if self._queue:
-                    delay = self._next_sync - time.monotonic()
-                    at_once = self._durability == "strict" or self._hurry or self._closing
-                    if at_once or delay <= 0 or self._stats.queued_bytes >= BATCH_BYTES:
-                        return self._batch()
-                    self._wake.wait(delay)
+                delay_s = next_look - time.monotonic()
+                if self._unsynced_bytes >= UNSYNCED_BYTES:
+                    self._queued.wait()
+                elif self._queue and (self._at_once or delay_s <= 0):
+                    return self._batch()
+                elif self._queue:
+                    self._queued.wait(delay_s)
                 elif self._closing:
                     return []
                 else:
-                    self._hurry = False
-                    self._wake.wait()
+                    self._queued.wait()
 
-    def _batch(self) -> list[_Item]:
+    def _batch(self) -> list[Submission]:
         """The oldest of the queue, at least one; called with the lock held."""
-        items = [self._queue.popleft()]
-        size = items[0].size_bytes
+        submissions = [self._queue.popleft()]
+        size = submissions[0].size_bytes
         while self._queue and size + self._queue[0].size_bytes <= BATCH_BYTES:
-            items.append(self._queue.popleft())
-            size += items[-1].size_bytes
-        self._hurry = self._hurry and bool(self._queue)
-        return items
+            submissions.append(self._queue.popleft())
+            size += submissions[-1].size_bytes
+        return submissions
 
-    def _process(self, items: list[_Item]) -> list[Exception | None]:
-        """Write a batch; the error of each item, None where it is durable."""
-        groups: list[Sequence[Record]] = []
-        errors: list[Exception | None] = [None] * len(items)
-        for i, item in enumerate(items):
-            try:
-                groups.append(item.make())
-            except Exception as error:  # the caller's code, at the edge of one item
-                errors[i] = error
-                groups.append(())
-        return [mine or its for mine, its in zip(errors, self._commit(groups), strict=True)]
+    # The syncing thread.
 
-    def _commit(self, groups: Sequence[Sequence[Record]]) -> Sequence[Exception | None]:
-        """Write groups together; where that fails, each alone: one must not take others along."""
-        try:
-            result = self._appender.commit(groups)
-        except Exception as error:  # the edge of one batch: OSError, sqlite3.Error or our own bug
-            if len(groups) > 1:
-                log.warning("%d submissions together: %s; writing each alone", len(groups), error)
-                return [failed for group in groups for failed in self._commit([group])]
-            failure = StorageError(f"could not be written: {error}")
-            failure.__cause__ = error
-            with self._wake:
-                self._stats.write_errors += 1
-            log.error("a submission %s", failure)
-            return [failure]
-        self._count(result)
-        return result.errors
+    def _sync_all(self) -> None:
+        next_sync = 0.0
+        while self._wait_for_written(next_sync):
+            # From its start: what is written while this sync lasts waits for no more than it.
+            next_sync = time.monotonic() + GROUP_INTERVAL_S
+            self._resolve(self._appender.commit())
+        self._appender.close()
+        self._connection.close()
 
-    def _count(self, result: Result) -> None:
-        with self._wake:
-            self._stats.written_records += result.records
-            self._stats.written_bytes += result.size_bytes
-            self._stats.duplicate_records += result.duplicates
-            self._stats.fsyncs += result.records > 0
-            self._stats.last_fsync_s = result.fsync_s or self._stats.last_fsync_s
+    def _wait_for_written(self, next_sync: float) -> bool:
+        """False when the writer is closed and all is resolved."""
+        with self._lock:
+            while True:
+                delay_s = next_sync - time.monotonic()
+                if self._unsynced_records > 0:  # below: one is synced that is not counted yet
+                    large = self._unsynced_bytes >= BATCH_BYTES
+                    if self._at_once or large or delay_s <= 0:
+                        return True
+                    self._written.wait(delay_s)
+                elif self._drained:
+                    return False
+                else:
+                    self._written.wait()
 
-    def _resolve(self, items: list[_Item], errors: list[Exception | None]) -> None:
-        """Tell ``on_error``, once per distinct error, then the futures."""
-        with self._wake:
-            self._stats.failed_records += sum(error is not None for error in errors)
-            self._stats.queued_records -= len(items)
-            self._stats.queued_bytes -= sum(item.size_bytes for item in items)
-        for distinct in {id(error): error for error in errors if error is not None}.values():
-            self._report(distinct)
-        for item, error in zip(items, errors, strict=True):
-            if error is None:
-                item.future.set_result(None)
-            else:
-                item.future.set_exception(error)
-        with self._wake:
-            self._done += len(items)
-            self._wake.notify_all()
+    def _resolve(self, submissions: list[Submission]) -> None:
+        """Tell ``on_error``, then the futures."""
+        with self._lock:
+            self._count(submissions)
+        for one in submissions:
+            if one.error is None:
+                one.future.set_result(None)
+                continue
+            self._report(one.error)
+            one.future.set_exception(one.error)
+        with self._lock:
+            self._done += len(submissions)
+            self._resolved.notify_all()
+
+    def _count(self, submissions: list[Submission]) -> None:
+        stats, size = self._stats, sum(one.size_bytes for one in submissions)
+        stats.queued_records -= len(submissions)
+        stats.queued_bytes -= size
+        self._unsynced_records -= len(submissions)
+        self._unsynced_bytes -= size
+        self._queued.notify()  # there is room for more
+        for one in submissions:
+            stats.failed_records += one.error is not None
+            stats.write_errors += isinstance(one.error, StorageError)
+            stats.written_records += one.written_records
+            stats.written_bytes += one.written_bytes
+            stats.duplicate_records += one.duplicates
+        stats.fsyncs, stats.last_fsync_s = self._appender.fsyncs, self._appender.last_fsync_s
 
     def _report(self, error: Exception) -> None:
         log.warning("records lost: %s", error)
@@ -276,8 +312,12 @@ class Writer:
             return
         try:
             self._on_error(error)
-        except Exception:  # the caller's code must not end the writer thread
+        except Exception:  # the caller's code must not end the syncing thread
             log.exception("on_error failed")
+
+
+def _made() -> Sequence[Record]:
+    raise AssertionError("a submission is made once")
 
 
 def _size(record: Record) -> int:

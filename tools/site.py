@@ -48,6 +48,7 @@ NAV: dict[str, dict[str, str]] = {
     "Start": {"Overview": "index.md", "Ten minutes": "tutorial.md"},
     "How to": {
         "Set up vLLM": "howto/vllm.md",
+        "Several engines": "howto/engines.md",
         "Connect your agent": "howto/agent.md",
         "Put a trainer beside it": "trainer.md",
         "Run it in Docker": "howto/docker.md",

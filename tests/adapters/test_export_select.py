@@ -6,23 +6,26 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from driftgate import cli
+from driftgate import cli, codes
 from driftgate.adapters import formats
 from driftgate.adapters.export_base import MANIFEST, Manifest, read_export
 from driftgate.adapters.export_select import REASONS, Selection
+from driftgate.mismatch import Bucket
 from driftgate.samples import Sample
 from driftgate.storage import Reader, Record
 from driftgate.testing.stores import BAD_TRAINER, write_store
 from driftgate.testing.traces import make_intent, make_score, make_trace, make_trajectory
-from driftgate.trace import Comparable, Reward, Trace
+from driftgate.trace import CallOutcome, Comparable, Reward, Score, Trace
 
 NO = Comparable(verdict="no")
+UNSENT = "the answer was recorded before it was sent"
 
 
 def called(*traces: Trace) -> Iterable[Record]:
@@ -44,6 +47,13 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(cli.app, ["export", *map(str, arguments)])
 
 
+def drifted(trace: Trace, d: float, **meta: Any) -> Score:
+    """A score whose every token has this log ratio."""
+    assert trace.logprobs is not None
+    bucket = Bucket.of(trace.logprobs + min(d, 0.0), trace.logprobs - max(d, 0.0))
+    return make_score(trace, noise=0.0, bucket=bucket, **meta)
+
+
 def planted(reason: str) -> list[Record]:
     """One trajectory of one trace that is left out for ``reason``."""
     made = make_trace(trajectory="bad")
@@ -57,6 +67,7 @@ def planted(reason: str) -> list[Record]:
         "delivery_uncertain": [*called(replace(made, meta=changed(meta, delivery="uncertain")))],
         "bad_logprobs": [*called(replace(made, logprobs=np.full(5, np.nan, np.float32)))],
         "not_comparable": [*called(made), score],
+        "quarantined": [*called(made), drifted(made, -12.0)],
         "trajectory_gap": [*called(made), make_intent(make_trace(trajectory="bad", step=1))],
     }[reason]
 
@@ -67,12 +78,14 @@ def test_each_reason_leaves_its_trace_out(tmp_path: Path, reason: str) -> None:
     found, selection = select(tmp_path, [*called(good), *planted(reason)])
     assert [sample.meta.trajectory for sample in found] == ["good"]
     assert selection.left_out[reason] == 1
-    assert set(selection.left_out) <= {reason, "trajectory_gap"}
+    with_it = {"trajectory_gap"} | ({"quarantined"} if reason == "not_comparable" else set())
+    assert set(selection.left_out) <= {reason} | with_it
     assert selection.damaged == []
 
 
 @pytest.mark.parametrize(
-    "reason", ["incomplete_capture", "delivery_uncertain", "not_comparable", "trajectory_gap"]
+    "reason",
+    ["incomplete_capture", "delivery_uncertain", "not_comparable", "quarantined", "trajectory_gap"],
 )
 def test_what_can_be_trained_on_is_kept_with_a_flag_if_asked(tmp_path: Path, reason: str) -> None:
     found, selection = select(tmp_path, planted(reason), include_incomplete=True)
@@ -103,6 +116,43 @@ def test_one_trainer_that_can_compare_is_enough(tmp_path: Path) -> None:
     scores = [make_score(made), make_score(made, comparable=NO, trainer=BAD_TRAINER)]
     found, _ = select(tmp_path, [*called(made), *scores])
     assert len(found) == 1
+
+
+def test_only_the_step_that_cannot_be_compared_is_masked(tmp_path: Path) -> None:
+    """One of three steps has a forced tool call, at 25 nats: the verdict says to mask it."""
+    steps = list(make_trajectory(steps=3))
+    why = Comparable(verdict="no", reasons=[codes.reason("grammar_masked", "tool", "free it")])
+    scores = [drifted(steps[0], -25.0, comparable=why), *(drifted(t, 0.0) for t in steps[1:])]
+    found, selection = select(tmp_path, [*called(*steps), *scores])
+    (sample,) = found
+    assert [span.step for span in sample.meta.spans] == [1, 2]
+    assert sample.mask.sum() == 10
+    assert sample.tokens.size == len(sample.mask) > 10
+    assert selection.left_out == {"not_comparable": 1}
+
+
+def test_a_reason_that_doubts_a_side_leaves_the_whole_run_out(tmp_path: Path) -> None:
+    steps = list(make_trajectory(steps=3))
+    why = Comparable(verdict="no", reasons=[codes.reason("tokenizer_mismatch", "two", "one")])
+    scores = [drifted(steps[0], 0.0, comparable=why), *(drifted(t, 0.0) for t in steps[1:])]
+    found, selection = select(tmp_path, [*called(*steps), *scores])
+    assert found == []
+    assert selection.left_out == {"not_comparable": 1, "quarantined": 3}
+
+
+def test_one_trainer_that_lets_a_run_pass_is_enough(tmp_path: Path) -> None:
+    made = make_trace()
+    scores = [drifted(made, -12.0), drifted(made, 0.0, trainer=BAD_TRAINER)]
+    assert len(select(tmp_path, [*called(made), *scores])[0]) == 1
+
+
+def test_an_answer_that_could_not_be_sent_is_left_out_and_its_run_is_whole(tmp_path: Path) -> None:
+    """In ``strict`` it is recorded as delivered first, and taken back by an outcome."""
+    one, two = list(make_trajectory(steps=2))
+    lost = CallOutcome(call_id=two.meta.call_id, status="cancelled", reason=UNSENT, ended_ns=9)
+    found, selection = select(tmp_path, [*called(one, two), lost])
+    assert [span.step for sample in found for span in sample.meta.spans] == [0]
+    assert selection.left_out == {"delivery_uncertain": 1}
 
 
 def test_an_answer_that_is_left_out_is_context_of_the_next(tmp_path: Path) -> None:

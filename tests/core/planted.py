@@ -19,10 +19,11 @@ F64 = npt.NDArray[np.float64]
 
 
 def run(steps: int = 4, response: int = 200, **options: Any) -> list[Trace]:
-    """A dense run whose tokens' logprobs leave room for noise on either side."""
+    """A dense run whose tokens' logprobs leave room for noise on either side, all in one bin of
+    probability, .1 to .5: its baselines are then plain means."""
     traces = make_trajectory("run", steps=steps, response=response, routed=False, **options)
     return [
-        dataclasses.replace(trace, logprobs=np.minimum(trace.logprobs, -0.7).astype(np.float32))
+        dataclasses.replace(trace, logprobs=np.clip(trace.logprobs, -2.2, -1.3).astype(np.float32))
         for trace in traces
         if trace.logprobs is not None
     ]

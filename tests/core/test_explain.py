@@ -12,7 +12,7 @@ import pytest
 from driftgate.anatomy import Response
 from driftgate.causes import Floor, Run
 from driftgate.codes import reason
-from driftgate.explain import Cause, attribute, explain
+from driftgate.explain import Cause, Refusal, attribute, explain
 from driftgate.router import RouterBucket
 from driftgate.trace import Comparable
 from tests.core.planted import F64, drift, noise, responses, run, scored, with_meta
@@ -239,12 +239,126 @@ def test_shares_add_to_one_with_several_causes_at_once(seed: int) -> None:
 
 def test_an_explanation_says_what_it_rests_on() -> None:
     found = simple([0.02, 0.02])
-    told = explain(found, captured=3, scored=2, floor=FLOOR)
+    told = explain(found, sides=found[0].score, captured=3, comparable={"yes": 2}, floor=FLOOR)
     assert (told.captured, told.scored, told.n_tokens, told.n_responses) == (3, 2, 400, 2)
     assert told.abs_log_ratio_mean == pytest.approx(drift(found) / 400)
     assert told.noise_floor == 0.01
-    with pytest.raises(ValueError, match="nothing to explain"):
-        explain([], captured=1, scored=0)
+    assert told.set_aside == []
+
+
+def test_what_is_not_comparable_is_set_aside_with_its_share_and_feeds_no_cause() -> None:
+    """A forced tool call of 100 tokens at 25 nats before three steps of plain noise."""
+    found = simple([0.02] * 3)
+    masked = reason("grammar_masked", "tool_choice", "free it")
+    aside = [Refusal(step=0, reason=masked, tokens=100, sum_abs=2500.0)]
+    verdicts = {"yes": 3, "no": 1}
+    told = explain(
+        found, sides=found[0].score, captured=4, comparable=verdicts, refusals=aside, floor=FLOOR
+    )
+    (cause,) = told.set_aside
+    assert (cause.code, cause.detail, cause.fix) == ("grammar_masked", "tool_choice", "free it")
+    assert (cause.responses, cause.steps, cause.tokens) == (1, [0], 100)
+    assert cause.share_of_tokens == 100 / 700
+    assert cause.share_of_drift == pytest.approx(2500.0 / (2500.0 + drift(found)))
+    assert told.causes == attribute(Run(found, FLOOR))
+    assert told.scored == 4
+
+
+def test_a_run_without_a_comparable_token_has_no_causes() -> None:
+    why = [
+        Refusal(step=at, reason=reason(code, "seen", "mend it"), tokens=10, sum_abs=0.0)
+        for at, code in enumerate(("grammar_masked", "tokenizer_mismatch", "grammar_masked"))
+    ]
+    sides = simple([0.0])[0].score
+    told = explain([], sides=sides, captured=3, comparable={"no": 3}, refusals=why)
+    assert (told.causes, told.by_step, told.by_class) == ([], [], [])
+    assert (told.abs_log_ratio_mean, told.worst, told.n_tokens) == (None, None, 0)
+    assert [(one.code, one.steps) for one in told.set_aside] == [
+        ("grammar_masked", [0, 2]),
+        ("tokenizer_mismatch", [1]),
+    ]
+    assert told.set_aside[0].share_of_tokens == pytest.approx(2 / 3)
+    assert told.set_aside[0].share_of_drift is None
+
+
+def test_a_step_of_rarer_tokens_is_no_jump() -> None:
+    """Drift goes with the token's probability, and the last two steps have the rare ones."""
+    traces, scores = run(4), []
+    for at, trace in enumerate(traces):
+        rare = at >= 2
+        level = np.where(np.arange(200) % 4 == 0, not rare, rare)
+        rollout = np.where(level, -3.0, -1.0)
+        traces[at] = dataclasses.replace(trace, logprobs=rollout.astype(np.float32))
+        scores.append(scored(traces[at], noise(at, 200, 1.0) * np.where(level, 0.1, 0.01)))
+    cause = causes(responses(traces, scores))["stale_weights"]
+    assert (cause.found, cause.share) == ("untested", 0.0)
+
+
+def test_drift_that_grows_with_the_context_is_no_jump() -> None:
+    """Its standard deviation goes from .01 to .09 in a straight line over four steps."""
+    traces = run(4)
+    sigmas = np.split(np.linspace(0.01, 0.09, 800), 4)
+    scores = [
+        scored(t, noise(n, 200, 1.0) * s)
+        for n, (t, s) in enumerate(zip(traces, sigmas, strict=True))
+    ]
+    assert causes(responses(traces, scores))["stale_weights"].found == "untested"
+
+
+def test_a_jump_under_one_known_version_is_a_sign_only() -> None:
+    traces = [with_meta(trace, weight_version="5") for trace in run(4)]
+    pairs = zip(traces, (0.01, 0.01, 0.1, 0.1), strict=True)
+    scores = [
+        scored(t, noise(n, 200, s), trainer_weight_version="5") for n, (t, s) in enumerate(pairs)
+    ]
+    cause = causes(responses(traces, scores))["stale_weights"]
+    assert (cause.found, cause.share) == ("suspected", 0.0)
+    assert "stale cache" in cause.detail
+
+
+def test_noise_on_the_engines_side_is_no_temperature() -> None:
+    """It flattens the slope of the trainer's log-odds on the engine's, without any scale."""
+    rng = np.random.default_rng(5)
+    odds = rng.normal(0.0, 2.0, 800)
+    rollout = -np.logaddexp(0.0, -(odds + noise(6, 800, 0.8)))
+    train = -np.logaddexp(0.0, -odds)
+    trace = dataclasses.replace(run(1, 800)[0], logprobs=rollout.astype(np.float32))
+    cause = causes(responses([trace], [scored(trace, train - rollout)]))["transform"]
+    assert cause.evidence["logodds_slope"] == pytest.approx(0.87, abs=0.03)
+    assert (cause.found, cause.share) == ("absent", 0.0)
+
+
+def test_two_temperatures_that_both_fit_are_no_cause() -> None:
+    (found,) = responses(run(1), [scored(run(1)[0], np.full(200, 1e-3), np.full(200, 1e-4))])
+    assert causes([found])["transform"].found == "absent"
+
+
+def test_noise_wider_than_rounding_is_not_precision() -> None:
+    found = causes(simple([0.2, 0.2], comparable=of_words("precision_class_differs")))
+    assert (found["precision"].found, found["precision"].share) == ("suspected", 0.0)
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [31, 31], [200, 1]])
+def test_few_tokens_accuse_nobody(sizes: Sequence[int]) -> None:
+    """However far off, and with every sign of a broken prefix and of lag."""
+    traces = [
+        with_meta(trace, prefix_exact=False, weight_version="3")
+        for trace in (run(len(sizes), size)[at] for at, size in enumerate(sizes))
+    ]
+    scores = [
+        scored(t, np.full(size, -2.0 if at else 0.0), trainer_weight_version="5")
+        for at, (t, size) in enumerate(zip(traces, sizes, strict=True))
+    ]
+    found = attribute(Run(responses(traces, scores), None))
+    assert {cause.share for cause in found if cause.name != "unexplained"} == {0.0}
+
+
+def test_one_outlier_is_no_jump() -> None:
+    parts = [noise(n, 60, 0.02) for n in range(4)]
+    parts[2][7] = -20.0
+    traces = run(4, 60)
+    found = responses(traces, [scored(t, d) for t, d in zip(traces, parts, strict=True)])
+    assert causes(found)["stale_weights"].share == 0.0
 
 
 def _logprobs(logits: F64, picked: np.ndarray) -> F64:

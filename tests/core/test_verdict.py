@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from driftgate.codes import MASKABLE, SEVERITY
+from driftgate.lag import policy_lag, widest
 from driftgate.mismatch import Bucket
 from driftgate.profiles import PROFILES, TIERS, ProfileName
 from driftgate.router import RouterBucket
-from driftgate.verdict import Lag, Subject, Verdict, brief, judge, policy_lag
+from driftgate.subject import Refused
+from driftgate.verdict import Lag, Subject, Verdict, brief, judge
 from tests.core.planted import F64, noise
 
 FRESH = Lag(steps=0)
@@ -23,15 +26,20 @@ def bucket(d: F64) -> Bucket:
 
 
 def subject(d: F64 | None = None, **changes: Any) -> Subject:
+    whole = bucket(noise(0, 1000, 0.01) if d is None else d)
     given: dict[str, Any] = {
         "captured": 1,
         "scorable": 1,
         "scored": 1,
-        "comparable": 1,
-        "bucket": bucket(noise(0, 1000, 0.01) if d is None else d),
+        "tokens": whole.n_tokens,
+        "bucket": whole,
         "lag": FRESH,
     }
     return Subject(**(given | changes))
+
+
+def refused(step: int, tokens: int, *codes: str) -> Refused:
+    return Refused(trace_id=f"t{step}", step=step, choice=0, tokens=tokens, codes=list(codes))
 
 
 def of(found: Subject, profile: ProfileName = "default") -> Verdict:
@@ -98,6 +106,10 @@ def ess_of(target: float) -> F64:
 def test_ess_under_the_default_profile(ess: float, code: str, verdict: str) -> None:
     found = of(subject(ess_of(ess)))
     assert found.measured["ess_kish_token"] == pytest.approx(ess, rel=1e-9)
+    d = ess_of(ess)
+    without = np.exp(np.delete(d, np.abs(d).argmax()))
+    loo = without.sum() ** 2 / (999 * np.square(without).sum())
+    assert found.measured["ess_kish_token_but_worst"] == pytest.approx(loo, rel=1e-9)
     assert codes(found)[code] == verdict
 
 
@@ -165,14 +177,99 @@ def test_other_expert_sets_ask_for_routing_replay() -> None:
     assert "routing replay" in found.reasons[0].fix
 
 
-def test_a_gap_and_an_invalid_comparison_are_quarantined() -> None:
-    gaps = ["step 1: failed: x", "step 2: cancelled: y"]
-    found = of(subject(gaps=gaps, scored=2, comparable=1, codes=["grammar_masked"]))
-    assert found.verdict == "quarantine"
-    assert codes(found).keys() == {"INCOMPLETE_CAPTURE", "NOT_COMPARABLE"}
-    assert found.reasons[1].observed == 0.5
-    assert "grammar_masked" in found.reasons[1].detail
+def test_a_gap_is_quarantined() -> None:
+    found = of(subject(gaps=["step 1: failed: x", "step 2: cancelled: y"]))
+    assert codes(found) == {"INCOMPLETE_CAPTURE": "quarantine"}
     assert "and 1 more" in found.reasons[0].detail
+
+
+@pytest.mark.parametrize("profile", ["default", "observatory"])
+@pytest.mark.parametrize(
+    ("tokens", "verdict"),
+    [(1, "train_with_correction"), (1000, "train_with_correction"), (1001, "quarantine")],
+)
+def test_answers_that_cannot_be_compared_are_masked_up_to_half_of_the_tokens(
+    profile: ProfileName, tokens: int, verdict: str
+) -> None:
+    """1000 tokens are comparable."""
+    aside = [refused(3, tokens, "grammar_masked")]
+    found = of(subject(scored=2, tokens=1000 + tokens, refused=aside), profile)
+    (why,) = found.reasons
+    assert (why.code, why.verdict, why.metric) == ("NOT_COMPARABLE", verdict, "not_comparable_frac")
+    assert why.observed == pytest.approx(tokens / (1000 + tokens))
+    share = f"{100 * tokens / (1000 + tokens):.1f}%"
+    assert f"{tokens} of {1000 + tokens} tokens ({share}): grammar_masked in step 3" in why.detail
+    assert ("mask these tokens" in why.fix) == (verdict == "train_with_correction")
+    assert found.not_comparable == aside
+
+
+def test_a_reason_that_doubts_a_side_doubts_the_whole_run() -> None:
+    aside = [refused(0, 1, "grammar_masked"), refused(1, 1, "tokenizer_mismatch")]
+    found = of(subject(scored=3, tokens=1002, refused=aside))
+    (why,) = found.reasons
+    assert (why.code, why.verdict) == ("NOT_COMPARABLE", "quarantine")
+    assert "1 of 3 answers (step 1): tokenizer_mismatch" in why.detail
+    assert "mend what the codes name" in why.fix
+
+
+def test_every_code_that_doubts_no_side_is_of_what_was_asked() -> None:
+    assert {code for code, weight in SEVERITY.items() if weight == "no"} >= MASKABLE
+
+
+def test_bad_logprobs_are_not_passed_over() -> None:
+    """999 of 1000 tokens are NaN: what is left is within every other limit."""
+    rollout = np.full(1000, -1.0)
+    train = np.where(np.arange(1000) == 5, -1.0, math.nan)
+    found = of(subject(bucket=Bucket.of(train, rollout), tokens=1000))
+    assert codes(found) == {"NOT_COMPARABLE": "quarantine"}
+    assert "bad logprobs: 999" in found.reasons[0].detail
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict"),
+    [
+        (-0.09, "train"),
+        (-0.11, "train_with_correction"),
+        (0.11, "train_with_correction"),
+        (-0.23, "replay"),
+        (-0.5, "quarantine"),
+    ],
+)
+def test_a_shift_of_all_tokens_is_seen_where_ess_and_ratios_see_nothing(
+    shift: float, verdict: str
+) -> None:
+    found = of(subject(np.full(1000, shift)))
+    assert found.measured["ess_kish_token"] == pytest.approx(1.0, rel=1e-12)
+    assert found.measured["extreme_frac_tau2"] == 0.0
+    assert found.verdict == verdict
+    assert set(codes(found)) == {"WITHIN_BUDGET" if verdict == "train" else "SYSTEMATIC_SHIFT"}
+
+
+@pytest.mark.parametrize("outlier", [-2.0, 2.0, 3.0])
+def test_one_token_throws_no_run_away(outlier: float) -> None:
+    d = noise(0, 50, 0.01)
+    d[7] = outlier
+    assert of(subject(d)).verdict == "train_with_correction"
+    d[8:10] = outlier
+    assert of(subject(d)).verdict == "quarantine"
+
+
+@pytest.mark.parametrize("d", [-8.0, -2.0, 0.0, 2.0, 40.0, 800.0])
+def test_a_run_of_one_token(d: float) -> None:
+    found = of(subject(np.array([d])))
+    assert found.measured["log_ratio_mean"] is None
+    assert found.undefined["log_ratio_mean"] == "1 tokens of 32"
+    assert found.measured["ess_kish_token_but_worst"] is None
+    assert found.verdict == ("train_with_correction" if abs(d) == 2.0 else found.verdict)
+
+
+@pytest.mark.parametrize(
+    "d", [[0.0, 800.0], [-50.0, 15.0], [-700.0, -800.0], [30.0, 30.0], [0.0, 0.0]]
+)
+def test_ess_without_the_worst_token_is_finite_and_never_above_one(d: list[float]) -> None:
+    found = of(subject(np.array(d))).measured["ess_kish_token_but_worst"]
+    assert found is not None
+    assert 0.0 < found <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -182,6 +279,7 @@ def test_a_gap_and_an_invalid_comparison_are_quarantined() -> None:
         ({"scorable": 3, "captured": 3}, "1 of 3 traces"),
         ({"captured": 0, "scorable": 0, "scored": 0}, "nothing is captured"),
         ({"scorable": 0, "scored": 0}, "0 of 0 traces"),
+        ({"tokens": 0, "bucket": None}, "no token was sampled"),
     ],
 )
 def test_no_verdict_on_what_is_not_whole(changes: dict[str, Any], why: str) -> None:
@@ -201,7 +299,7 @@ def test_what_is_not_known_is_null_with_a_reason_and_breaks_no_limit() -> None:
         "policy_lag": "'a' is no number",
         "router_set_disagree_rate": "dense",
     }
-    assert "4 of 6" in found.reasons[0].detail
+    assert "over 1000 tokens; 7 of 9" in found.reasons[0].detail
 
 
 def test_the_most_severe_reason_comes_first_and_is_the_verdict() -> None:
@@ -217,22 +315,44 @@ def test_gates_tell_what_each_trainer_would_do() -> None:
     assert shares["gate_verl_tis_clip_frac"] == 0.03
     assert shares["gate_icepop_drop_frac"] == 0.0
     assert shares["gate_trl_seqmask_drop_frac"] == 1.0
-    assert of(subject(bucket=None, comparable=0)).gates == []
+    assert of(subject(bucket=None)).gates == []
 
 
 @pytest.mark.parametrize(
-    ("pairs", "steps"),
+    ("pairs", "steps", "at_least", "differs"),
     [
-        ([("3", "5")], 2),
-        ([("5", "3")], 2),
-        ([("5", "5"), ("1", "5")], 4),
-        ([("3", None)], None),
-        ([("step-3", "5")], None),
-        ([("3", "5"), ("unknown", "5")], None),
-        ([("٣", "5")], None),
+        ([], 0, 0, False),
+        ([("3", "5")], 2, 2, False),
+        ([("5", "3")], 2, 2, False),
+        ([("5", "5"), ("1", "5")], 4, 4, False),
+        ([("step-3", "step-5")], 2, 2, False),
+        ([("best", "best")], 0, 0, False),
+        ([("3", None)], None, 0, False),
+        ([("step-3", "5")], None, 0, True),
+        ([("1.2", "1.9")], None, 0, True),
+        ([("a1b2", "a1b9")], None, 0, True),
+        ([("3", "5"), ("unknown", "5")], None, 2, False),
+        ([("unknown", "unknown")], None, 0, False),
+        ([("٣", "5")], None, 0, True),
     ],
 )
-def test_policy_lag(pairs: list[tuple[str, str | None]], steps: int | None) -> None:
+def test_policy_lag(
+    pairs: list[tuple[str, str | None]], steps: int | None, at_least: int, differs: bool
+) -> None:
     found = policy_lag(pairs)
-    assert found.steps == steps
+    assert (found.steps, found.at_least, found.differs) == (steps, at_least, differs)
     assert (found.reason is None) is (steps is not None)
+    assert widest([found, FRESH]) == found
+
+
+def test_a_lag_that_is_known_of_some_traces_is_a_lower_bound() -> None:
+    found = of(subject(lag=policy_lag([("unknown", "20"), ("11", "20")])))
+    assert found.measured["policy_lag"] is None
+    assert found.reasons[0].detail == "policy_lag at least 9 > 8"
+    assert found.verdict == "quarantine"
+
+
+def test_versions_that_differ_by_nobody_knows_how_much_ask_for_the_correction() -> None:
+    found = of(subject(lag=policy_lag([("a1b2", "a1b9")])))
+    assert codes(found) == {"STALE_POLICY_LAG": "train_with_correction"}
+    assert "they differ" in found.reasons[0].detail

@@ -8,9 +8,11 @@ import math
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +23,8 @@ import pytest
 import zstandard
 
 from driftgate.errors import StorageError
-from driftgate.storage import Reader, Record, Writer, append, delta
-from driftgate.storage.segments import SegmentFile
+from driftgate.storage import Reader, Record, Writer, append, delta, encoder, read_segment
+from driftgate.storage.segments import SegmentFile, segment_paths
 from driftgate.testing.traces import (
     assert_same_score,
     assert_same_trace,
@@ -194,7 +196,7 @@ def test_what_is_queued_is_synced_together(writer: Writer) -> None:
         futures = [writer.submit(trace) for trace in make_trajectory(steps=20)]
     for future in futures:
         future.result(WAIT_S)
-    assert writer.stats.fsyncs == 1
+    assert writer.stats.fsyncs in (1, 2)  # two where the first one met them half written
 
 
 def test_close_writes_what_is_queued_and_can_be_repeated(tmp_path: Path) -> None:
@@ -272,6 +274,90 @@ def test_a_failing_disk_is_survived_wherever_it_fails(
     assert_same_trace(reader.trace("t1-2.0"), third)
 
 
+@contextmanager
+def syncing(monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> Iterator[None]:
+    """The next sync is under way for the length of the block, and then fails with ``error``."""
+    started, go = threading.Event(), threading.Event()
+    sync = SegmentFile.sync
+
+    def hang(segment: SegmentFile) -> None:
+        first = not started.is_set()
+        started.set()
+        assert go.wait(WAIT_S)
+        if first and error is not None:
+            raise error
+        sync(segment)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentFile, "sync", hang)
+        try:
+            yield
+        finally:
+            go.set()
+
+
+def wait_for_records(root: Path, count: int) -> None:
+    """Until the segments hold so many whole records, synced or not."""
+    deadline = time.monotonic() + WAIT_S
+    while sum(len(list(read_segment(path))) for path in segment_paths(root)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_slow_sync_holds_up_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer(tmp_path)
+    first, second, third = make_trajectory(steps=3)
+    with syncing(monkeypatch):
+        futures = [writer.submit(first)]
+        wait_for_records(tmp_path, 1)
+        futures += [writer.submit(second), writer.submit(third)]
+        wait_for_records(tmp_path, 3)
+        assert not any(future.done() for future in futures)  # none of them is durable
+    writer.close()
+    assert Reader(tmp_path).counts().traces == 3
+
+
+def test_a_sync_that_fails_takes_back_what_was_written_on_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(tmp_path)
+    traces = list(make_trajectory(steps=3))
+    with syncing(monkeypatch, OSError(errno.EIO, "input/output error")):
+        futures = [writer.submit(traces[0])]
+        wait_for_records(tmp_path, 1)
+        futures += [writer.submit(trace) for trace in traces[1:]]  # differences to the first
+        wait_for_records(tmp_path, 3)
+    for future in futures:
+        future.result(WAIT_S)  # each was written once more, alone
+    writer.close()
+    reader = Reader(tmp_path)
+    for trace in traces:
+        assert_same_trace(reader.trace(trace.meta.trace_id), trace)
+    assert sum(len(list(read_segment(path))) for path in segment_paths(tmp_path)) == 3
+
+
+def test_scores_and_traces_of_one_writer_are_synced_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written while a score waits for its number lies before it, and is indexed with it."""
+    writer = Writer(tmp_path)
+    first, second, third = make_trajectory(steps=3)
+    with syncing(monkeypatch):
+        writer.submit(first)
+        wait_for_records(tmp_path, 1)
+        for record in (make_score(first), second, make_score(second), third):
+            writer.submit(record)
+        wait_for_records(tmp_path, 3)
+    writer.close()
+    reader = Reader(tmp_path)
+    assert [score.meta.trace_id for score in reader.scores()] == ["t1-0.0", "t1-1.0"]
+    assert reader.counts().traces == 3
+    (segment,) = segment_paths(tmp_path)
+    with sqlite3.connect(tmp_path / "index.sqlite") as connection:
+        (end,) = connection.execute("SELECT indexed_bytes FROM segments").fetchone()
+    assert end == segment.stat().st_size
+
+
 def test_an_index_that_fails_takes_the_batch_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +391,7 @@ def test_segments_rotate_between_batches(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_base_that_left_the_cache_is_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(append, "CACHE_BYTES", 1)
+    monkeypatch.setattr(encoder, "CACHE_BYTES", 1)
     writer = Writer(tmp_path)
     traces = list(make_trajectory(steps=4))
     for trace in traces:
@@ -326,6 +412,32 @@ for trace in make_trajectory(steps=3):
     writer.submit(trace).result(20)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+UNSYNCED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from driftgate.storage import Writer, read_segment
+from driftgate.storage.segments import SegmentFile, segment_paths
+from driftgate.testing.traces import make_trajectory
+root = Path(sys.argv[1])
+writer = Writer(root)
+SegmentFile.sync = lambda segment: threading.Event().wait()
+for trace in make_trajectory(steps=3):
+    writer.submit(trace)
+while sum(len(list(read_segment(path))) for path in segment_paths(root)) < 3:
+    time.sleep(0.001)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_was_written_survives_a_kill_without_a_sync(tmp_path: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", UNSYNCED, tmp_path], timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    Writer(tmp_path).close()  # the next start
+    reader = Reader(tmp_path)
+    for trace in make_trajectory(steps=3):
+        assert_same_trace(reader.trace(trace.meta.trace_id), trace)
 
 
 @pytest.mark.parametrize("durability", ["strict", "group"])
@@ -354,7 +466,7 @@ def test_group_waits_for_its_interval(tmp_path: Path, monkeypatch: pytest.Monkey
     futures = [writer.submit(second), writer.submit(third)]
     assert not any(future.done() for future in futures)
     writer.flush(WAIT_S)
-    assert writer.stats.fsyncs == 2
+    assert writer.stats.fsyncs in (2, 3)  # as above
     writer.close()
 
 

@@ -139,8 +139,9 @@ def test_the_first_tab_skips_to_the_content(make_page: MakePage) -> None:
 def test_a_trajectory_says_whether_to_train_on_it_and_why_not(make_page: MakePage) -> None:
     page = make_page().open("t/dense-0")
     verdict = page.get_by_role("region", name="Train on it?")
-    expect(verdict).to_contain_text("quarantine")
-    expect(verdict).to_contain_text("1 of 3 scores: grammar_masked")
+    expect(verdict.locator("strong").first).to_contain_text("train with correction")
+    expect(verdict).to_contain_text("grammar_masked in step 0")
+    expect(verdict).to_contain_text("grammar_masked set aside: ")
     expect(verdict.get_by_role("row").filter(has_text="unexplained")).to_contain_text("%")
     verdict.get_by_role("radio", name="observatory").check()
     expect(verdict.get_by_role("link", name="JSON").first).to_have_attribute(
