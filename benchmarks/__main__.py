@@ -9,11 +9,7 @@ import time
 
 from benchmarks.report import Section, write_section
 
-<<<<<<< HEAD
-NAMES = ("storage", "teacher", "gateway", "memory", "page")
-=======
-NAMES = ("storage", "teacher", "scaling", "gateway", "memory")
->>>>>>> main
+NAMES = ("storage", "teacher", "scaling", "gateway", "memory", "page")
 
 
 def main() -> None:
