@@ -123,8 +123,7 @@ def _rate(hits: int, n: int, limit: float) -> bool:
 
 
 def _but_worst(w: F64, size: F64) -> float:
-    """Kish's share without the token of the largest |D|; with it where the others weigh nothing
-    beside it."""
+    """ESS without the token of the largest |D|, unless the others weigh nothing beside it."""
     others = np.delete(w, int(size.argmax()))
     if (others * others).sum() < 1e-11 * (w * w).sum():
         others = w

@@ -61,7 +61,7 @@ NAV: dict[str, dict[str, str]] = {
     },
     "Can it be trusted?": {
         "Threat model": "threat-model.md",
-        "Numbers and references": "science.md",
+        "Science": "science.md",
         "Reliability": "reliability.md",
         "Benchmarks": "benchmarks.md",
     },
