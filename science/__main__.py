@@ -74,7 +74,7 @@ def main() -> int:
     for row in failed:
         _say(f"does not hold: {row.part}: {row.what}")
     if options.write:
-        DOCUMENT.write_text(section(rows, {}))
+        DOCUMENT.write_text(section(rows))
     return 1 if failed else 0
 
 

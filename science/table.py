@@ -7,12 +7,13 @@ above its tolerance, so that a number which is not there never passes.
 from __future__ import annotations
 
 import math
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.report import machine
 
 __all__ = ["DOCUMENT", "Row", "exactly", "markdown", "near", "section", "worst"]
 
@@ -41,7 +42,8 @@ class Row:
         """As the table shows it."""
         numbers = [_short(value) for value in (self.ours, self.reference)]
         sizes = [f"{value:.1e}" if value else "0" for value in (self.difference, self.tolerance)]
-        return [self.what, *numbers, *sizes, "yes" if self.holds else "NO"]
+        shown = [self.what, *numbers, *sizes, "yes" if self.holds else "NO"]
+        return [cell.replace("|", "\\|") for cell in shown]
 
 
 def near(part: str, what: str, ours: object, reference: object, *, rel: float) -> Row:
@@ -89,18 +91,15 @@ def markdown(rows: Sequence[Row]) -> str:
     )
 
 
-def section(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
+def section(rows: Sequence[Row]) -> str:
     """The document: how it was made, and the table."""
     failed = sum(not row.holds for row in rows)
     day = datetime.now(UTC).date().isoformat()
+    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     parts = [
         "# The numbers against their references",
         HOW,
-        f"`make science`, {day}, Python {platform.python_version()} on {platform.machine()}, "
-        + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-        + ". "
-        + "; ".join(f"{key}: {value}" for key, value in facts.items())
-        + ".",
+        f"`make science`, {day}, on {machine()}; {versions}.",
         f"{len(rows)} rows, {len(rows) - failed} hold, {failed} do not.",
         markdown(rows),
     ]
