@@ -114,7 +114,7 @@ function Explained({ item, name }) {
           ${item.causes.map(
             (c) => html`<tr>
               <th scope="row">${c.name.replace("_", " ")}</th>
-              <td class="n nowrap"><meter min="0" max="1" value=${c.share} aria-label=${`share of ${c.name}`}>${percent(c.share)}</meter> ${percent(c.share)}</td>
+              <td class="n nowrap"><meter min="0" max="1" value=${c.share} aria-label=${`share of ${c.name}`}>${percent(c.share)}</meter> <span class="share">${percent(c.share)}</span></td>
               <td>${c.found}</td>
               <td class="reads">${c.detail}${c.fix && c.fix !== "nothing" && html` <span class="muted">→ ${c.fix}</span>`}</td>
             </tr>`,
