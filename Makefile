@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo test foreign lint types contracts bench faults soak fuzz requirements audit \
+.PHONY: setup browser demo test foreign lint types contracts bench faults science soak fuzz requirements audit \
 	docs tutorial image-check web-vendor pictures clean
 
 setup: $(STAMP) browser
@@ -59,6 +59,10 @@ bench: setup
 
 faults: setup
 	$(BIN)/python -m reliability $(if $(FULL),--full) $(if $(WRITE),--write)
+
+# Every number of the trainer's side against its reference, on a real engine: some minutes.
+science: setup
+	$(BIN)/python -m science $(if $(WRITE),--write)
 
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)

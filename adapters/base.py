@@ -5,11 +5,19 @@ One file per engine implements this. An adapter holds facts about a foreign proj
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from driftgate.trace import Routes
+from driftgate.trace import LogprobsMode, Routes
 
-__all__ = ["EngineAdapter"]
+__all__ = ["Ask", "EngineAdapter"]
+
+
+class Ask(NamedTuple):
+    """A request field that capture sets to true, and the keys of the answer that come by it."""
+
+    field: str
+    in_choice: tuple[str, ...] = ()
+    in_top: tuple[str, ...] = ()
 
 
 class EngineAdapter(Protocol):
@@ -24,6 +32,30 @@ class EngineAdapter(Protocol):
         """Request field that, set to true, makes answers carry token ids."""
 
     @property
+    def asks(self) -> tuple[Ask, ...]:
+        """All that is asked for beside the log-probabilities, ``ask_ids`` first."""
+
+    @property
+    def streams_ids(self) -> bool:
+        """Streams can carry token ids; else they are asked for as JSON and written here."""
+
+    @property
+    def omits_unasked(self) -> bool:
+        """Keys that nobody asked for are absent from answers, not null."""
+
+    @property
+    def logprobs_mode(self) -> LogprobsMode:
+        """What it returns by its documentation, where a probe cannot tell."""
+
+    @property
+    def weights_path(self) -> str | None:
+        """Answers with JSON that holds ``weight_version``."""
+
+    @property
+    def info_paths(self) -> tuple[str, ...]:
+        """Answer with the server's flags as JSON; the first one that is there counts."""
+
+    @property
     def ask_stream_routes(self) -> str:
         """Request field that, set to true, makes our engine plugin send the routes chunk."""
 
@@ -34,6 +66,10 @@ class EngineAdapter(Protocol):
     @property
     def refused_fields(self) -> dict[str, str]:
         """Request fields that an agent must not send (unless 0, false or null), and why."""
+
+    def common(self, answer: bytes) -> bytes:
+        """A JSON answer with ids, routes and weight spans under the names that are read here,
+        which are vLLM's. One of ``UNREADABLE`` where it is none."""
 
     def decode_routes(self, encoded: bytes, *, prompt_len: int, response_len: int) -> Routes:
         """Routes [P + R - 1, L, K] of ``encoded``, the JSON string's content.

@@ -12,9 +12,10 @@ Shape letters: ``T`` positions fed, ``N`` positions asked for, ``H`` hidden size
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from driftgate.adapters.hf import Routed, RouterTap, inspect_model
+from driftgate.adapters.hf_replay import forced as forced_routes
+from driftgate.adapters.hf_replay import watched
 from driftgate.adapters.trainer import Forced, Head, Place
 from driftgate.errors import TeacherError
 from driftgate.trace import Reason
@@ -29,6 +32,10 @@ from driftgate.trace import Reason
 __all__ = ["FsdpModel", "attach"]
 
 R = TypeVar("R")
+
+UNPROVEN = "no forward has shown yet how the routers choose"
+"""Until the first one: a router that fails under given routes would leave the job's forward in the
+middle."""
 
 AFTER_HEAD_TOLERANCE = 1e-2
 """Nats. The head's tiling may change with its shape; a soft cap or a scale changes far more."""
@@ -54,7 +61,6 @@ class FsdpModel:
 
     backend = "fsdp"
     shared_length = False
-    no_replay: str | None = "an attached FSDP model is scored under its own routes only"
 
     def __init__(self, model: Any, head: nn.Module) -> None:
         self._model, self._head = model, head
@@ -71,6 +77,7 @@ class FsdpModel:
         self.vocab_size = int(model.config.vocab_size)
         self.max_tokens = int(getattr(model.config, "max_position_embeddings", 1 << 20))
         self.findings: list[Reason] = inspect_model(model)
+        self.no_replay: str | None = UNPROVEN
         self.settings = {
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
@@ -89,12 +96,11 @@ class FsdpModel:
     ) -> tuple[R | None, Routed | None]:
         """See ``TrainerAdapter``. Raises ``TeacherError`` if the model changes its logits after
         the head."""
-        if forced is not None:
-            raise TeacherError(self.no_replay)
         padded = torch.zeros(max(length, len(ids_T)), dtype=torch.int64, device=self.device)
         padded[: len(ids_T)] = ids_T
         rows_N = rows_N.to(self.device)
-        with _undisturbed(self._model), self._tap.capture(rows_N) as capture:
+        routing = self._routing(forced, len(padded))
+        with _undisturbed(self._model), self._tap.capture(rows_N) as capture, routing:
             reduced, hidden_1H, logits_1V = self._run(padded, rows_N, reduce)
             own = logits_1V.float().log_softmax(-1)
             error = (own - hidden_1H.float().log_softmax(-1)).abs().max().item()
@@ -106,11 +112,28 @@ class FsdpModel:
         return reduced, capture.result()
 
     def own_logprobs(self, ids_T: Tensor, targets_T: Tensor) -> Tensor | None:
-        """See ``TrainerAdapter``: the model's own logits, whole."""
-        with _undisturbed(self._model):
+        """See ``TrainerAdapter``: the model's own logits, whole. Tells ``no_replay``."""
+        with _undisturbed(self._model), watched(self._tap.modules) as faults:
             logits_TV = self._model(input_ids=ids_T[None].to(self.device), use_cache=False).logits
+        none = None if self._tap.modules else "the trainer's model has no routers"
+        self.no_replay = faults[0] if faults else none
         full: Tensor = logits_TV[0].float().log_softmax(-1)
         return full.gather(-1, targets_T.to(self.device)[:, None])[:, 0]
+
+    def _routing(self, forced: Forced | None, length: int) -> AbstractContextManager[None]:
+        """``forced`` in force for the next forward of ``length`` positions; what is added behind
+        the sequence routes by itself."""
+        if forced is None:
+            return nullcontext()
+        fed, layers, k = forced.routes.shape
+        routes_TLK = torch.zeros((length, layers, k), dtype=torch.int64)
+        given_TL = torch.zeros((length, layers), dtype=torch.bool)
+        routes_TLK[:fed] = torch.from_numpy(forced.routes.astype(np.int64))
+        given_TL[:fed] = torch.from_numpy(forced.given)
+        device = self.device
+        return forced_routes(
+            self._tap.modules, self._tap.experts, routes_TLK.to(device), given_TL.to(device)
+        )
 
     def _run(
         self, ids_T: Tensor, rows_N: Tensor, reduce: Callable[[Head], R]

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from driftgate.errors import TeacherError
 
-__all__ = ["forced"]
+__all__ = ["forced", "watched"]
 
 TOPK = (torch.topk, Tensor.topk)
 
@@ -48,6 +48,64 @@ def forced(
             after = module.register_forward_hook(choice.leave, always_call=True)
             stack.callback(after.remove)
         yield
+
+
+@contextmanager
+def watched(routers: list[nn.Module]) -> Iterator[list[str]]:
+    """Say of the next forward of each of ``routers`` why it could not have been ``forced``.
+
+    Nothing is changed. The list is complete once all have run, and empty where all can.
+    """
+    faults: list[str] = []
+    with ExitStack() as stack:
+        for module in routers:
+            watch = _Watch(faults)
+            before = module.register_forward_pre_hook(watch.enter)
+            stack.callback(before.remove)
+            after = module.register_forward_hook(watch.leave, always_call=True)
+            stack.callback(after.remove)
+        yield faults
+
+
+class _Watch(TorchFunctionMode):
+    """What one router's forward chooses by."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__()
+        self._faults = faults
+        self._seen: list[tuple[int, Tensor]] = []
+
+    def enter(self, *_: object) -> None:
+        """Forward pre-hook."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self, module: nn.Module, _args: object, output: Any) -> None:
+        """Forward hook; always called."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if not isinstance(output, tuple) or len(output) != 3:
+            return  # the forward failed, or the tap will say what is wrong
+        logits_SE, _, ids_SK = output
+        made = [ids for width, ids in self._seen if width == logits_SE.shape[-1]]
+        chosen = [ids for ids in made if ids.shape == ids_SK.shape]
+        if len(chosen) != 1 or not torch.equal(chosen[0].sort(-1)[0], ids_SK.sort(-1)[0]):
+            self._faults.append(
+                f"{type(module).__name__} does not choose its experts by one topk over "
+                f"{logits_SE.shape[-1]}: routes cannot be replayed in it"
+            )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Note what a topk chose; everything runs as it is."""
+        result = func(*args, **(kwargs or {}))
+        if func in TOPK:
+            scores = args[0] if args else (kwargs or {})["input"]
+            self._seen.append((int(scores.shape[-1]), result[1]))
+        return result
 
 
 class _Choice(TorchFunctionMode):

@@ -79,7 +79,7 @@ class TrainerAdapter(Protocol):
     shared_length: bool
     """All copies must feed the same number of positions at once."""
     no_replay: str | None
-    """Why ``forward`` takes no ``forced``; None where it does."""
+    """Why ``forward`` takes no ``forced``; None where it does. Known after ``own_logprobs``."""
     findings: list[Reason]
     settings: dict[str, str]
     """What of the model and its libraries changes its numbers; for the fingerprint."""

@@ -11,7 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pybase64
 
-from driftgate.trace import Routes
+from driftgate.adapters.base import Ask
+from driftgate.trace import LogprobsMode, Routes
 
 __all__ = ["Vllm", "narrow_routes", "read_npy"]
 
@@ -42,6 +43,13 @@ class Vllm:
 
     name = "vllm"
     ask_ids = "return_token_ids"
+    asks = (Ask("return_token_ids", ("token_ids", "prompt_token_ids"), ("prompt_token_ids",)),)
+    streams_ids = True
+    omits_unasked = False
+    logprobs_mode: LogprobsMode = "unknown"
+    weights_path = "/weight_info"
+    """From 0.32 on, with VLLM_SERVER_DEV_MODE=1."""
+    info_paths: tuple[str, ...] = ()
     ask_stream_routes = "driftgate_routes"
     routes_chunk_mark = "driftgate"
 
@@ -53,6 +61,10 @@ class Vllm:
             "routed_experts_prompt_start": "in vLLM 0.29 a value past the prompt's end stops "
             "the whole engine, and a smaller one would leave the recorded routes incomplete"
         }
+
+    def common(self, answer: bytes) -> bytes:
+        """See ``EngineAdapter``."""
+        return answer
 
     def decode_routes(self, encoded: bytes, *, prompt_len: int, response_len: int) -> Routes:
         """See ``EngineAdapter``."""

@@ -9,7 +9,7 @@ import time
 
 from benchmarks.report import Section, write_section
 
-NAMES = ("storage", "teacher", "gateway", "memory")
+NAMES = ("storage", "teacher", "scaling", "gateway", "memory", "page")
 
 
 def main() -> None:

@@ -11,13 +11,15 @@ from typing import NoReturn
 
 import typer
 
-from driftgate.commands.ask import cells, show, tail
+from driftgate.commands.ask import cells, show
 from driftgate.commands.export import export
 from driftgate.commands.floor import floor
 from driftgate.commands.index import index_app
 from driftgate.commands.judge import explain, feedback, verdict
 from driftgate.commands.key import key
+from driftgate.commands.report import report
 from driftgate.commands.serve import probe, serve
+from driftgate.commands.tail import tail
 from driftgate.commands.teach import teach
 from driftgate.errors import DriftgateError
 
@@ -44,6 +46,7 @@ app.command()(explain)
 app.command()(verdict)
 app.command()(feedback)
 app.command()(export)
+app.command()(report)
 app.add_typer(index_app, name="index")
 
 

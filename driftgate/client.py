@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from driftgate.engine_views import Engines, WeightsRequest
 from driftgate.errors import (
     UNREADABLE,
     AccessError,
@@ -27,7 +28,7 @@ from driftgate.errors import (
 )
 from driftgate.explain import TrajectoryExplanation
 from driftgate.judgements import Feedback, TrajectoryVerdicts
-from driftgate.live_views import Overview, Series, StepRoutes
+from driftgate.live_views import Overview, PairedCells, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
 from driftgate.tree import Tree
@@ -145,6 +146,10 @@ class Client:
         """The matrix: every (engine, trainer) with its metrics, intervals and noise floor."""
         return await self._get("/api/cells", Cells)
 
+    async def pair(self, a: str, b: str) -> PairedCells:
+        """Two cells on the prompts that both were given; each as ``ENGINE/TRAINER/MODEL``."""
+        return await self._get("/api/cells/pair", PairedCells, _query(a=a, b=b))
+
     async def overview(self) -> Overview:
         """What is live now: rates, coverage, lag, alarms in words, the worst trajectories."""
         return await self._get("/api/overview", Overview)
@@ -186,6 +191,34 @@ class Client:
         """Give a trajectory its reward; on disk when this returns."""
         path = f"/api/trajectories/{_segment(trajectory)}/reward"
         return await self._post(path, RewardRequest(value=value, source=source), Reward)
+
+    async def engines(self) -> Engines:
+        """The engines behind the gateway: up, paused, under which weights, with how many calls."""
+        return await self._get("/api/weights", Engines)
+
+    async def tell_weights(
+        self,
+        version: str | None = None,
+        *,
+        upstream: str | None = None,
+        from_ns: int | None = None,
+        pause: bool = False,
+        resume: bool = False,
+        reason: str = "new weights",
+    ) -> Engines:
+        """Tell under which weights the engines sample, or pause and resume them; the engines then.
+
+        See `driftgate.engine_views.WeightsRequest`.
+        """
+        said = WeightsRequest(
+            version=version,
+            upstream=upstream,
+            from_ns=from_ns,
+            pause=pause,
+            resume=resume,
+            reason=reason,
+        )
+        return await self._post("/api/weights", said, Engines)
 
     async def drift(
         self,

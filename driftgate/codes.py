@@ -100,6 +100,10 @@ _TABLE: dict[str, tuple[Severity, str]] = {
         "converted",
         "The tokens were sampled under another weight version: drift includes policy lag.",
     ),
+    "weight_versions_mixed": (
+        "converted",
+        "The weights changed while the answer was sampled: its tokens are of several policies.",
+    ),
     "weight_version_unknown": ("note", "The weight version of one side is not known."),
     "prefix_cache_stale": ("no", "The engine's prefix cache is older than its weights."),
     "tokenizer_digest_differs": (

@@ -4,7 +4,7 @@
     ├── RequestError          400   the agent's or the caller's request is wrong
     ├── AccessError           401   no key, or an unknown one; 403: it does not open this
     ├── NotFoundError         404   no such trajectory, step, trace or route
-    ├── UpstreamError         502   the engine refused, died or answered nonsense
+    ├── UpstreamError         502   the engine refused, died or answered nonsense; 429: it is paused
     ├── StorageError          503   the store cannot take or give a record now
     │   └── FormatError       500   bytes on disk are not what FORMAT.md says
     └── TeacherError          500   the trainer cannot score these traces
@@ -62,9 +62,14 @@ class NotFoundError(DriftgateError):
 
 
 class UpstreamError(DriftgateError):
-    """The engine could not be reached or did not answer as an engine does."""
+    """The engine could not be reached or did not answer as an engine does (502), or a trainer has
+    paused it (429)."""
 
     status = 502
+
+    def __init__(self, message: str, *, status: int = 502) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class StorageError(DriftgateError):

@@ -16,6 +16,7 @@ import msgspec
 
 from driftgate.codes import reason
 from driftgate.trace import Engine, Reason, Sampling, TraceMeta, Trainer
+from driftgate.weights import is_mixed
 
 __all__ = ["NEUTRAL_DEFAULTS", "Parent", "as_sampled", "constraints", "declared", "unsent"]
 
@@ -149,7 +150,12 @@ def _sides(meta: TraceMeta, trainer: Trainer, trainer_version: str | None) -> li
         detail = f"speculative={mine['speculative']}"
         out.append(reason("speculative_decoding", detail, "measure the engine's noise floor"))
     version = trainer_version or theirs.get("weight_version")
-    if meta.weight_version == "unknown" or version is None:
+    if is_mixed(meta):
+        spans = ", ".join(f"{span.version} from token {span.first}" for span in meta.weight_spans)
+        detail = f"sampled under {spans}; scored under {version or 'unknown'}"
+        fix = "pause the engine while its weights change, or read this answer's drift per span"
+        out.append(reason("weight_versions_mixed", detail, fix))
+    elif meta.weight_version == "unknown" or version is None:
         detail = f"engine {meta.weight_version}, trainer {version or 'unknown'}"
         fix = "pass the policy version with the call and to the teacher, to separate lag from drift"
         out.append(reason("weight_version_unknown", detail, fix))

@@ -12,13 +12,16 @@ import msgspec
 
 from driftgate.bands import Band
 from driftgate.glossary import Metric
-from driftgate.views import Kind, WorstView
+from driftgate.views import Kind, Measures, WorstView
 
 __all__ = [
     "Alarm",
     "CellSeries",
     "Glossary",
     "Overview",
+    "PairedAnswer",
+    "PairedCells",
+    "PairedSide",
     "Series",
     "SeriesPoint",
     "StepRoutes",
@@ -128,6 +131,8 @@ class TokenLayers(msgspec.Struct, frozen=True, kw_only=True):
     """[L][K] expert ids, in the engine's order."""
     train: list[list[int]]
     """[L][K] expert ids, in the trainer's order."""
+    missed: list[int | None]
+    """[L], this token's row of ``StepRoutes.missed``."""
 
 
 class StepRoutes(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +152,44 @@ class StepRoutes(msgspec.Struct, frozen=True, kw_only=True):
     row is no choice (padding, a sentinel)."""
     token: TokenLayers | None = None
     """Only with ``token=j``."""
+
+
+class PairedSide(msgspec.Struct, frozen=True, kw_only=True):
+    """One of two cells, over the prompts that both were given."""
+
+    looked: int
+    """Scored answers whose prompts were compared."""
+    answers: int
+    """Of those, with a shared prompt."""
+    measures: Measures | None
+    """Over the comparable ones of these; null where there is none."""
+
+
+class PairedAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Two answers to one prompt; each list is [a, b]."""
+
+    trajectories: list[str]
+    steps: list[int]
+    choices: list[int]
+    tokens: list[int]
+    """Sampled."""
+    alike: int
+    """Leading sampled tokens that are the same."""
+    kl_k3_rollout_train: list[float | None]
+    """nats; null where a score is not comparable."""
+
+
+class PairedCells(msgspec.Struct, frozen=True, kw_only=True):
+    """Two cells on the same prompts, by their token ids."""
+
+    prompts: int
+    """Shared."""
+    limit: int
+    """Answers of each engine that are looked at, the newest."""
+    a: PairedSide
+    b: PairedSide
+    items: list[PairedAnswer]
+    """The largest difference first; at most 100."""
 
 
 class Glossary(msgspec.Struct, frozen=True, kw_only=True):

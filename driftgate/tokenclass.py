@@ -11,9 +11,7 @@ import itertools
 import re
 from typing import Any, Literal, NamedTuple
 
-import msgspec
-
-from driftgate.errors import UNREADABLE
+from driftgate.spoken import message_of
 from driftgate.trace import Trace
 
 __all__ = ["CLASSES", "Classified", "TokenClass", "classify"]
@@ -71,7 +69,7 @@ def classify(trace: Trace) -> Classified:
     if trace.token_offsets is None:
         note = "the engine gave no token texts: no class can be told"
         return Classified(["unknown"] * count, [note] if count else [])
-    spans, notes = _spans(trace.token_bytes, _message(trace.response))
+    spans, notes = _spans(trace.token_bytes, message_of(trace.response))
     offsets = trace.token_offsets.tolist()
     ended = trace.meta.finish_reason in ("stop", "tool_calls")
     classes = [
@@ -87,15 +85,6 @@ def _class(text: bytes, at: int, spans: list[_Span], *, last: bool) -> TokenClas
     if not text:
         return "special" if last else "unknown"  # the end token, whose text engines cut off
     return next((span.kind for span in spans if span.start <= at < span.end), "content")
-
-
-def _message(response: bytes) -> dict[str, Any]:
-    """The answer's message; empty for a completion."""
-    try:
-        message = msgspec.json.decode(response or b"{}").get("message")
-    except (*UNREADABLE, AttributeError):
-        return {}
-    return message if isinstance(message, dict) else {}
 
 
 def _spans(text: bytes, message: dict[str, Any]) -> tuple[list[_Span], list[str]]:

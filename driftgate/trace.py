@@ -28,6 +28,7 @@ from driftgate.router import RouterBucket
 __all__ = [
     "SCHEMA_VERSION",
     "Agent",
+    "Api",
     "Attribution",
     "CallIntent",
     "CallOutcome",
@@ -44,12 +45,18 @@ __all__ = [
     "Trace",
     "TraceMeta",
     "Trainer",
+    "WeightSpan",
 ]
 
 SCHEMA_VERSION = 1
 """Version of the JSON names in this module; stands in every exported row."""
 
-Attribution = Literal["url", "header", "key", "session_header", "metadata", "prefix", "new"]
+Api = Literal["chat", "completions", "responses", "messages"]
+"""What the agent spoke. Responses and Anthropic's Messages reach the engine as chat completions."""
+
+Attribution = Literal[
+    "url", "header", "key", "session_header", "metadata", "previous_response", "prefix", "new"
+]
 """Which rule of DESIGN 7 named the trajectory of a call."""
 
 RoutesVia = Literal["json", "plugin", "synthesised", "none"]
@@ -180,6 +187,16 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The first call after its context was compacted (Claude Code)."""
 
 
+class WeightSpan(msgspec.Struct, frozen=True):
+    """Sampled tokens under one weight version, up to the next span."""
+
+    first: int
+    """Index of the first of them in the response."""
+    version: str
+    """``unknown`` is a value; a change that cannot be placed is one too, in words that no version
+    has (``driftgate.weights.changed``)."""
+
+
 class TraceMeta(msgspec.Struct, kw_only=True):
     """Everything of a trace but its arrays and bodies."""
 
@@ -191,7 +208,7 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     """0-based order of the call in its trajectory; a retried call keeps its step."""
     choice: int
     """Index among the ``n`` samples of the call."""
-    api: Literal["chat", "completions"]
+    api: Api
     model: str
     attribution: Attribution
     ambiguous: list[str] = []
@@ -207,6 +224,12 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     retry: int = 0
     engine: Engine
     weight_version: str = "unknown"
+    """All versions of ``weight_spans``, joined by ``+``."""
+    weight_spans: list[WeightSpan] = []
+    """In order, the first from token 0; empty in traces from before they were kept."""
+    failed_over: list[str] = []
+    """Engines that were asked before the one that answered, and why each was left. None of them
+    had sent a byte of an answer."""
     sampling: Sampling
     streamed: bool
     routes_via: RoutesVia = "none"
@@ -249,7 +272,8 @@ class Trace:
     """The agent's request body, verbatim JSON but for fields that the gateway was told to redact
     (credentials are headers and never reach a trace)."""
     response: bytes
-    """JSON of this choice as the agent got it: message or text, finish_reason, and the like."""
+    """JSON of this choice as the agent got it: message or text, finish_reason, and the like; of
+    ``responses`` and ``messages`` the whole answer (``driftgate.spoken`` reads them all)."""
 
 
 class CallIntent(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,7 +283,7 @@ class CallIntent(msgspec.Struct, frozen=True, kw_only=True):
     trajectory: str
     step: int
     attribution: Attribution
-    api: Literal["chat", "completions"]
+    api: Api
     model: str
     body_sha256: str
     """Of the agent's request body, 16 hex digits."""

@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,13 +22,13 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
-from driftgate.client import CURSOR_HEADER
 from driftgate.errors import DriftgateError, NotFoundError, RequestError
-from driftgate.gateway import api_judge, api_tree, openapi
+from driftgate.gateway import api_judge, api_pair, api_tree, api_weights, openapi
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api_live import LIVE_ROUTES, LiveAnswers, LiveHandlers
 from driftgate.gateway.feed import POLL_INTERVAL_S, Event, Feed, Source
 from driftgate.gateway.openapi import Route
+from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.wire import (
     body_of,
     error_answer,
@@ -36,6 +36,7 @@ from driftgate.gateway.wire import (
     origin_of,
     query_of,
     step_of,
+    stream_answer,
 )
 from driftgate.storage import Reader, Record
 from driftgate.trace import Reward
@@ -81,6 +82,8 @@ class ApiContext:
     """Resolves when the record is durable; raises StorageError when the queue is full."""
     mint: Callable[[str | None], tuple[str, str]]
     """Name (or None) -> (trajectory, key). RequestError where the name cannot be one."""
+    upstreams: Sequence[Upstream] = ()
+    """The engines, for what a trainer tells of them."""
     heartbeat_s: float = HEARTBEAT_S
     poll_interval_s: float = POLL_INTERVAL_S
 
@@ -125,6 +128,7 @@ class Api(LiveHandlers):
     def __init__(self, context: ApiContext) -> None:
         self._context = context
         self.reader = context.reader
+        self.upstreams = context.upstreams
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="driftgate-api")
         self._answers = Answers(context.reader)
         self.live = LiveAnswers(context.reader, self._answers)
@@ -210,7 +214,7 @@ class Api(LiveHandlers):
         query = query_of(request, DriftQuery)
         sse = "text/event-stream" in request.headers.get("accept", "")
         cursor = await self._start_of(request.headers.get("last-event-id") or query.after)
-        response = _stream(sse, cursor)
+        response = stream_answer(cursor, sse=sse)
         await response.prepare(request)
         try:
             if sse:
@@ -330,6 +334,8 @@ ROUTES: tuple[Route, ...] = (
     ),
     *api_judge.ROUTES,
     *api_tree.ROUTES,
+    *api_pair.ROUTES,
+    *api_weights.ROUTES,
     Route(method="GET", path="/api/cells", handler=Api.get_cells, answer=Cells),
     Route(
         method="GET",
@@ -376,17 +382,6 @@ def _edge(handler: Callable[[web.Request], Awaitable[Any]]) -> Handler:
         return response
 
     return handle
-
-
-def _stream(sse: bool, cursor: int) -> web.StreamResponse:
-    return web.StreamResponse(
-        headers={
-            "content-type": "text/event-stream" if sse else "application/x-ndjson",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",
-            CURSOR_HEADER: str(cursor),
-        }
-    )
 
 
 def _line(event: Event) -> bytes:

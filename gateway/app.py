@@ -26,21 +26,23 @@ from driftgate.errors import DriftgateError, StorageError
 from driftgate.gateway import http, limits, telemetry
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
+from driftgate.gateway.api_weights import state_of
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.dialects import error_of_path
 from driftgate.gateway.drift_metrics import DriftMetrics
 from driftgate.gateway.guard import Guard
 from driftgate.gateway.listen import listening, raise_file_limit
 from driftgate.gateway.metrics import Metrics
-from driftgate.gateway.openai import Api
 from driftgate.gateway.pages import add_pages
 from driftgate.gateway.proxy import Proxy
 from driftgate.gateway.recorder import STOPPED, Recorder, Sink
 from driftgate.gateway.restore import restore
 from driftgate.gateway.sessions import Sessions
 from driftgate.gateway.tasks import Calls, Tasks, watch_lag
-from driftgate.gateway.upstream import Upstream
+from driftgate.gateway.upstreams import Upstreams
 from driftgate.gateway.wire import error_answer
 from driftgate.storage import Neighbours, Reader, Writer
+from driftgate.trace import Api
 
 __all__ = ["GATEWAY", "Gateway", "create_app", "run", "serve"]
 
@@ -74,7 +76,6 @@ class Gateway:
     def __init__(self, config: GatewayConfig, sink: Sink | None = None) -> None:
         """Open the store (StorageError); ``sink`` takes the writer's place, for tests."""
         self.config = config
-        self._adapter = adapter = Vllm()
         self._writer = _open_store(config) if sink is None else None
         self.sink: Sink = sink or self._writer or _unreachable()
         self.reader = Reader(config.store) if sink is None else None
@@ -83,27 +84,24 @@ class Gateway:
         keys = config.keys()
         self.guard = Guard(keys, lambda why: self.metrics.refused.labels(why).inc())
         self.sessions = Sessions(keys.trajectories)
-        self.upstream = Upstream(config, adapter, self.metrics)
+        self.upstreams = Upstreams(config, self.metrics)
         self.recorder = Recorder(
             self.sink,
             self.reader,
             self.metrics,
-            self.upstream.engine,
             durability=config.durability,
             on_capture_failure=config.on_capture_failure,
-            weight_version=config.weight_version,
             queue_bytes=QUEUE_BYTES,
         )
         self.proxy = Proxy(
             config,
-            adapter=adapter,
             sessions=self.sessions,
             recorder=self.recorder,
             reader=self.reader,
             neighbours=self._neighbours,
-            upstream=self.upstream,
+            upstreams=self.upstreams,
             metrics=self.metrics,
-            spans=telemetry.from_environment(os.environ, config.upstream),
+            spans=telemetry.from_environment(os.environ),
         )
         self.calls = Calls()
         self._tasks = Tasks()
@@ -111,7 +109,9 @@ class Gateway:
     async def lifetime(self, _app: web.Application) -> AsyncIterator[None]:
         """aiohttp cleanup context: from the first to the last request."""
         await self.proxy.start()
-        self._tasks.start("upstream", self.upstream.watch())
+        for upstream in self.upstreams.all:
+            self._tasks.start("upstream", upstream.watch())
+            self._tasks.start("health", upstream.health.watch())
         metrics = self.metrics
         self._tasks.start("lag", watch_lag(metrics.loop_lag.observe, metrics.tasks.set))
         self._tasks.start("restore", self._restore())
@@ -140,7 +140,7 @@ class Gateway:
     async def _restore(self) -> None:
         try:
             if self.reader is not None:
-                await restore(self.sessions, self.reader, self._adapter.ask_ids)
+                await restore(self.sessions, self.reader, Vllm.ask_ids)
         finally:
             self.proxy.restored.set()
 
@@ -149,6 +149,11 @@ class Gateway:
         with self.calls.running():
             await limits.read_body(request)
             return await self.proxy.call(request, api)
+
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        """Nothing is sampled, so nothing is recorded."""
+        await limits.read_body(request)
+        return await self.proxy.count_tokens(request)
 
     async def stop(self, _app: web.Application) -> None:
         """Nothing new is accepted any more: wait for the calls under way, then end them."""
@@ -164,11 +169,17 @@ class Gateway:
         return web.json_response({"status": "ok"})
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """Calls can be served: the last probe found the engine. 503 says why not, to readers."""
-        report, error = self.upstream.report, self.upstream.error
+        """Calls can be served: one engine was found. 503 says why not, to readers."""
+        engines = self.upstreams.all
+        best = next((u for u in engines if u.available), engines[0])
+        error = best.why_away
         body: dict[str, object] = {"ready": error is None}
         if self.guard.may_read(request):
-            body |= {"error": error, "engine": report}
+            body |= {
+                "error": error,
+                "engine": best.report,
+                "engines": [state_of(u) for u in engines],
+            }
         return web.Response(
             status=200 if error is None else 503,
             body=msgspec.json.encode(body),
@@ -201,6 +212,10 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
     for prefix in ("", "/t/{trajectory}"):
         app.router.add_post(f"{prefix}/v1/chat/completions", partial(gateway.call, api="chat"))
         app.router.add_post(f"{prefix}/v1/completions", partial(gateway.call, api="completions"))
+        app.router.add_post(f"{prefix}/v1/responses", partial(gateway.call, api="responses"))
+        app.router.add_get(prefix + "/v1/responses/{response}", gateway.proxy.response)
+        app.router.add_post(f"{prefix}/v1/messages", partial(gateway.call, api="messages"))
+        app.router.add_post(f"{prefix}/v1/messages/count_tokens", gateway.count_tokens)
         app.router.add_get(f"{prefix}/v1/models", gateway.proxy.models)
         app.router.add_get(prefix + "/v1/models/{model:.+}", gateway.proxy.models)
     app.router.add_get("/healthz", gateway.healthz)
@@ -208,7 +223,10 @@ def create_app(config: GatewayConfig, *, sink: Sink | None = None) -> web.Applic
     app.router.add_get("/metrics", gateway.render_metrics)
     if gateway.reader is not None:
         context = ApiContext(
-            reader=gateway.reader, submit=gateway.sink.submit, mint=gateway.sessions.mint
+            reader=gateway.reader,
+            submit=gateway.sink.submit,
+            mint=gateway.sessions.mint,
+            upstreams=gateway.upstreams.all,
         )
         feed = add_api_routes(app, context)
         add_pages(app)
@@ -279,14 +297,14 @@ def _error(
     else:
         response = web.Response(
             status=status,
-            body=http.error_body(status, f"driftgate: {message}"),
+            body=error_of_path(request.path, status, f"driftgate: {message}"),
             content_type="application/json",
         )
     if status == 401:
         response.headers["WWW-Authenticate"] = 'Bearer realm="driftgate"'
     if allow is not None:
         response.headers["Allow"] = allow
-    if status == 503:
+    if status in (429, 503):
         response.headers["Retry-After"] = str(http.RETRY_AFTER_S)
     if status in (408, 413):
         response.force_close()  # the rest of the body is not waited for
@@ -357,7 +375,7 @@ async def _until_stopped(config: GatewayConfig, started: Callable[[str], None] |
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, signalled)
     async with serve(config, hurry=hurry) as url:
-        log.info("driftgate listens at %s, the engine is %s", url, config.upstream)
+        log.info("driftgate listens at %s, in front of %s", url, ", ".join(config.urls))
         if started is not None:
             started(url)
         await stop.wait()

@@ -5,7 +5,7 @@ and named in ``missing``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -21,7 +21,7 @@ from driftgate.gateway.openai import Plan
 from driftgate.gateway.pieces import Pieces, check_text
 from driftgate.gateway.tape import Tape
 from driftgate.gateway.texts import text_matches
-from driftgate.trace import F32, I32, Proof, Routes, RoutesVia
+from driftgate.trace import F32, I32, Proof, Routes, RoutesVia, WeightSpan
 
 __all__ = ["Folded", "Sample", "fold_answer", "fold_stream"]
 
@@ -29,7 +29,14 @@ MAX_TOKEN_ID = 2**31 - 1
 
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
-ARRAY_KEYS = ("token_ids", "prompt_token_ids", "logprobs", "prompt_logprobs", "routed_experts")
+ARRAY_KEYS = (
+    "token_ids",
+    "prompt_token_ids",
+    "logprobs",
+    "prompt_logprobs",
+    "routed_experts",
+    "meta_info",
+)
 """Left out of ``Sample.response``: the arrays hold them."""
 
 
@@ -49,6 +56,8 @@ class Sample:
     finish_reason: str | None
     missing: list[str]
     proof: Proof
+    weight_spans: list[WeightSpan] = field(default_factory=list)
+    """Where the answer itself says them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +83,7 @@ def fold_answer(
     body = answer if isinstance(answer, bytes) else answer.rest()
     try:
         check_text(body)
-        head = HEAD.decode(body)
+        head = HEAD.decode(adapter.common(body))
     except UNREADABLE as error:
         raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
     drafts = [_draft(raw, position) for position, raw in enumerate(head.choices)]
@@ -199,6 +208,7 @@ class _Folder:
             finish_reason=draft.finish_reason,
             missing=missing,
             proof=proof,
+            weight_spans=draft.weight_spans,
         )
 
     def _ids(self, name: str, given: bytes | None, missing: list[str]) -> I32 | None:

@@ -28,8 +28,10 @@ StreamingRoutes = Literal["auto", "plugin", "synthesise", "off"]
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The gateway's settings, checked once when they are made (``ValueError``)."""
 
-    upstream: str
+    upstream: str = ""
     """Base URL of the engine without ``/v1``, e.g. ``http://host:8000``."""
+    upstreams: list[str] = []
+    """Further engines, or all of them. A trajectory stays with one, whose prefix cache knows it."""
     host: str = "127.0.0.1"
     """Address to listen on; any other than loopback needs keys."""
     port: int = 8787
@@ -37,9 +39,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     store: Path = Path("driftgate-store")
     """Directory of the store; made when it is not there."""
     durability: Literal["group", "strict"] = "group"
-    """``group``: never delays the agent; a killed process can lose what came in the last 50 ms, a
-    machine that stops also what a sync had not reached. ``strict``: the end of an answer is
-    withheld until its traces are on disk."""
+    """``group``: never delays the agent; what came in the last 50 ms can be lost when the process
+    is killed, and when the machine stops also what a sync had not reached. ``strict``: the end of
+    an answer is withheld until its traces are on disk."""
     on_capture_failure: Literal["serve", "refuse"] = "serve"
     """What a call meets when it cannot be recorded: ``serve`` answers it, counts the loss and marks
     the trajectory; ``refuse`` answers 503."""
@@ -83,13 +85,12 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     and kept no further."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.upstream)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"upstream {self.upstream!r} is not a URL like http://host:8000")
-        if parts.path.rstrip("/").endswith("/v1"):
-            raise ValueError(f"upstream {self.upstream!r} must be given without /v1")
-        if parts.username or parts.password:
-            raise ValueError("upstream must not hold credentials: use upstream_key")
+        if not self.urls:
+            raise ValueError("give the engine's base URL as upstream, or several as upstreams")
+        for url in self.urls:
+            _check_upstream(url)
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError("an upstream is given twice")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port {self.port} is not between 0 and 65535")
         if self.upstream_key is not None and not _is_token(self.upstream_key):
@@ -120,6 +121,11 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             )
 
     @property
+    def urls(self) -> list[str]:
+        """Every engine, without a slash at the end."""
+        return [url.rstrip("/") for url in (self.upstream, *self.upstreams) if url]
+
+    @property
     def asks_for_keys(self) -> bool:
         """Requests need a key."""
         return any(getattr(self, name) for name in KEYS)
@@ -141,6 +147,16 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         shown = {name: getattr(self, name) for name in self.__struct_fields__}
         shown |= {name: "***" for name in SECRETS if shown[name]}
         return f"GatewayConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _check_upstream(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"upstream {url!r} is not a URL like http://host:8000")
+    if parts.path.endswith("/v1"):
+        raise ValueError(f"upstream {url!r} must be given without /v1")
+    if parts.username or parts.password:
+        raise ValueError("upstream must not hold credentials: use upstream_key")
 
 
 def _is_token(text: str) -> bool:

@@ -18,6 +18,7 @@ from driftgate.errors import UNREADABLE
 from driftgate.gateway.messages import Delta, Message
 from driftgate.gateway.pieces import Pieces, Row
 from driftgate.gateway.texts import says_bytes, token_texts
+from driftgate.trace import WeightSpan
 
 __all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage", "given"]
 
@@ -47,6 +48,7 @@ class Choice(msgspec.Struct):
     token_ids: list[int] | None = None
     prompt_token_ids: Raw = Raw()
     routed_experts: Raw = Raw()
+    weight_spans: list[WeightSpan] = []
 
 
 class Usage(msgspec.Struct):
@@ -54,13 +56,22 @@ class Usage(msgspec.Struct):
     completion_tokens: int | None = None
     prompt_tokens_details: Any = None
     """Whatever an engine puts here: a surprise in it must not cost the capture."""
+    completion_tokens_details: Any = None
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Sampled tokens that are reasoning, where the engine counts them."""
+        return _count(self.completion_tokens_details, "reasoning_tokens")
 
     @property
     def cached_tokens(self) -> int | None:
         """Prompt tokens from the engine's prefix cache, where it counts them."""
-        details = self.prompt_tokens_details
-        count = details.get("cached_tokens") if isinstance(details, dict) else None
-        return count if isinstance(count, int) else None
+        return _count(self.prompt_tokens_details, "cached_tokens")
+
+
+def _count(details: object, name: str) -> int | None:
+    count = details.get(name) if isinstance(details, dict) else None
+    return count if isinstance(count, int) else None
 
 
 class Head(msgspec.Struct):
@@ -106,6 +117,8 @@ class Draft:
     text: StringIO | None = None
     routes: bytes | None = None
     """Base64."""
+    weight_spans: list[WeightSpan] = field(default_factory=list)
+    """Where the answer says them."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     response: bytes | None = None
@@ -150,6 +163,7 @@ class Draft:
             self.finish_reason = choice.finish_reason
         if choice.stop_reason is not None:
             self.stop_reason = choice.stop_reason
+        self.weight_spans = choice.weight_spans or self.weight_spans
         self.add_routes(choice.routed_experts)
 
     def add_pieces(self, pieces: Pieces) -> None:

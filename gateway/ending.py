@@ -20,10 +20,12 @@ from driftgate.errors import StorageError, UpstreamError
 from driftgate.gateway.breakage import broken_body
 from driftgate.gateway.capture import Folded
 from driftgate.gateway.conversation import Turn
+from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.history import History
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.prompts import End
 from driftgate.gateway.recorder import Answer, Recorder
+from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Sessions
 
 __all__ = ["Asked", "Ending", "Fetched", "Outcome", "chunks", "read_whole", "said"]
@@ -47,10 +49,14 @@ class Asked:
 
     send: Ask
     """Sends the request to the engine."""
+    served: Served
+    """Which one that is."""
     call: Call
     plan: Plan
     body: bytes
     """The agent's."""
+    dialect: Dialect | None
+    """How the agent is answered, where that is not as the engine answers."""
     history: History
     started_ns: int
     expect_routes: bool | None
@@ -72,6 +78,8 @@ class Ending:
         """All of the answer has come."""
         self.released = False
         """The end of the answer is on its way to the agent: what breaks now is no failed try."""
+        self.response: bytes | None = None
+        """What the agent got, in its own API, as far as it has come."""
         self._request = request
         self._asked = asked
         self._sessions = sessions
@@ -88,6 +96,8 @@ class Ending:
         for it and, in ``strict``, has it. StorageError where failures refuse the call."""
         self.known = True
         self._sessions.answered(self._asked.call, turns)
+        await self._asked.served.confirm()
+        self._remember()
         self._claimed_bytes = await self._recorder.claim(size_bytes + len(self._asked.body))
         if self._recorder.strict:
             self._promised = True
@@ -98,6 +108,13 @@ class Ending:
                 self._promised = False
                 raise
         self.released = True
+
+    def _remember(self) -> None:
+        dialect = self._asked.dialect
+        if dialect is None or dialect.remember is None or self.response is None:
+            return
+        if not self._asked.call.failed:
+            dialect.remember(self.response)
 
     def over(self, fold: Callable[[], Folded], size_bytes: int, *, delivered: bool) -> None:
         """The answer has been sent, or as much of it as could be."""
@@ -153,14 +170,16 @@ class Ending:
         self._release()
         answer = Answer(
             fold=fold,
-            size_bytes=size_bytes + len(self._asked.body),
+            size_bytes=size_bytes + len(self._asked.body) + len(self.response or b""),
             request=self._asked.body,
+            response=self.response,
             started_ns=self._asked.started_ns,
             first_byte_ns=self.first_byte_ns,
             ended_ns=time.time_ns(),
             delivered=delivered,
             streamed=self.streamed,
             cancelled=self.outcome == "cancelled",
+            served=self._asked.served,
         )
         return self._recorder.close(self._asked.call, self._asked.plan, answer)
 

@@ -48,6 +48,10 @@ class Exchange:
         self._adapter = adapter
         self._end = Ending(request, asked, sessions=sessions, recorder=recorder)
         self._tape = Tape(asked.plan, limit_bytes=asked.max_answer_bytes)
+        self._teller = asked.dialect.teller if asked.dialect is not None else None
+
+        self._last: list[bytes] = []
+        """A teller's events for the end of the answer, which wait for its record."""
 
     @property
     def outcome(self) -> Outcome:
@@ -96,13 +100,18 @@ class Exchange:
                 return await self._stream(answer)
             return await self._json(answer)
         raw = await read_whole(answer, self._asked)
+        headers = http.answer_headers(answer.headers)
         if answer.status == 200:
-            self._end.unkept("the engine compressed its answer although identity was asked for")
+            why = "the engine compressed its answer although identity was asked for"
+            if self._teller is not None:
+                raise UpstreamError(why)
+            self._end.unkept(why)
         else:
             self._end.fail("engine_error", said(raw), answer.status)
-        return web.Response(
-            status=answer.status, body=raw, headers=http.answer_headers(answer.headers)
-        )
+            if self._asked.dialect is not None:
+                raw = self._asked.dialect.engine_error(answer.status, raw)
+                headers["Content-Type"] = "application/json"
+        return web.Response(status=answer.status, body=raw, headers=headers)
 
     async def _json(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         asked, end = self._asked, self._end
@@ -111,6 +120,8 @@ class Exchange:
         # On the loop at any size: the parser holds the GIL, a thread would only add its switch.
         body, messages, pieces = strip_answer(raw, asked.plan)
         turns = turns_of_answer(asked.history, asked.plan, raw, messages)
+        if self._teller is not None:
+            body = end.response = self._teller.answer(body)
         fold = partial(
             fold_answer, pieces or raw, asked.plan, self._adapter, expect_routes=asked.expect_routes
         )
@@ -140,6 +151,7 @@ class Exchange:
         try:
             await response.prepare(self._request)
             async for chunk in chunks(answer):
+                self._asked.served.passing(self._tape)
                 await self._pass_events(response, splitter.feed(chunk))
             if rest := splitter.rest():
                 await self._pass_events(response, [rest])
@@ -170,8 +182,16 @@ class Exchange:
                 out.clear()
                 await self._before_end()
             if passed is not None:
-                out.append(passed)
+                out += self._told(event, passed)
         await self._write(response, out)
+
+    def _told(self, event: bytes, passed: bytes) -> list[bytes]:
+        """An event as the agent's API has it. A teller reads what the engine sent: it counts the
+        prompt's ids, and shows no more than was asked for."""
+        if self._teller is None:
+            return [passed]
+        last, self._last = self._last, []
+        return last if self._tape.done else self._teller.take(event)
 
     async def _write(self, response: web.StreamResponse, events: list[bytes]) -> None:
         if events:
@@ -183,6 +203,9 @@ class Exchange:
         if self._end.known:
             return
         turns = turns_of_stream(self._asked.history, self._tape)
+        if self._teller is not None:
+            self._last = self._teller.end() if self._tape.done else []
+            self._end.response = self._teller.body()
         if self._tape.over:
             self._end.known = self._end.released = True
             self._end_stream(None, left=False)
@@ -190,6 +213,8 @@ class Exchange:
             await self._end.before_end(turns, self._fold(None), self._tape.size_bytes)
 
     def _end_stream(self, end: str | None, *, left: bool) -> None:
+        if self._teller is not None:
+            self._end.response = self._teller.body()
         if end is not None:
             self._end.failed_try()
             self._end.outcome = "cancelled" if left else "cut"

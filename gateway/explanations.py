@@ -99,7 +99,7 @@ def chosen(metas: Sequence[ScoreMeta]) -> set[int]:
     while sum(sizes[::stride]) > MAX_TOKENS and stride < len(sizes):
         stride += 1
     read = set(range(0, len(metas), stride))
-    worst = [abs(meta.worst.log_ratio) if meta.worst else 0.0 for meta in metas]
+    worst = [_worst(meta) for meta in metas]
     if worst:
         read.add(worst.index(max(worst)))
     read.update([at for at, size in enumerate(worst) if size > DIVERGENT][:1])
@@ -108,6 +108,11 @@ def chosen(metas: Sequence[ScoreMeta]) -> set[int]:
 
 def _tokens(meta: ScoreMeta) -> int:
     return meta.bucket.n_tokens if meta.bucket else 0
+
+
+def _worst(meta: ScoreMeta) -> float:
+    found = meta.bucket.worst if meta.bucket else None
+    return abs(found.log_ratio) if found else 0.0
 
 
 def _order(meta: ScoreMeta, rows: Mapping[str, TraceRow]) -> tuple[int, int, int]:

@@ -22,6 +22,10 @@ __all__ = [
 SUPPORTED = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /v1/responses",
+    "GET /v1/responses/{response}",
+    "POST /v1/messages",
+    "POST /v1/messages/count_tokens",
     "GET /v1/models",
     "GET /v1/models/{model}",
     "the same behind /t/{trajectory}",
@@ -65,12 +69,12 @@ RETRY_AFTER_S = 2
 """Told with a 503: storage is given as long before a call is refused, so a busy one is free by
 then."""
 
-_TYPES = {400: "invalid_request_error", 404: "not_found_error", 502: "upstream_error"}
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    429: "rate_limit_error",
     502: "upstream_error",
 }
 

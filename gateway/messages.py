@@ -13,13 +13,15 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Delta", "Message"]
+__all__ = ["Delta", "Function", "Message"]
 
 
 _TEXTS = ("content", "reasoning", "reasoning_content", "refusal")
 
 
-class _Function(msgspec.Struct, gc=False):
+class Function(msgspec.Struct, gc=False):
+    """What a chunk adds to a tool call."""
+
     name: str | None = None
     arguments: str | None = None
 
@@ -28,7 +30,7 @@ class _ToolCall(msgspec.Struct, gc=False):
     index: int = 0
     id: str | None = None
     type: str | None = None
-    function: _Function | None = None
+    function: Function | None = None
 
 
 class Delta(msgspec.Struct, gc=False):

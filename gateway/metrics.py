@@ -76,7 +76,27 @@ class Metrics:
         )
         self.tasks = Gauge("driftgate_tasks", "Tasks of the event loop now", registry=registry)
         self.upstream_up = Gauge(
-            "driftgate_upstream_up", "1 while the last probe found the engine", registry=registry
+            "driftgate_upstream_up",
+            "1 while the engine was found by its last probe and calls can be sent there",
+            ["upstream"],
+            registry=registry,
+        )
+        self.upstream_calls = Counter(
+            "driftgate_upstream_calls",
+            "Calls sent to the engine, by what came first: an answer, or nothing (failed)",
+            ["upstream", "first"],
+            registry=registry,
+        )
+        self.upstream_in_flight = Gauge(
+            "driftgate_upstream_calls_in_flight",
+            "Calls that are at the engine now",
+            ["upstream"],
+            registry=registry,
+        )
+        self.paused = Counter(
+            "driftgate_calls_paused",
+            "Calls answered 429 because a trainer had paused the engines",
+            registry=registry,
         )
 
     def count_poll_errors(self, errors: Callable[[], int]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgspec
 from msgspec import Raw
 
+from driftgate import trace
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import sse
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "StreamMode",
     "Stripped",
+    "Translated",
     "read",
     "read_request",
     "rewrite",
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 Api: TypeAlias = Literal["chat", "completions"]
+"""What the engine is asked."""
+Translated: TypeAlias = Literal["responses", "messages"]
+"""What agents speak and the engine is asked as chat."""
 Fields: TypeAlias = dict[str, Raw]
 StreamMode: TypeAlias = Literal["plain", "plugin", "synthesise"]
 """How a stream's routes are got: not at all, by the plugin's chunk, or by asking for JSON
@@ -63,6 +68,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked of the engine for one call, and what the agent had asked itself."""
 
     api: Api
+    translated: Translated | None = None
+    """What the agent speaks, where that is not ``api``."""
     model: str = ""
     stream: bool = False
     """The agent wants server-sent events."""
@@ -79,12 +86,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Answer fields that the agent would have got as null."""
     hide_choice: frozenset[str] = frozenset()
     """The same inside each choice."""
+    omits_hidden: bool = False
+    """They would have been absent instead."""
     echo: bool = False
     hides_reasoning: bool = False
     mark: str = "driftgate"
     """Key of the plugin's routes chunk."""
     uncaptured: str | None = None
     """Why the call was forwarded as it came, in words; None for a call that is captured."""
+
+    @property
+    def spoken(self) -> trace.Api:
+        """What the agent speaks."""
+        return self.translated or self.api
 
     @property
     def choices(self) -> int:
@@ -144,10 +158,14 @@ def rewrite(
     out = dict(fields)
     hide_top, hide_choice = set[str](), set[str]()
     ids_asked = bool(read(fields, adapter.ask_ids, bool))
-    if not ids_asked:
-        hide_top.add("prompt_token_ids")
-        hide_choice |= {"token_ids", "prompt_token_ids"}
-    out[adapter.ask_ids] = _TRUE
+    for hides in (True, False):  # a key that one field of two asked for is not hidden
+        for ask in adapter.asks:
+            if bool(read(fields, ask.field, bool)) is hides:
+                continue
+            change = set.update if hides else set.difference_update
+            change(hide_top, ask.in_top)
+            change(hide_choice, ask.in_choice)
+    out |= {ask.field: _TRUE for ask in adapter.asks}
     logprobs_asked = _ask_logprobs(api, fields, out)
     if not logprobs_asked:
         hide_choice.add("logprobs")
@@ -165,6 +183,7 @@ def rewrite(
         hide_top=frozenset(hide_top),
         hide_choice=frozenset(hide_choice),
         mark=adapter.routes_chunk_mark,
+        omits_hidden=adapter.omits_unasked,
     )
     return _ENCODER.encode(out), plan
 
@@ -314,9 +333,9 @@ def _without_pieces(pieces: Pieces, plan: Plan) -> Stripped:
     choice = pieces.choice.copy()
     if pieces.routed_experts is not None:
         choice["routed_experts"] = pieces.routed_experts
-    _hide(choice, plan.hide_choice)
+    _hide(choice, plan.hide_choice, plan)
     answer = pieces.fields | {"choices": Raw(_ENCODER.encode([choice]))}
-    _hide(answer, plan.hide_top)
+    _hide(answer, plan.hide_top, plan)
     messages = [choice["message"]] if "message" in choice else []
     return Stripped(_ENCODER.encode(answer), messages, pieces)
 
@@ -357,20 +376,24 @@ def _unquoted(data: bytes) -> bytes:
 
 def _hidden(answer: Fields, choices: list[Fields], plan: Plan) -> bytes | None:
     """The answer or chunk with hidden fields as null; None where nothing has to change."""
-    changed = _hide(answer, plan.hide_top)
-    hidden = [_hide(choice, plan.hide_choice) for choice in choices]
+    changed = _hide(answer, plan.hide_top, plan)
+    hidden = [_hide(choice, plan.hide_choice, plan) for choice in choices]
     if any(hidden):
         answer["choices"] = Raw(_ENCODER.encode(choices))
         changed = True
     return _ENCODER.encode(answer) if changed else None
 
 
-def _hide(fields: Fields, names: Collection[str]) -> bool:
+def _hide(fields: Fields, names: Collection[str], plan: Plan) -> bool:
     changed = False
     for name in names:
-        if name in fields and fields[name] != _NULL:
+        if name not in fields or fields[name] == _NULL:
+            continue
+        if plan.omits_hidden and name != "logprobs":
+            del fields[name]
+        else:
             fields[name] = _NULL
-            changed = True
+        changed = True
     return changed
 
 

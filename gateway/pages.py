@@ -14,7 +14,7 @@ from importlib.resources.abc import Traversable
 
 from aiohttp import web
 
-__all__ = ["POLICY", "add_pages"]
+__all__ = ["POLICY", "add_pages", "page_files"]
 
 POLICY = (
     "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -45,9 +45,14 @@ INDEX = "index.html"
 
 def add_pages(app: web.Application) -> None:
     """Mount every file of the dashboard on ``app``."""
-    for name, body in _assets(files("driftgate.gateway") / "web"):
+    for name, body in page_files().items():
         path = "/" if name == INDEX else f"/static/{name}"
         app.router.add_get(path, _handler(body, TYPES[_ending(name)]))
+
+
+def page_files() -> dict[str, bytes]:
+    """The dashboard's files by their names below ``/static/``, ``index.html`` among them."""
+    return dict(_assets(files("driftgate.gateway") / "web"))
 
 
 def _assets(folder: Traversable, prefix: str = "") -> list[tuple[str, bytes]]:

@@ -6,6 +6,7 @@ on."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ import aiohttp
 import msgspec
 
 from driftgate.adapters.base import EngineAdapter
+from driftgate.adapters.engines import adapter_for
 from driftgate.adapters.hf_texts import text_digests
-from driftgate.adapters.vllm import Vllm
 from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.gateway import sse
+from driftgate.gateway.flags import ServerInfo, cache_flags, read_info
 from driftgate.gateway.http import without_key
 from driftgate.trace import LogprobsMode
 
@@ -71,6 +73,10 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str | None = None
     token_ids: bool = False
     logprobs: bool = False
+    route_shape: tuple[int, int] | None = None
+    """(layers, experts per token), where the adapter needs them to read routes."""
+    flags: dict[str, str] = {}
+    """What the server says of how it computes, as settings of its fingerprint."""
     routes: bool = False
     """JSON answers carry routed experts."""
     streaming: bool = False
@@ -94,6 +100,11 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     """A sentence for each missing thing, with how to switch it on."""
 
     @property
+    def adapter(self) -> EngineAdapter:
+        """Names and shapes of this engine."""
+        return adapter_for(self.engine, self.route_shape)
+
+    @property
     def default_settings(self) -> dict[str, str]:
         """``sampling_defaults`` and ``texts`` as settings of an engine's fingerprint."""
         known = self.sampling_defaults or {}
@@ -110,7 +121,6 @@ async def probe(
     *,
     key: str | None = None,
     model: str | None = None,
-    adapter: EngineAdapter | None = None,
 ) -> ProbeReport:
     """Probe the engine at ``url`` (without ``/v1``). UpstreamError where none answers there."""
     headers = {"Accept-Encoding": "identity"}
@@ -118,7 +128,7 @@ async def probe(
         headers["Authorization"] = f"Bearer {key}"
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-        return await _Probe(session, url.rstrip("/"), adapter or Vllm(), key).run(model)
+        return await _Probe(session, url.rstrip("/"), key).run(model)
 
 
 class _Refused(UpstreamError):
@@ -128,13 +138,11 @@ class _Refused(UpstreamError):
 class _Probe:
     """The requests of one probe."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, url: str, adapter: EngineAdapter, key: str | None
-    ) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None) -> None:
         self._session = session
         self._key = key
         self._url = url
-        self._adapter = adapter
+        self._adapter = adapter_for("unknown")
         self._notes: list[str] = []
         self._refused: _Refused | None = None
         """The engine's answer to the question for ids and logprobs."""
@@ -145,25 +153,28 @@ class _Probe:
         if model is not None and model not in known:
             raise UpstreamError(f"{self._url} serves {sorted(known)}, not {model!r}")
         asked = model or models[0].id
+        info = await self._introduce(models)
         warm = await self._ask(asked, WARM)
         mode: LogprobsMode = "unknown"
         if _choice(warm).get("logprobs"):
             mode = logprobs_mode(_top(warm), _top(await self._ask(asked, COLD)))
-        streamed = await self._stream(asked) if warm else []
+            mode = self._adapter.logprobs_mode if mode == "unknown" else mode
+        streamed = await self._stream(asked) if warm and self._adapter.streams_ids else []
         engine = _engine_name(models, warm)
         report = ProbeReport(
             url=self._url,
             engine=engine,
-            version=await self._version(),
+            version=info.version or await self._version(),
+            route_shape=info.route_shape,
+            flags=info.flags or await self._cache_flags(),
             models=models,
             model=asked,
             system_fingerprint=warm.get("system_fingerprint"),
-            token_ids=bool(warm.get("prompt_token_ids") and _choice(warm).get("token_ids")),
+            token_ids=bool(_prompt_ids(warm) and _choice(warm).get("token_ids")),
             logprobs=bool(_choice(warm).get("logprobs")),
             routes=bool(_choice(warm).get("routed_experts")),
-            streaming=any(
-                _choice(c).get("token_ids") and _choice(c).get("logprobs") for c in streamed
-            ),
+            streaming=not self._adapter.streams_ids
+            or any(_choice(c).get("token_ids") and _choice(c).get("logprobs") for c in streamed),
             streaming_routes=any(self._adapter.routes_chunk_mark in chunk for chunk in streamed),
             logprobs_mode=mode,
             sampling_defaults=await asyncio.to_thread(_defaults, engine, models),
@@ -185,6 +196,23 @@ class _Probe:
             raise UpstreamError(f"{self._url} serves no model")
         return models
 
+    async def _introduce(self, models: list[ModelInfo]) -> ServerInfo:
+        """Take the engine's adapter, and what its flags say."""
+        engine = _engine_name(models, {})
+        self._adapter = adapter_for(engine)
+        for path in self._adapter.info_paths:
+            with contextlib.suppress(UpstreamError):
+                info = read_info(await self._json("GET", path), models[0].root)
+                self._adapter = adapter_for(engine, info.route_shape)
+                return info
+        return ServerInfo()
+
+    async def _cache_flags(self) -> dict[str, str]:
+        try:
+            return cache_flags(await self._request("GET", "/metrics"))
+        except UpstreamError:
+            return {}
+
     async def _version(self) -> str:
         try:
             return str((await self._json("GET", "/version")).get("version", "unknown"))
@@ -193,7 +221,13 @@ class _Probe:
 
     async def _ask(self, model: str, temperature: float) -> dict[str, Any]:
         try:
-            return await self._json("POST", "/v1/chat/completions", self._body(model, temperature))
+            raw = await self._request(
+                "POST", "/v1/chat/completions", self._body(model, temperature)
+            )
+            return msgspec.json.decode(self._adapter.common(raw), type=dict[str, Any])
+        except UNREADABLE as error:
+            self._notes.append(f"A chat completion could not be read: {error}.")
+            return {}
         except UpstreamError as error:
             self._refused = error if isinstance(error, _Refused) else None
             self._notes.append(f"A chat completion was refused: {error}.")
@@ -213,12 +247,15 @@ class _Probe:
         return {"model": model, "messages": _PROMPT, "max_tokens": 1, "seed": 0}
 
     def _body(self, model: str, temperature: float) -> dict[str, Any]:
-        return self._plain(model) | {
-            "temperature": temperature,
-            "logprobs": True,
-            "top_logprobs": 2,
-            self._adapter.ask_ids: True,
-        }
+        return (
+            self._plain(model)
+            | {
+                "temperature": temperature,
+                "logprobs": True,
+                "top_logprobs": 2,
+            }
+            | {ask.field: True for ask in self._adapter.asks}
+        )
 
     async def _stream(self, model: str) -> list[dict[str, Any]]:
         body = self._body(model, WARM) | {"stream": True, self._adapter.ask_stream_routes: True}
@@ -316,6 +353,10 @@ def sampling_defaults(root: Path) -> dict[str, float] | None:
 def _engine_name(models: list[ModelInfo], answer: Mapping[str, Any]) -> str:
     said = f"{models[0].owned_by or ''} {answer.get('system_fingerprint') or ''}".lower()
     return next((name for name in ("vllm", "sglang") if name in said), "unknown")
+
+
+def _prompt_ids(answer: Mapping[str, Any]) -> Any:
+    return answer.get("prompt_token_ids") or _choice(answer).get("prompt_token_ids")
 
 
 def _choice(answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,36 +7,44 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import io
-import json
 import logging
 import sqlite3
 import time
 import uuid
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from yarl import URL
 
-from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import NotFoundError, RequestError, StorageError, UpstreamError
-from driftgate.gateway import http, openai
+from driftgate.gateway import anthropic, anthropic_answer, dialects, http, openai
 from driftgate.gateway.breakage import breakage
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import MAX_SEEN, Seen
+from driftgate.gateway.dialect import Dialect
+from driftgate.gateway.earlier import Earlier, kept_of
 from driftgate.gateway.ending import Asked
 from driftgate.gateway.exchange import Exchange
-from driftgate.gateway.history import History, continues, read_history
+from driftgate.gateway.history import continues
 from driftgate.gateway.metrics import Metrics
-from driftgate.gateway.openai import Api, Fields, Plan
+from driftgate.gateway.model_list import united
+from driftgate.gateway.openai import Api, Plan
+from driftgate.gateway.reading import Read, read_own, translate, write
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
+from driftgate.gateway.responses_answer import response_id
+from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Place, Sessions
 from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
+from driftgate.gateway.upstreams import Upstreams
 from driftgate.storage import Neighbours, Reader
+from driftgate.trace import Api as AgentApi
 from driftgate.trace import CallIntent
 
 __all__ = ["Proxy"]
@@ -58,6 +66,8 @@ LARGE_BODY_BYTES = 1 << 20
 READ_BUFFER_BYTES = 1 << 18
 """Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""
 
+T = TypeVar("T")
+
 log = logging.getLogger("driftgate.gateway")
 
 PATHS: dict[Api, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -70,26 +80,24 @@ class Proxy:
         self,
         config: GatewayConfig,
         *,
-        adapter: EngineAdapter,
         sessions: Sessions,
         recorder: Recorder,
         reader: Reader | None,
         neighbours: Neighbours | None,
-        upstream: Upstream,
+        upstreams: Upstreams,
         metrics: Metrics,
         spans: Spans | None = None,
     ) -> None:
         self.spans = spans
         self._config = config
-        self._base = config.upstream.rstrip("/")
-        self._adapter = adapter
         self._sessions = sessions
         self._recorder = recorder
         self._reader = reader
+        self._upstreams = upstreams
         self._neighbours = neighbours
-        self._upstream = upstream
         self._metrics = metrics
         self._session: aiohttp.ClientSession
+        self._earlier = Earlier(reader, config.redact)
         self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
         self.restored = asyncio.Event()
         """What the store knows of earlier trajectories is in ``sessions``."""
@@ -115,133 +123,187 @@ class Proxy:
         if not http.is_model(request.match_info.get("model", "")):
             raise NotFoundError("a model's name is no path")
         path = request.rel_url.raw_path[request.rel_url.raw_path.index("/v1/models") :]
+        named = request.match_info.get("model")
+        asked = self._that_serve(named)
+        if named is not None or len(asked) == 1:
+            return await self._get(asked[0], path, request)
+        tried = await asyncio.gather(
+            *(self._get(u, path, request) for u in asked), return_exceptions=True
+        )
+        answers = [answer for answer in tried if isinstance(answer, web.Response)]
+        if len(answers) < 2:
+            return answers[0] if answers else await self._get(asked[0], path, request)
+        lists = [a.body for a in answers if a.status == 200 and isinstance(a.body, bytes)]
+        return web.Response(body=united(lists), content_type="application/json")
+
+    async def _get(self, upstream: Upstream, path: str, request: web.Request) -> web.Response:
         headers = http.request_headers(request.headers, self._config)
-        url = self._engine_url(path, request)
+        url = _engine_url(upstream.url, path, request)
         try:
             async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
                 body = http.without_key(await answer.read(), self._config.upstream_key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._upstream.lost()
+            upstream.lost()
             broke = breakage(error)
             raise UpstreamError(f"{broke.what}; {broke.fix}") from error
         return web.Response(
             status=answer.status, body=body, headers=http.answer_headers(answer.headers)
         )
 
-    async def call(self, request: web.Request, api: Api) -> web.StreamResponse:
+    def _that_serve(self, model: str | None) -> Sequence[Upstream]:
+        """Engines to ask what is no model call; all where no model is named."""
+        found = [u for u in self._upstreams.all if u.available] or self._upstreams.all
+        if model is not None:
+            found = [u for u in found if u.serves(model)] or found
+        return found
+
+    async def response(self, request: web.Request) -> web.StreamResponse:
+        """``GET /v1/responses/{response}``: a response as it was given."""
+        only = self._sessions.owner(request.headers)
+        kept = await self._earlier.find(request.match_info["response"], only=only)
+        return web.Response(body=kept.body, content_type="application/json")
+
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        """``POST /v1/messages/count_tokens``: the prompt's tokens, as the engine renders it."""
+        body = await request.read()
+        fields = openai.read_request(body)
+        sent = msgspec.json.encode(anthropic.count_request(body, fields))
+        upstream = self._that_serve(openai.read(fields, "model", str))[0]
+        url = URL(f"{upstream.url}/tokenize", encoded=True)
+        headers = http.request_headers(request.headers, self._config)
+        try:
+            async with self._session.post(
+                url, data=sent, headers=headers, allow_redirects=False
+            ) as answer:
+                told = http.without_key(await answer.read(), self._config.upstream_key)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            upstream.lost()
+            broke = breakage(error)
+            raise UpstreamError(f"{broke.what}; {broke.fix}") from error
+        return web.Response(
+            status=answer.status,
+            body=anthropic_answer.counted(answer.status, told),
+            content_type="application/json",
+        )
+
+    async def call(self, request: web.Request, api: AgentApi) -> web.StreamResponse:
         """One model call, captured."""
         started_ns = time.time_ns()
         body = await request.read()
-        await self._upstream.ready()
-        if len(body) > LARGE_BODY_BYTES:
-            sent, fields, plan = await asyncio.to_thread(self._prepare, api, body)
-        else:
-            sent, fields, plan = self._prepare(api, body)
-        call, asked = await self._begin(request, body, sent, fields, plan, started_ns)
+        read = await self._read(request, api, body)
+        place = await self._placed(request, read)
+        model = openai.read(read.fields, "model", str) or ""
+        upstream = await self._upstreams.choose(place.trajectory, model)
+        sent, plan = await _aside(body, partial(write, api, body, read, upstream))
+        call = self._sessions.begin(
+            place,
+            call_id=f"c-{uuid.uuid4().hex}",
+            body_sha256=read.digest,
+            sdk_retry=_retry_count(request),
+            step=await self._shared_step(place, read.digest, _retry_count(request)),
+        )
+        if call.place.ambiguous:
+            self._metrics.ambiguous.inc()
+        headers = http.request_headers(request.headers, self._config)
+        if self.spans is not None:
+            engine = upstream.name, upstream.url
+            self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
+        served = Served(upstream)
+
+        async def post(base: str) -> aiohttp.ClientResponse:
+            url = _engine_url(base, PATHS[plan.api], request if plan.translated is None else None)
+            return await self._session.post(
+                url, data=_payload(sent), headers=headers, allow_redirects=False
+            )
+
+        asked = Asked(
+            send=lambda: self._upstreams.send(served, place.trajectory, model, post),
+            served=served,
+            call=call,
+            plan=plan,
+            body=self._config.redacted(body),
+            dialect=self._dialect(call, plan, read),
+            history=read.history,
+            started_ns=started_ns,
+            expect_routes=upstream.has_routes,
+            max_answer_bytes=self._config.max_answer_bytes,
+            hide_key=lambda said: http.without_key(said, self._config.upstream_key),
+        )
+        return await self._serve(request, asked)
+
+    async def _serve(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         exchange = Exchange(
             request,
             asked,
             sessions=self._sessions,
             recorder=self._recorder,
-            adapter=self._adapter,
+            adapter=asked.served.upstream.adapter,
         )
         try:
             with self._metrics.in_flight.track_inprogress():
-                await self._open(call, plan, started_ns)
+                await self._open(asked.call, asked.plan, asked.started_ns)
                 return await exchange.run()
         except UpstreamError:
-            self._upstream.lost()
+            asked.served.upstream.lost()
             raise
         finally:
-            self._count(exchange, api, started_ns)
-            if call.span is not None:
-                call.span.end(
+            self._count(exchange, asked.plan.spoken, asked.started_ns)
+            if asked.call.span is not None:
+                asked.call.span.end(
                     exchange.outcome,
                     first_byte_ns=exchange.first_byte_ns,
                     streamed=exchange.streamed,
                     now_ns=time.time_ns(),
                 )
 
-    def _prepare(self, api: Api, body: bytes) -> tuple[bytes, Fields, Plan]:
-        """What to send. What is not a JSON object goes on as it is: the engine says so itself."""
-        try:
-            fields = openai.read_request(body)
-        except RequestError as error:
-            openai.refuse_forbidden(_as_engines_read(body), self._adapter)
-            return body, {}, Plan(api=api, uncaptured=str(error))
-        rewritten, plan = openai.rewrite(
-            api,
-            fields,
-            self._adapter,
-            self._upstream.stream_mode(),
-            refusal=self._upstream.refusal,
-        )
-        return body if rewritten is None else rewritten, fields, plan
+    async def _read(self, request: web.Request, api: AgentApi, body: bytes) -> Read:
+        """The request as the engine's API has it. RequestError where another API's cannot be."""
+        known = None if _is_large(body) else self._seen
+        if api == "chat" or api == "completions":
+            return await _aside(body, partial(read_own, api, body, known))
+        fields = await _aside(body, partial(openai.read_request, body))
+        earlier, previous = list[Any](), None
+        if api == "responses" and (named := dialects.previous_of(fields)) is not None:
+            only = self._sessions.owner(request.headers)
+            try:
+                earlier = await self._earlier.conversation(named, only=only)
+                previous = (await self._earlier.find(named, only=only)).trajectory
+            except NotFoundError as error:
+                raise RequestError(f"previous_response_id: {error}") from error
+        read = await _aside(body, partial(translate, api, body, fields, earlier, known))
+        return read._replace(previous=previous)
 
-    async def _begin(
-        self,
-        request: web.Request,
-        body: bytes,
-        sent: bytes,
-        fields: Fields,
-        plan: Plan,
-        started_ns: int,
-    ) -> tuple[Call, Asked]:
-        """Find the call's trajectory and step."""
-        if len(body) > LARGE_BODY_BYTES:
-            digest = await asyncio.to_thread(_digest, body)
-            seen: Recent[bytes, Seen] = Recent(MAX_SEEN)  # ours belongs to the loop
-            history = await asyncio.to_thread(read_history, fields, plan, seen)
-        else:
-            digest, history = _digest(body), read_history(fields, plan, self._seen)
-        retry = _retry_count(request)
-        place = self._place(request, fields, history)
-        if not place.named and not self.restored.is_set() and (continues(history) or retry):
+    def _dialect(self, call: Call, plan: Plan, read: Read) -> Dialect | None:
+        if plan.translated is None:
+            return None
+
+        def remember(body: bytes) -> None:
+            kept = kept_of(read.agents, call.place.trajectory, body)
+            if kept is not None:
+                self._earlier.remember(response_id(call.call_id), kept)
+
+        return dialects.dialect(plan.translated, read.agents, call.call_id, remember)
+
+    async def _placed(self, request: web.Request, read: Read) -> Place:
+        """The call's trajectory, once all that could be it is known."""
+        place = self._place(request, read)
+        open_ = not place.named and not self.restored.is_set()
+        if open_ and (continues(read.history) or _retry_count(request)):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
-            place = self._place(request, fields, history)
+            place = self._place(request, read)
         if not self._sessions.is_known(place):
             next_step = await asyncio.to_thread(self._next_step, place.trajectory)
             self._sessions.resume(place.trajectory, next_step)
-        call = self._sessions.begin(
-            place,
-            call_id=f"c-{uuid.uuid4().hex}",
-            body_sha256=digest,
-            sdk_retry=retry,
-            step=await self._shared_step(place, digest, retry),
-        )
-        if call.place.ambiguous:
-            self._metrics.ambiguous.inc()
-        url = self._engine_url(PATHS[plan.api], request)
-        headers = http.request_headers(request.headers, self._config)
-        if self.spans is not None:
-            engine = self._upstream.name
-            self.spans.begin(call, plan, request.headers, headers, engine, started_ns)
-        return call, Asked(
-            send=lambda: self._session.post(
-                url, data=_payload(sent), headers=headers, allow_redirects=False
-            ),
-            call=call,
-            plan=plan,
-            body=self._config.redacted(body),
-            history=history,
-            started_ns=started_ns,
-            expect_routes=self._upstream.has_routes,
-            max_answer_bytes=self._config.max_answer_bytes,
-            hide_key=lambda said: http.without_key(said, self._config.upstream_key),
-        )
+        return place
 
-    def _engine_url(self, path: str, request: web.Request) -> URL:
-        """``path`` at the engine with the agent's query string as it was spelled."""
-        query = request.rel_url.raw_query_string
-        return URL(f"{self._base}{path}?{query}" if query else self._base + path, encoded=True)
-
-    def _place(self, request: web.Request, fields: Fields, history: History) -> Place:
+    def _place(self, request: web.Request, read: Read) -> Place:
         return self._sessions.place(
             url=request.match_info.get("trajectory"),
             headers=request.headers,
-            metadata=openai.read(fields, "metadata", dict[str, Any]),
-            history=history,
+            metadata=openai.read(read.fields, "metadata", dict[str, Any]),
+            history=read.history,
+            previous=read.previous,
         )
 
     async def _shared_step(self, place: Place, digest: str, retry: int) -> int | None:
@@ -271,7 +333,7 @@ class Proxy:
             trajectory=call.place.trajectory,
             step=call.step,
             attribution=call.place.attribution,
-            api=plan.api,
+            api=plan.spoken,
             model=plan.model,
             body_sha256=call.body_sha256,
             retry=call.retry,
@@ -289,7 +351,7 @@ class Proxy:
                 f"(on_capture_failure is refuse): {error}"
             ) from error
 
-    def _count(self, exchange: Exchange, api: Api, started_ns: int) -> None:
+    def _count(self, exchange: Exchange, api: AgentApi, started_ns: int) -> None:
         streamed = "true" if exchange.streamed else "false"
         self._metrics.calls.labels(api, streamed, exchange.outcome).inc()
         if exchange.first_byte_ns is not None:
@@ -297,23 +359,24 @@ class Proxy:
             self._metrics.first_byte.labels(streamed).observe(waited_s)
 
 
-def _as_engines_read(body: bytes) -> dict[str, Any]:
-    """A body as Python's lax parser takes it, with NaN, a byte order mark or UTF-16: what vLLM
-    uses. Empty where that fails too: then the engine refuses it."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
+async def _aside(body: bytes, work: Callable[[], T]) -> T:
+    """``work()``, on a thread where its body is large."""
+    return await asyncio.to_thread(work) if _is_large(body) else work()
+
+
+def _is_large(body: bytes) -> bool:
+    return len(body) > LARGE_BODY_BYTES
+
+
+def _engine_url(base: str, path: str, request: web.Request | None) -> URL:
+    """``path`` at the engine with the agent's query string as it was spelled."""
+    query = "" if request is None else request.rel_url.raw_query_string
+    return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
 
 
 def _payload(body: bytes) -> bytes | io.BytesIO:
     """What aiohttp sends at once, or, where that would hold the loop, piece by piece."""
     return io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
-
-
-def _digest(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()[:16]
 
 
 def _retry_count(request: web.Request) -> int:

@@ -23,9 +23,11 @@ from driftgate.gateway.lineage import ROOT, Lineage
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.pressure import PRESSURE_WAIT_S, Pressure
+from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call
 from driftgate.storage import Reader, Record, WriterStats
 from driftgate.trace import I32, CallIntent, CallOutcome, Engine, Trace, TraceMeta
+from driftgate.weights import joined
 
 __all__ = ["CLIENT_LEFT", "STOPPED", "Answer", "Recorder", "Sink"]
 
@@ -70,6 +72,8 @@ class Answer:
     size_bytes: int
     """Memory that ``fold`` holds."""
     request: bytes
+    response: bytes | None = None
+    """What the agent got, where that is no chat choice."""
     started_ns: int
     first_byte_ns: int | None
     ended_ns: int
@@ -77,6 +81,8 @@ class Answer:
     streamed: bool
     cancelled: bool = False
     """The client left before the answer's end."""
+    served: Served
+    """By which engine, under which weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +103,12 @@ class Recorder:
         sink: Sink,
         reader: Reader | None,
         metrics: Metrics,
-        engine: Callable[[str, str | None], Engine],
         *,
         durability: Literal["group", "strict"],
         on_capture_failure: Literal["serve", "refuse"],
-        weight_version: str,
         queue_bytes: int,
     ) -> None:
-        """``engine(model, system_fingerprint)`` gives the fingerprint to write; thread-safe.
-        ``queue_bytes`` is the sink's limit."""
+        """``queue_bytes`` is the sink's limit."""
         self.strict = durability == "strict"
         self.refuses = on_capture_failure == "refuse"
         self.cancel_reason = CLIENT_LEFT
@@ -113,8 +116,6 @@ class Recorder:
         self._sink = sink
         self._reader = reader
         self._metrics = metrics
-        self._engine = engine
-        self._weight_version = weight_version
         self._lineage = Lineage(self._load)
         self._pressure = Pressure(lambda: sink.stats.queued_bytes, queue_bytes, metrics)
         self._owed: deque[_Owed] = deque()
@@ -294,7 +295,7 @@ class Recorder:
         folded = answer.fold()
         if call.span is not None:
             call.span.folded(folded, plan.n)
-        engine = self._engine(plan.model, folded.fingerprint)
+        engine = answer.served.engine(plan.model, folded.fingerprint)
         records: list[Record] = [
             self._trace(call, plan, answer, sample, engine) for sample in folded.samples
         ]
@@ -319,13 +320,15 @@ class Recorder:
         if prompt_ids is not None and response_ids is not None:
             ids = self._lineage.add(trajectory, trace_id, prompt_ids, response_ids)
             prompt_ids, response_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
+        tokens = 0 if response_ids is None else len(response_ids)
+        spans = sample.weight_spans or answer.served.spans(sample.choice, tokens)
         meta = TraceMeta(
             trace_id=trace_id,
             call_id=call.call_id,
             trajectory=trajectory,
             step=call.step,
             choice=sample.choice,
-            api=plan.api,
+            api=plan.spoken,
             model=plan.model,
             attribution=call.place.attribution,
             ambiguous=list(call.place.ambiguous),
@@ -335,7 +338,9 @@ class Recorder:
             prefix_exact=parent.exact,
             retry=call.retry,
             engine=engine,
-            weight_version=self._weight_version,
+            weight_version=joined(spans),
+            weight_spans=spans,
+            failed_over=answer.served.failed_over,
             sampling=plan.sampling,
             streamed=answer.streamed,
             routes_via=sample.routes_via,
@@ -357,7 +362,7 @@ class Recorder:
             token_bytes=sample.token_bytes,
             token_offsets=sample.token_offsets,
             request=answer.request,
-            response=sample.response,
+            response=sample.response if answer.response is None else answer.response,
         )
 
     def _load(self, trajectory: str) -> Iterable[tuple[str, I32, I32]]:

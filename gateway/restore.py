@@ -17,10 +17,12 @@ import msgspec
 from driftgate.errors import UNREADABLE, DriftgateError
 from driftgate.gateway import openai
 from driftgate.gateway.conversation import Conversation, Turn
+from driftgate.gateway.dialects import chat_fields, previous_of
 from driftgate.gateway.history import History, Output, ends, read_history
-from driftgate.gateway.openai import Plan
+from driftgate.gateway.openai import Fields, Plan
 from driftgate.gateway.prompts import End, Prompt
 from driftgate.gateway.sessions import Begun, Call, Place, Sessions
+from driftgate.spoken import message_of
 from driftgate.storage import CallRow, Reader
 from driftgate.trace import Trace
 
@@ -99,12 +101,14 @@ def _read(reader: Reader, trajectory: str, ask_ids: str, now_ns: int) -> _Earlie
             continue
         trace = reader.trace(row.meta.trace_id)
         fields = openai.read_request(trace.request)
+        spoken = trace.meta.api
         plan = Plan(
-            api=trace.meta.api,
+            api="completions" if spoken == "completions" else "chat",
+            translated=spoken if spoken in ("responses", "messages") else None,
             ids_asked=bool(openai.read(fields, ask_ids, bool)),
             echo=bool(openai.read(fields, "echo", bool)),
         )
-        history = read_history(fields, plan)
+        history = _history(trace, fields, plan)
         if is_beginning and isinstance(history, Prompt):
             begun = Begun(history.kind, len(history), tuple(row.meta.ambiguous))
         if row.meta.proof.terminal:
@@ -114,13 +118,21 @@ def _read(reader: Reader, trajectory: str, ask_ids: str, now_ns: int) -> _Earlie
     return _Earlier(trajectory, turns, list(_calls(earlier, ambiguous)), begun)
 
 
+def _history(trace: Trace, fields: Fields, plan: Plan) -> History:
+    if plan.translated is None:
+        return read_history(fields, plan)
+    if previous_of(fields) is not None:
+        return None  # it is continued by its response's id
+    return read_history(chat_fields(plan.translated, trace.request, fields), plan)
+
+
 def _turns(trace: Trace, history: History, plan: Plan) -> Iterator[Turn | End]:
     try:
         choice = msgspec.json.decode(trace.response, type=dict[str, Any])
     except UNREADABLE:
         return  # what is no choice was not continued before either
-    message, text = choice.get("message"), choice.get("text")
-    if isinstance(history, Conversation) and isinstance(message, dict):
+    message, text = message_of(trace.response), choice.get("text")
+    if isinstance(history, Conversation) and message:
         yield history.answered(message)
     output = Output(text=text if isinstance(text, str) else "")
     if trace.prompt_ids is not None and trace.response_ids is not None:

@@ -2,8 +2,8 @@
 event loop.
 
 The first rule that applies names the trajectory: URL, header, minted key, agents' session headers,
-metadata, the longest prefix of the conversation or prompt that ends in an answer we gave, else a
-new one.
+metadata, the response that the call names, the longest prefix of the conversation or prompt that
+ends in an answer we gave, else a new one.
 Nothing is guessed: a call without an answer of ours in it is a new trajectory even when its prompt
 equals another's, and one that several trajectories could have led to is a new one that lists them.
 
@@ -144,6 +144,11 @@ class Sessions:
         name = new_trajectory() if trajectory is None else check_trajectory(trajectory)
         return name, self._keys.make(name)
 
+    def owner(self, headers: Mapping[str, str]) -> str | None:
+        """The only trajectory that the request's key opens; None where it opens all."""
+        key = minted_key(headers)
+        return None if key is None else self._keys.trajectory_of(key)
+
     def place(
         self,
         *,
@@ -151,12 +156,14 @@ class Sessions:
         headers: Mapping[str, str],
         metadata: Mapping[str, Any] | None,
         history: History,
+        previous: str | None = None,
     ) -> Place:
         """The first rule that applies. RequestError for an id or a minted key that is not valid.
 
-        ``headers`` must find names in any case.
+        ``headers`` must find names in any case; ``previous``: the trajectory of the response that
+        the call goes on from.
         """
-        place = self._by_rules(url, headers, metadata, history)
+        place = self._by_rules(url, headers, metadata, history, previous)
         return replace(place, agent=read_agent(headers))
 
     def _by_rules(
@@ -165,6 +172,7 @@ class Sessions:
         headers: Mapping[str, str],
         metadata: Mapping[str, Any] | None,
         history: History,
+        previous: str | None,
     ) -> Place:
         if url is not None:
             return Place(check_trajectory(url), "url")
@@ -183,6 +191,8 @@ class Sessions:
                 return Place(headers[name], "session_header")
         if metadata and is_trajectory(named := metadata.get("trajectory_id")):
             return Place(named, "metadata")
+        if previous is not None:
+            return Place(previous, "previous_response")
         if isinstance(history, Conversation):
             return _one_of(self._givers_of_last_turn(history))
         if isinstance(history, Prompt):

@@ -102,6 +102,11 @@ class Tape:
                 return event[: usual.start(3)] + _USUAL_END if self._strips else event
         return self._take_other(event)
 
+    def counts(self) -> dict[int, int]:
+        """How many tokens have come, by index of the choice."""
+        self._parse()
+        return {index: draft.count_ids() for index, draft in self._drafts.items()}
+
     def drafts(self) -> list[Draft]:
         """What came, in order of choices."""
         self._parse()

@@ -65,7 +65,7 @@ def wanted(environment: Mapping[str, str]) -> bool:
     return any(environment.get(name) for name in endpoints)
 
 
-def from_environment(environment: Mapping[str, str], upstream: str) -> Spans | None:
+def from_environment(environment: Mapping[str, str]) -> Spans | None:
     """Spans to where ``environment`` says; None where it does not ask for any.
 
     None with a warning where they cannot be had: such variables are often set for a whole cluster,
@@ -100,20 +100,15 @@ def from_environment(environment: Mapping[str, str], upstream: str) -> Spans | N
     )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     log.info("spans go to the exporter %s", name)
-    return Spans(provider, upstream)
+    return Spans(provider)
 
 
 class Spans:
     """Makes the spans of calls."""
 
-    def __init__(self, provider: TracerProvider, upstream: str) -> None:
-        """``upstream`` is the engine's base URL."""
+    def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer("driftgate")
-        url = urlsplit(upstream)
-        self._server: dict[str, Any] = {"server.address": url.hostname or ""}
-        if url.port is not None:
-            self._server["server.port"] = url.port
 
     def begin(
         self,
@@ -122,10 +117,12 @@ class Spans:
         came: CIMultiDictProxy[str],
         sent: CIMultiDict[str],
         engine: str,
+        url: str,
         started_ns: int,
     ) -> None:
         """Give ``call`` its span: a child of the one in the headers that ``came``, and the parent
-        of the engine's by the headers that are ``sent``."""
+        of the engine's by the headers that are ``sent``. ``url``: the engine's that is asked
+        first."""
         from opentelemetry import propagate, trace
         from opentelemetry.trace import SpanKind
 
@@ -134,7 +131,7 @@ class Spans:
             f"{operation} {plan.model}".rstrip(),
             context=propagate.extract(came),
             kind=SpanKind.CLIENT,
-            attributes=self._server
+            attributes=_server(url)
             | {
                 "gen_ai.operation.name": operation,
                 "gen_ai.provider.name": engine,
@@ -157,6 +154,12 @@ class Spans:
         closing.join(STOP_WAIT_S)
         if closing.is_alive():
             log.warning("the last spans were not exported within %.0f s", STOP_WAIT_S)
+
+
+def _server(url: str) -> dict[str, Any]:
+    parts = urlsplit(url)
+    port = {} if parts.port is None else {"server.port": parts.port}
+    return {"server.address": parts.hostname or "", **port}
 
 
 class CallSpan:

@@ -36,17 +36,23 @@ def step_routes(trace: Trace, score: Score | None, token: int | None = None) -> 
     k = rollout.shape[2]
     missed = k - shared_experts(rollout, train)
     valid = _chosen(rollout) & _chosen(train)
+    rows = [
+        [int(m) if ok else None for m, ok in zip(row, oks, strict=True)]
+        for row, oks in zip(missed.tolist(), valid.tolist(), strict=True)
+    ]
     return _replace(
         empty,
         layers=layers,
         k=k,
-        missed=[
-            [int(m) if ok else None for m, ok in zip(row, oks, strict=True)]
-            for row, oks in zip(missed.tolist(), valid.tolist(), strict=True)
-        ],
+        missed=rows,
         token=None
         if token is None
-        else TokenLayers(index=token, rollout=rollout[token].tolist(), train=train[token].tolist()),
+        else TokenLayers(
+            index=token,
+            rollout=rollout[token].tolist(),
+            train=train[token].tolist(),
+            missed=rows[token],
+        ),
     )
 
 

@@ -22,12 +22,16 @@ import msgspec
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.adapters.hf import checkpoint_digest
+from driftgate.adapters.vllm import Vllm
 from driftgate.errors import TeacherError, UpstreamError
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.health import Health
 from driftgate.gateway.metrics import Metrics
+from driftgate.gateway.numerics import Numerics
 from driftgate.gateway.openai import StreamMode
 from driftgate.gateway.probe import ModelInfo, ProbeReport, probe
 from driftgate.gateway.tasks import beside, in_thread
+from driftgate.gateway.weights import Weights as WeightVersions
 from driftgate.trace import Engine
 
 __all__ = ["Upstream"]
@@ -53,14 +57,22 @@ log = logging.getLogger("driftgate.upstream")
 class Upstream:
     """The engine's report and the fingerprint that traces carry. Lives on the event loop."""
 
-    def __init__(self, config: GatewayConfig, adapter: EngineAdapter, metrics: Metrics) -> None:
+    def __init__(self, config: GatewayConfig, metrics: Metrics, *, url: str | None = None) -> None:
+        """``url``: of one engine of several; else the configuration's first."""
+        self.url = (url or config.urls[0]).rstrip("/")
+        self.in_flight = 0
+        """Calls that are there now."""
+        self.paused: str | None = None
+        """Why it takes no calls now, by the trainer's word."""
+        self.weights = WeightVersions(config.weight_version)
+        self.health = Health(self.url, config.upstream_key, self.weights, self._returned)
         self.report: ProbeReport | None = None
         """The last one; kept while the engine is away, so that late traces still name it."""
         self.error: str | None = "not probed yet"
         """Why the last probe failed; None while the engine is up."""
         self._config = config
-        self._adapter = adapter
-        self._metrics = metrics
+        metrics.upstream_up.labels(self.url).set_function(lambda: float(self.available))
+        self._numerics = Numerics(self.url, config.upstream_key)
         self._seen: set[str] = set()
         """Fingerprints that a probe was made for."""
         self._checkpoints: dict[str, str] = {}
@@ -93,7 +105,8 @@ class Upstream:
             wait_s = FIRST_RETRY_S
             async with beside("digest", self._digest(report)):
                 await self._wanted.wait()
-                await asyncio.sleep(next_probe - self._loop.time())
+                if self.error is None:
+                    await asyncio.sleep(next_probe - self._loop.time())
             next_probe = self._loop.time() + REPROBE_INTERVAL_S
 
     async def ready(self) -> None:
@@ -112,9 +125,35 @@ class Upstream:
                 async with asyncio.timeout_at(min(deadline, self._digest_deadline)):
                     await self._digested.wait()
 
+    @property
+    def available(self) -> bool:
+        """Calls can be expected to be answered there."""
+        return self.error is None and self.health.error is None
+
+    @property
+    def why_away(self) -> str | None:
+        """Why not; None where they can."""
+        return self.error or self.health.error
+
+    @property
+    def adapter(self) -> EngineAdapter:
+        """Names and shapes of the engine, as far as it was probed."""
+        return Vllm() if self.report is None else self.report.adapter
+
+    def serves(self, model: str) -> bool:
+        """The engine has it, or is not known not to."""
+        return self.report is None or any(info.id == model for info in self.report.models)
+
+    def takes_over(self, other: Upstream) -> bool:
+        """What was written for ``other`` can be sent here as it is."""
+        asked = (self.adapter, self.stream_mode(), self.has_routes, self.refusal)
+        return asked == (other.adapter, other.stream_mode(), other.has_routes, other.refusal)
+
     def stream_mode(self) -> StreamMode:
         """How streamed calls are asked for."""
         setting = self._config.streaming_routes
+        if not self.adapter.streams_ids:
+            return "synthesise"
         if setting == "off":
             return "plain"
         if setting != "auto":
@@ -163,13 +202,22 @@ class Upstream:
             system_fingerprint=fingerprint or report.system_fingerprint,
             logprobs_mode=report.logprobs_mode if mode == "unknown" else mode,
             checkpoint=self._checkpoints.get(model),
-            settings=report.default_settings | self._config.engine_settings,
+            settings=report.default_settings
+            | report.flags
+            | self._numerics.setting(fingerprint or report.system_fingerprint)
+            | self._config.engine_settings,
         )
 
     def lost(self) -> None:
         """A call could not reach the engine: it may come back as another one."""
         if self.error is None:
             self._wanted.set()
+
+    def _returned(self) -> None:
+        """The engine was away: it may have another build or other flags now."""
+        self._numerics.forget()
+        self.error = "it was away and is probed again"
+        self._wanted.set()
 
     def _notice(self, fingerprint: str) -> None:
         """Want a probe for a fingerprint that is new. Several may answer behind one address."""
@@ -183,13 +231,11 @@ class Upstream:
     async def _probe(self) -> ProbeReport | None:
         """Probe and publish what is found; None where no engine answers."""
         try:
-            report = await probe(
-                self._config.upstream, key=self._config.upstream_key, adapter=self._adapter
-            )
+            report = await probe(self.url, key=self._config.upstream_key)
             known = await asyncio.to_thread(self._known_digests, report.models)
         except UpstreamError as error:
             self.error = str(error)
-            self._metrics.upstream_up.set(0)
+            self._numerics.forget()
             log.warning("%s", error)
             return None
         else:
@@ -201,7 +247,7 @@ class Upstream:
 
     def _publish(self, report: ProbeReport, known: dict[str, str] | None) -> None:
         """Name the engine from here on, with the digests that need no reading of weights."""
-        if known is None:
+        if known is None or not self._numerics.known(report):
             self._digested.clear()
             self._digest_deadline = asyncio.get_running_loop().time() + FIRST_PROBE_WAIT_S
         else:
@@ -211,7 +257,7 @@ class Upstream:
         self.report = self._with_digest(report)
         if report.system_fingerprint is not None:
             self._seen.add(report.system_fingerprint)
-        self._metrics.upstream_up.set(1)
+        self.health.read_weights(report.adapter.weights_path)
         log.info("engine %s %s serves %s", report.engine, report.version, report.model)
         for note in report.notes:
             log.info("engine: %s", note)
@@ -223,10 +269,12 @@ class Upstream:
         """Digest the weights, a minute for a large checkpoint, and name the engine with them."""
         try:
             if not self._digested.is_set():
-                self._checkpoints = await in_thread(
-                    "digest", lambda: self._read_digests(report.models)
-                )
-                self.report = self._with_digest(report)
+                async with beside("numerics", self._numerics.read(report, self.weights)) as asked:
+                    self._checkpoints = await in_thread(
+                        "digest", lambda: self._read_digests(report.models)
+                    )
+                    self.report = self._with_digest(report)
+                    await asked
         finally:
             self._digested.set()
 

@@ -7,11 +7,21 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
+from driftgate.client import CURSOR_HEADER
 from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway.limits import read_body
 from driftgate.views import ApiError, ErrorBody
 
-__all__ = ["MAX_STEP", "body_of", "error_answer", "json_answer", "origin_of", "query_of", "step_of"]
+__all__ = [
+    "MAX_STEP",
+    "body_of",
+    "error_answer",
+    "json_answer",
+    "origin_of",
+    "query_of",
+    "step_of",
+    "stream_answer",
+]
 
 T = TypeVar("T")
 
@@ -95,3 +105,15 @@ def step_of(request: web.Request) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) > MAX_STEP:
         raise RequestError(f"step {text[:20]!r} is not a number from 0 to {MAX_STEP}")
     return int(text)
+
+
+def stream_answer(cursor: int, *, sse: bool) -> web.StreamResponse:
+    """The head of a stream of events behind ``cursor``: SSE or JSON lines."""
+    return web.StreamResponse(
+        headers={
+            "content-type": "text/event-stream" if sse else "application/x-ndjson",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            CURSOR_HEADER: str(cursor),
+        }
+    )

@@ -38,6 +38,7 @@ class Written:
         self._asked = asked
         self._end = end
         self._adapter = adapter
+        self._teller = asked.dialect.teller if asked.dialect is not None else None
 
     async def run(self) -> web.StreamResponse:
         """Ask for JSON and write the stream. Errors as in ``Exchange.run``."""
@@ -49,7 +50,7 @@ class Written:
             try:
                 status, headers, raw = fetching.result()
                 stripped = strip_answer(raw, self._asked.plan) if status == 200 else None
-                events = synthesis.stream_of(stripped.body, self._asked.plan) if stripped else []
+                events = self._events(raw, stripped) if stripped is not None else []
             except (aiohttp.ClientError, TimeoutError, OSError, UpstreamError) as error:
                 if response is None:
                     raise
@@ -60,6 +61,18 @@ class Written:
         if stripped is None:
             return await self._error(response, status, headers, raw)
         return await self._answer(response or await self._begin(), raw, stripped, events)
+
+    def _events(self, raw: bytes, stripped: Stripped) -> list[bytes]:
+        """The answer's events but for the last ones."""
+        if self._teller is None:
+            return synthesis.stream_of(stripped.body, self._asked.plan)
+        return self._told(synthesis.stream_of(raw, self._asked.plan))
+
+    def _told(self, events: list[bytes]) -> list[bytes]:
+        """Chat events in the agent's API."""
+        if self._teller is None:
+            return events
+        return [told for event in events for told in self._teller.take(event)]
 
     async def _fetch(self) -> Fetched:
         async with self._asked.send() as answer:
@@ -79,11 +92,15 @@ class Written:
             expect_routes=asked.expect_routes,
             via="synthesised",
         )
+        last = [synthesis.DONE_EVENT]
+        if self._teller is not None:
+            last = self._teller.end()
+            self._end.response = self._teller.body()
         delivered = False
         try:
             await self._write(response, b"".join(events))
             await self._end.before_end(turns, fold, len(raw))
-            await self._write(response, synthesis.DONE_EVENT)
+            await self._write(response, b"".join(last))
             await response.write_eof()
             delivered = True
         except ConnectionError:
@@ -102,9 +119,13 @@ class Written:
         raw: bytes,
     ) -> web.StreamResponse:
         self._end.fail("engine_error", said(raw), status)
+        dialect = self._asked.dialect
         if response is None:
-            return web.Response(status=status, body=raw, headers=headers)
-        await self._write(response, synthesis.error_event(raw) + synthesis.DONE_EVENT)
+            body = raw if dialect is None else dialect.engine_error(status, raw)
+            return web.Response(status=status, body=body, headers=headers)
+        events = self._told([synthesis.error_event(raw)])
+        last = [synthesis.DONE_EVENT] if self._teller is None else self._teller.end()
+        await self._write(response, b"".join([*events, *last]))
         return response
 
     async def _begin(self) -> web.StreamResponse:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from driftgate.storage.index import INDEX_NAME, open_index, transaction
 from driftgate.storage.recovery import StoreLock
-from driftgate.storage.rows import Lease
+from driftgate.storage.rows import Lease, OpenWork
 
 __all__ = ["Leases"]
 
@@ -39,6 +39,11 @@ _FIRST_FREE = (
 _WORK = (
     f"SELECT trace_id FROM traces t WHERE trajectory = :trajectory AND {_UNSCORED} "
     "ORDER BY step, started_ns, choice"
+)
+_OPEN = (
+    "SELECT t.trajectory, MAX(l.worker), MAX(l.expires) FROM traces t LEFT JOIN leases l "
+    "ON l.trajectory = t.trajectory AND l.trainer = :trainer "
+    f"WHERE t.rowid > :done AND {_UNSCORED} GROUP BY t.trajectory ORDER BY MIN(t.rowid)"
 )
 
 
@@ -84,6 +89,17 @@ class Leases:
                 return None
             with transaction(self._connection):
                 return self._take(asked, worker, now + ttl_s, ttl_s)
+
+    def open_work(self, trainer: str, *, model: str | None = None) -> list[OpenWork]:
+        """Every trajectory with unscored work, leased or not; the oldest first.
+
+        Empty exactly where ``acquire`` has nothing left to give, now or when leases run out.
+        """
+        asked: dict[str, object] = {"trainer": trainer, "model": model}
+        with self._lock:
+            asked["done"] = self._advance(asked, (trainer, model))
+            rows = self._connection.execute(_OPEN, asked).fetchall()
+        return [OpenWork(trajectory=one, worker=by, expires=until) for one, by, until in rows]
 
     def renew(self, lease: Lease, *, now: float | None = None) -> bool:
         """Extend a lease by its ``ttl_s`` from now; False where another worker has taken it."""

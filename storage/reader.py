@@ -241,6 +241,17 @@ class Reader:
             dict.fromkeys(name for name, _ in sorted(rows, key=lambda row: (row[1], row[0])))
         )
 
+    def answers_of(self, engine: str, model: str, *, limit: int) -> list[str]:
+        """Ids of an engine's newest scored traces, by its digest, oldest first."""
+        rows = self._all(
+            "SELECT trace_id FROM traces WHERE engine = ? AND model = ? AND scorable AND scored "
+            "AND retry = 0 ORDER BY started_ns DESC, trace_id LIMIT ?",
+            engine,
+            model,
+            min(limit, MAX_PAGE),
+        )
+        return [trace_id for (trace_id,) in reversed(rows)]
+
     def reward(self, trajectory: str) -> Reward | None:
         """The reward given last."""
         row = self._one("SELECT reward FROM rewards WHERE trajectory = ?", trajectory)

@@ -19,6 +19,7 @@ __all__ = [
     "CellRow",
     "Counts",
     "Lease",
+    "OpenWork",
     "RebuildReport",
     "ScoreRow",
     "TraceRow",
@@ -140,6 +141,16 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     crashes: int = 0
     """Earlier leases of the same work that nobody gave back: their workers died over it, or were
     killed."""
+
+
+class OpenWork(msgspec.Struct, frozen=True, kw_only=True):
+    """A trajectory that a trainer has not scored in full."""
+
+    trajectory: str
+    worker: str | None
+    """Who has leased it; None: nobody."""
+    expires: float | None
+    """Of that lease, seconds since the epoch; it may be past."""
 
 
 class RebuildReport(msgspec.Struct, frozen=True, kw_only=True):

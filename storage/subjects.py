@@ -16,6 +16,7 @@ from driftgate.storage.reader import Reader
 from driftgate.storage.rows import CellRow, TraceRow
 from driftgate.subject import Refused, Subject
 from driftgate.trace import Engine, ScoreMeta, Trainer
+from driftgate.weights import sampled_under
 
 __all__ = ["Pair", "findings_of", "pairs", "scores_of", "unscored"]
 
@@ -71,7 +72,7 @@ def pairs(reader: Reader, trajectory: str, cells: Sequence[CellRow]) -> list[Pai
         metas.setdefault(digest, {})[meta.trace_id] = meta
     out = []
     for (model, _), traces in sorted(engines.items(), key=lambda item: item[0]):
-        versions = tuple(sorted({trace.meta.weight_version for trace in traces}))
+        versions = tuple(sorted({v for trace in traces for v in sampled_under(trace.meta)}))
         for trainer in sorted(trainers) or [""]:
             scores = metas.get(trainer, {})
             subject = _subject(traces, scores, cells, gaps=row.gaps, open_calls=row.open_calls)
@@ -115,8 +116,9 @@ def _subject(
     scores = [metas[row.meta.trace_id] for row in rows]
     folded = _fold(scores, len(traces), cells) if scores else None
     lags = [
-        (row.meta.weight_version, meta.trainer_weight_version)
+        (version, meta.trainer_weight_version)
         for row, meta in zip(rows, scores, strict=True)
+        for version in sampled_under(row.meta)
     ]
     return Subject(
         captured=len(traces),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -77,8 +77,10 @@ class AttachedBackend:
         name: str,
         checkpoint: str | None = None,
         train_dtype: str | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """``name``: of the model, as cells show it. ``checkpoint``: its digest, where known.
+        ``texts``: of `driftgate.adapters.hf_texts.text_digests`, where the tokenizer is known.
 
         Runs one short forward. Raises ``TeacherError``, on every rank, if the model does more to
         its logits than its head does.
@@ -89,10 +91,10 @@ class AttachedBackend:
         self.parallel = adapter.place.replicas
         self.vocab_size, self.max_tokens = adapter.vocab_size, adapter.max_tokens
         self.findings = adapter.findings
-        self.no_replay = adapter.no_replay
         self._places: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(self._places, adapter.place, group=self._control)
-        self.trainer = self._fingerprint(name, checkpoint, train_dtype)
+        self.trainer = self._fingerprint(name, checkpoint, train_dtype, texts or {})
+        self.no_replay = adapter.no_replay
 
     def score(self, sequences: Seq[Sequence]) -> list[SliceResult]:
         """Rank 0: score ``sequences`` on all ranks, the others being in ``serve``.
@@ -202,7 +204,7 @@ class AttachedBackend:
         rows = torch.cat([torch.arange(part.first, part.last) for part in slices])
         targets = torch.from_numpy(np.concatenate([part.response_ids for part in slices]))
         device = self._adapter.device
-        warm = temperatures(sequence)
+        warm = temperatures(slices)
         replay = sequence.replay
         scored, routed = self._adapter.forward(
             torch.from_numpy(sequence.ids).long().to(device),
@@ -224,9 +226,15 @@ class AttachedBackend:
         (scored,) = (part.scored for part in parts if part.scored is not None)
         routed = _all_layers([part.routed for part in parts if part.routed is not None])
         # The stages of one copy work one after the other.
-        return split_rows(sequence, scored, routed, max(part.forward_s for part in parts))
+        return split_rows(sequence.slices, scored, routed, max(part.forward_s for part in parts))
 
-    def _fingerprint(self, name: str, checkpoint: str | None, train_dtype: str | None) -> Trainer:
+    def _fingerprint(
+        self,
+        name: str,
+        checkpoint: str | None,
+        train_dtype: str | None,
+        texts: Mapping[str, str],
+    ) -> Trainer:
         """What this trainer is called, from what its ranks found out together."""
         everyone: list[Any] = [None] * len(self._places)
         dist.all_gather_object(everyone, self._probe(), group=self._control)
@@ -238,7 +246,7 @@ class AttachedBackend:
             )
         ordered = [probed.ordered for probed in everyone if probed.ordered is not None]
         device = self._adapter.device
-        settings = dict(self._adapter.settings)
+        settings = {**self._adapter.settings, **texts}
         settings["device"] = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         )

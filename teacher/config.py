@@ -8,10 +8,15 @@ from typing import Literal
 import msgspec
 
 from driftgate.logs import LogFormat
+from driftgate.teacher.batches import Batching
 
-__all__ = ["BackendName", "TeacherConfig"]
+__all__ = ["BATCH_TOKENS", "BackendName", "TeacherConfig"]
 
 BackendName = Literal["reference", "fsdp", "megatron"]
+
+BATCH_TOKENS = 8192
+"""Positions of a forward of several sequences: the attention of packed ones takes memory with its
+square, 64 MB of mask here."""
 
 
 class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +60,12 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     """Longest sequence that fits this machine; longer ones get a score that says so. None: the
     model's own limit."""
+    batching: Batching = "alone"
+    """``alone``: a forward for each sequence. ``padded``, ``packed``: several of similar length in
+    one, which is faster for short ones and changes the last bits; the fingerprint says so. Not for
+    ``megatron``."""
+    batch_tokens: int = BATCH_TOKENS
+    """Positions of such a forward at most, padding among them; a longer sequence is alone."""
     noise_floor_trajectories: int = 2
     """The trainer scores the first so many trajectories twice, as its own noise floor."""
     floor_traces: int = 0
@@ -75,6 +86,10 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"nproc={self.nproc}: reference is one process, fsdp at least one")
         if self.floor_traces < 0 or (self.floor_traces and self.follow):
             raise ValueError(f"floor_traces={self.floor_traces}: at least 0, and not with follow")
+        if self.batching != "alone" and self.backend == "megatron":
+            raise ValueError(f"batching={self.batching!r} is not for megatron")
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens={self.batch_tokens} must be at least 1")
         self._check_layout()
         if self.lease_s < 1 or self.noise_floor_trajectories < 0:
             raise ValueError("lease_s must be at least 1 and noise_floor_trajectories at least 0")

@@ -25,7 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from driftgate.adapters.hf import checkpoint_digest, inspect_model
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.teacher.base import SliceResult
-from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.batches import SEQUENCES_AT_ONCE, Batching, groups
+from driftgate.teacher.config import BATCH_TOKENS, TeacherConfig
 from driftgate.teacher.reference import fingerprint, load_model, model_limit, pick_device
 from driftgate.teacher.scorer import Scorer
 from driftgate.teacher.sequences import Sequence, Slice
@@ -55,15 +56,19 @@ class FsdpBackend:
         device: torch.device,
         train_dtype: str | None = None,
         texts: Mapping[str, str] | None = None,
+        batching: Batching = "alone",
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
-        self.rank, self.parallel = dist.get_rank(), dist.get_world_size()
+        self.rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._batching, self._batch_tokens = batching, batch_tokens
+        self.parallel = self._ranks * (1 if batching == "alone" else SEQUENCES_AT_ONCE)
         self._device = device
         self._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.findings: list[Reason] = inspect_model(model)
         self.vocab_size = int(model.config.vocab_size)
         self.max_tokens = model_limit(model)
         self._scorer = Scorer(model).eval().requires_grad_(False)
-        mesh = init_device_mesh(device.type, (self.parallel,))
+        mesh = init_device_mesh(device.type, (self._ranks,))
         for layer in model.base_model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self._scorer, mesh=mesh)
@@ -76,7 +81,8 @@ class FsdpBackend:
             findings=self.findings,
             train_dtype=train_dtype,
             texts=texts,
-            world_size=self.parallel,
+            world_size=self._ranks,
+            batching=batching,
         )
         self.no_replay = self._scorer.no_replay
 
@@ -98,6 +104,8 @@ class FsdpBackend:
             device=device,
             train_dtype=config.train_dtype,
             texts=text_digests(root),
+            batching=config.batching,
+            batch_tokens=config.batch_tokens,
         )
 
     def score(self, sequences: Seq[Sequence]) -> list[SliceResult]:
@@ -109,14 +117,17 @@ class FsdpBackend:
         """
         assert self.rank == 0
         # Longest first, so that the sequences of one round are of similar length.
-        order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].ids))
-        ordered = [sequences[index] for index in order]
-        dist.broadcast_object_list([ordered], src=0, group=self._control)
-        gathered: list[Any] = [None] * self.parallel
-        dist.gather_object(self._share(ordered), gathered, dst=0, group=self._control)
+        lengths = [len(one.ids) for one in sequences]
+        grouped = groups(lengths, self._batching, self._batch_tokens)
+        work = [[sequences[index] for index in group] for group in grouped]
+        dist.broadcast_object_list([work], src=0, group=self._control)
+        gathered: list[Any] = [None] * self._ranks
+        dist.gather_object(self._share(work), gathered, dst=0, group=self._control)
         by_sequence: list[list[SliceResult]] = [[] for _ in sequences]
-        for place, index in enumerate(order):
-            by_sequence[index] = gathered[place % self.parallel][place // self.parallel]
+        for place, group in enumerate(grouped):
+            found = gathered[place % self._ranks][place // self._ranks]
+            for index, results in zip(group, found, strict=True):
+                by_sequence[index] = results
         return [result for results in by_sequence for result in results]
 
     def serve(self) -> None:
@@ -141,12 +152,12 @@ class FsdpBackend:
             self.dismiss()
         dist.destroy_process_group()
 
-    def _share(self, ordered: Seq[Sequence]) -> list[list[SliceResult]]:
-        """This rank's results, one per round: sequence ``rank`` of each ``parallel``, or a
+    def _share(self, work: Seq[Seq[Sequence]]) -> list[list[list[SliceResult]]]:
+        """This rank's results, one forward per round: number ``rank`` of each ``ranks``, or a
         dummy."""
         shared = []
-        for start in range(0, len(ordered), self.parallel):
+        for start in range(0, len(work), self._ranks):
             place = start + self.rank
-            sequence = ordered[place] if place < len(ordered) else DUMMY
-            shared.append(self._scorer.run(sequence, self._device))
+            fed = work[place] if place < len(work) else [DUMMY]
+            shared.append(self._scorer.run(fed, self._device, self._batching))
         return shared

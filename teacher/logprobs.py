@@ -66,21 +66,22 @@ def score_hidden(
     the same rows and gets the same result; only sums over the vocabulary are exchanged, never
     logits.
     """
-    parts = []
-    for start in range(0, len(targets_N), chunk):
+    count = len(targets_N)
+    # Written in place: small results that live on, between blocks of logits that are given back,
+    # keep a heap from using that room again. Measured: 7.4 GB for 8k positions of 150k, not 0.7.
+    kept = torch.empty((3, count), dtype=torch.float32, device=hidden_NH.device)
+    for start in range(0, count, chunk):
         logits_CV = head(hidden_NH[start : start + chunk])
         block = chunk if logits_CV.is_cuda else max(1, CPU_BLOCK_ELEMENTS // logits_CV.shape[-1])
         for offset in range(0, len(logits_CV), block):
             rows = slice(start + offset, start + min(offset + block, len(logits_CV)))
             temperature = None if temperature_N is None else temperature_N[rows]
             z_BV = logits_CV[offset : offset + block].float()
-            parts.append(_reduce(z_BV, targets_N[rows], temperature, shard))
-    scaled = [part.at_temperature for part in parts if part.at_temperature is not None]
-    return Scored(
-        torch.cat([part.logprobs for part in parts]),
-        torch.cat([part.entropy for part in parts]),
-        torch.cat(scaled) if scaled else None,
-    )
+            found = _reduce(z_BV, targets_N[rows], temperature, shard)
+            kept[0, rows], kept[1, rows] = found.logprobs, found.entropy
+            if found.at_temperature is not None:
+                kept[2, rows] = found.at_temperature
+    return Scored(kept[0], kept[1], None if temperature_N is None else kept[2])
 
 
 def _reduce(

@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     from driftgate.adapters.megatron_weights import build
 
 from driftgate.adapters.hf import checkpoint_digest
+from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.attached import AttachedBackend
 from driftgate.teacher.config import TeacherConfig
@@ -59,6 +60,7 @@ class MegatronBackend(AttachedBackend):
             name=root.resolve().name,
             checkpoint=digest[0],
             train_dtype=config.train_dtype,
+            texts=text_digests(root),
         )
 
     def close(self) -> None:

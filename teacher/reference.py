@@ -17,7 +17,8 @@ from driftgate.adapters.hf import checkpoint_digest, inspect_model
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
-from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.batches import SEQUENCES_AT_ONCE, Batching, groups
+from driftgate.teacher.config import BATCH_TOKENS, TeacherConfig
 from driftgate.teacher.scorer import Scorer
 from driftgate.teacher.sequences import Sequence
 from driftgate.trace import Reason, Trainer
@@ -30,8 +31,6 @@ log = logging.getLogger(__name__)
 class ReferenceBackend:
     """A model in this process. Give it one that you built yourself, or ``load`` a checkpoint."""
 
-    parallel = 1
-
     def __init__(
         self,
         model: Any,
@@ -40,8 +39,12 @@ class ReferenceBackend:
         checkpoint: str | None = None,
         train_dtype: str | None = None,
         texts: Mapping[str, str] | None = None,
+        batching: Batching = "alone",
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         """``texts``: of `text_digests`, where the model comes from a checkpoint."""
+        self._batching, self._batch_tokens = batching, batch_tokens
+        self.parallel = 1 if batching == "alone" else SEQUENCES_AT_ONCE
         self._device = next(model.parameters()).device
         self._scorer = Scorer(model).eval().requires_grad_(False)
         self.findings: list[Reason] = inspect_model(model)
@@ -56,6 +59,7 @@ class ReferenceBackend:
             findings=self.findings,
             train_dtype=train_dtype,
             texts=texts,
+            batching=batching,
         )
         self.no_replay = self._scorer.no_replay
 
@@ -70,17 +74,26 @@ class ReferenceBackend:
             checkpoint=checkpoint_digest(root),
             train_dtype=config.train_dtype,
             texts=text_digests(root),
+            batching=config.batching,
+            batch_tokens=config.batch_tokens,
         )
 
     def score(self, sequences: Seq[Sequence]) -> list[SliceResult]:
-        """One forward per sequence, in order."""
+        """Results in order; one forward per sequence unless batching was asked for."""
+        lengths = [len(one.ids) for one in sequences]
+        found: list[list[SliceResult]] = [[] for _ in sequences]
         try:
-            return [part for one in sequences for part in self._scorer.run(one, self._device)]
+            for group in groups(lengths, self._batching, self._batch_tokens):
+                fed = [sequences[index] for index in group]
+                results = self._scorer.run(fed, self._device, self._batching)
+                for index, mine in zip(group, results, strict=True):
+                    found[index] = mine
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
                 raise
-            longest = max(len(sequence.ids) for sequence in sequences)
+            longest = max(lengths)
             raise TeacherError(f"out of memory at {longest} tokens: {error}") from error
+        return [result for mine in found for result in mine]
 
     def close(self) -> None:
         """Nothing to release."""
@@ -179,6 +192,7 @@ def fingerprint(
     train_dtype: str | None = None,
     texts: Mapping[str, str] | None = None,
     world_size: int = 1,
+    batching: Batching = "alone",
 ) -> Trainer:
     """Everything of this trainer that changes its numbers."""
     config = model.config
@@ -194,6 +208,8 @@ def fingerprint(
         settings["experts"] = str(getattr(config, "_experts_implementation", None))
     if train_dtype is not None:
         settings["train_dtype"] = train_dtype
+    if batching != "alone":
+        settings["batching"] = batching
     if findings:
         settings["findings"] = ",".join(sorted({finding.code for finding in findings}))
     return Trainer(

@@ -7,7 +7,9 @@ gathered for the whole forward and the head can run chunk by chunk inside it.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,8 +20,9 @@ from driftgate.adapters.hf import Routed, RouterTap
 from driftgate.adapters.hf_replay import forced
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
+from driftgate.teacher.batches import Batching, batch
 from driftgate.teacher.logprobs import Scored, score_hidden
-from driftgate.teacher.sequences import Replay, Sequence
+from driftgate.teacher.sequences import Replay, Sequence, Slice
 
 __all__ = ["PROBE_TOKENS", "PROBE_TOLERANCE", "Scorer", "split_rows", "temperatures"]
 
@@ -44,42 +47,47 @@ class Scorer(nn.Module):
 
     def forward(
         self,
-        ids_1T: Tensor,
+        ids_BT: Tensor,
         rows_N: Tensor,
         targets_N: Tensor,
         temperature_N: Tensor | None,
         replay: Forced | None = None,
+        positions_BT: Tensor | None = None,
     ) -> tuple[Scored, Routed | None]:
-        """Score ``targets_N`` by the logits at positions ``rows_N`` of one sequence."""
+        """Score ``targets_N`` by the logits at places ``rows_N`` of all B * T."""
         routing = nullcontext() if replay is None else self._forced(replay)
+        placed = {} if positions_BT is None else {"position_ids": positions_BT}
         with self.tap.capture(rows_N) as capture, routing:
-            hidden_TH = self.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[
-                0
-            ]
+            hidden_BTH = self.model.base_model(
+                input_ids=ids_BT, use_cache=False, **placed
+            ).last_hidden_state
         scored = score_hidden(
             self.model.get_output_embeddings(),
-            hidden_TH[rows_N],
+            hidden_BTH.flatten(0, 1)[rows_N],
             targets_N,
             temperature_N=temperature_N,
         )
         return scored, capture.result()
 
     @torch.no_grad()
-    def run(self, sequence: Sequence, device: torch.device) -> list[SliceResult]:
-        """Score every slice of ``sequence`` in one forward."""
+    def run(
+        self, sequences: Seq[Sequence], device: torch.device, how: Batching = "alone"
+    ) -> list[list[SliceResult]]:
+        """Score every slice of ``sequences`` in one forward; the results of each sequence."""
         started = time.perf_counter()
-        slices = sequence.slices
-        rows = torch.cat([torch.arange(part.first, part.last) for part in slices])
-        targets = torch.from_numpy(np.concatenate([part.response_ids for part in slices]))
-        temperature = temperatures(sequence)
+        fed = batch(sequences, how)
+        targets = np.concatenate([part.response_ids for part in fed.slices])
+        temperature = temperatures(fed.slices)
         scored, routed = self(
-            torch.from_numpy(sequence.ids).long().to(device)[None],
-            rows.to(device),
-            targets.long().to(device),
+            torch.from_numpy(fed.ids).to(device),
+            torch.from_numpy(fed.rows).to(device),
+            torch.from_numpy(targets).long().to(device),
             None if temperature is None else temperature.to(device),
-            _on(sequence.replay, device),
+            _on(fed.replay, device),
+            None if fed.positions is None else torch.from_numpy(fed.positions).to(device),
         )
-        return split_rows(sequence, scored, routed, time.perf_counter() - started)
+        results = iter(split_rows(fed.slices, scored, routed, time.perf_counter() - started))
+        return [list(islice(results, len(one.slices))) for one in sequences]
 
     @torch.no_grad()
     def probe(self, device: torch.device) -> bool:
@@ -140,25 +148,25 @@ def _on(replay: Replay | None, device: torch.device) -> Forced | None:
     return routes, torch.from_numpy(replay.given).to(device)
 
 
-def temperatures(sequence: Sequence) -> Tensor | None:
+def temperatures(slices: Seq[Slice]) -> Tensor | None:
     """[N] temperature of each row, 1 where none was asked for; None if no slice asked."""
-    if all(part.temperature is None for part in sequence.slices):
+    if all(part.temperature is None for part in slices):
         return None
     return torch.cat(
-        [torch.full((len(part.response_ids),), part.temperature or 1.0) for part in sequence.slices]
+        [torch.full((len(part.response_ids),), part.temperature or 1.0) for part in slices]
     )
 
 
 def split_rows(
-    sequence: Sequence, scored: Scored, routed: Routed | None, forward_s: float
+    slices: Seq[Slice], scored: Scored, routed: Routed | None, forward_s: float
 ) -> list[SliceResult]:
-    """Cut a forward's rows into the results of its slices."""
+    """Cut a forward's rows into the results of ``slices``."""
     logprobs, entropy = scored.logprobs.cpu().numpy(), scored.entropy.cpu().numpy()
     scaled = None if scored.at_temperature is None else scored.at_temperature.cpu().numpy()
     per_row_s = forward_s / len(logprobs)
     margins = routed.margins if routed is not None else None
     results, end = [], 0
-    for part in sequence.slices:
+    for part in slices:
         at = slice(end, end := end + len(part.response_ids))
         results.append(
             SliceResult(

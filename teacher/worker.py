@@ -33,18 +33,13 @@ from driftgate.teacher.replay import Replayer
 from driftgate.teacher.scores import drift, engine_floor, refusal
 from driftgate.teacher.sequences import assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
+from driftgate.teacher.watch import Watch
 from driftgate.trace import Reason, Score, Trace, TraceMeta
+from driftgate.weights import is_mixed
 
 __all__ = ["Report", "Worker"]
 
 log = logging.getLogger(__name__)
-
-POLL_S = 0.2
-"""Between two looks at whether the store has changed, when following: a stat of two files."""
-
-LOOK_ANYWAY_S = 5.0
-"""Look for work this often even in an unchanged store: a dead worker's lease runs out in
-silence."""
 
 MAX_CRASHES = 2
 """Workers that one trajectory may end before it is refused: one may have been killed for another
@@ -88,7 +83,7 @@ class Worker:
         self._leases = Leases(root)
         self._limit = min(config.max_tokens or backend.max_tokens, backend.max_tokens)
         self._check = TokenCheck(load_tokenizer(config.model), vocab_size=backend.vocab_size)
-        self._watch = _Watch(root)
+        self._watch = Watch(root)
         self._floors = Floors(
             self._reader, backend.trainer.digest, trajectories=config.noise_floor_trajectories
         )
@@ -97,7 +92,11 @@ class Worker:
 
     def run(self, stop: threading.Event) -> Report:
         """Score until nothing is left, or until ``stop`` when following. Finishes what it has
-        begun."""
+        begun.
+
+        Something is left while another worker holds it: whoever waits for this to return finds
+        every trace scored or refused, also where that worker has died.
+        """
         if self._config.floor_traces:
             self._measure_floor()
             return self.report
@@ -106,7 +105,7 @@ class Worker:
             if leases:
                 self._work(leases)
             elif not self._engine_floors():
-                if not self._config.follow:
+                if not self._config.follow and not self._held_by_others():
                     break
                 self._watch.wait(stop)
         return self.report
@@ -133,6 +132,12 @@ class Worker:
             if lease.crashes:
                 break
         return leases
+
+    def _held_by_others(self) -> bool:
+        """Work is left that cannot be leased yet; says who has it, once for each change."""
+        left = self._leases.open_work(self._backend.trainer.digest, model=self._config.served_model)
+        self._watch.tell(left)
+        return bool(left)
 
     def _work(self, leases: list[Lease]) -> None:
         with self._renewing(leases) as lost:
@@ -281,6 +286,7 @@ class Worker:
             is_scorable(first)
             and is_scorable(second)
             and first.meta.weight_version == second.meta.weight_version
+            and not is_mixed(first.meta)
             and self._config.served_model in (None, first.meta.model)
         )
         if not comparable:
@@ -357,29 +363,3 @@ def _by_trajectory(held: Seq[Held]) -> dict[str, list[Held]]:
     for one in held:
         groups.setdefault(one.trace.meta.trajectory, []).append(one)
     return groups
-
-
-class _Watch:
-    """Waits until another process has written to the store's index."""
-
-    def __init__(self, root: Path) -> None:
-        self._paths = [root / "index.sqlite", root / "index.sqlite-wal"]
-        self._seen: list[tuple[int, int]] = []
-
-    def wait(self, stop: threading.Event) -> None:
-        """Return when the index has changed since the last call, or after ``LOOK_ANYWAY_S``."""
-        deadline = time.monotonic() + LOOK_ANYWAY_S
-        while time.monotonic() < deadline and not stop.is_set():
-            now = [_stamp(path) for path in self._paths]
-            if now != self._seen:
-                self._seen = now
-                return
-            stop.wait(POLL_S)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return (0, 0)
-    return (status.st_mtime_ns, status.st_size)

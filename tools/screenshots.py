@@ -44,7 +44,9 @@ async def views(url: str) -> dict[str, str]:
         "overview": "",
         "matrix": "matrix",
         "trajectory": worst,
+        "verdict": worst.split("?")[0],
         "live": "live",
+        "glossary": "glossary",
     }
 
 

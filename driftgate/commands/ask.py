@@ -1,56 +1,21 @@
-"""``driftgate tail``, ``show`` and ``cells``: ask a gateway, or a store directly."""
+"""``driftgate show`` and ``cells``: ask a gateway, or a store directly."""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from driftgate import cli_io
-from driftgate.client import DEFAULT_URL, Client
+from driftgate.client import DEFAULT_URL
 from driftgate.commands.options import JsonOption, KeyOption, StoreInstead, UrlOption
 
 if TYPE_CHECKING:
     from driftgate.gateway.answers import Answers
     from driftgate.tree import Tree
 
-__all__ = ["cells", "show", "tail"]
-
-
-def tail(
-    url: UrlOption = DEFAULT_URL,
-    trajectory: Annotated[str | None, typer.Option(help="Only this trajectory.")] = None,
-    after: Annotated[
-        str, typer.Option(help="Cursor to go on behind: 0 for all there is, `now` for what comes.")
-    ] = "now",
-    follow: Annotated[bool, typer.Option(help="Stay for what comes.")] = True,
-    as_json: JsonOption = False,
-    key: KeyOption = None,
-) -> None:
-    """Print a line for each scored step as it arrives.
-
-    Green, amber and red are METRICS' bands; grey is what is not comparable.
-    """
-    if after != "now" and not (after.isascii() and after.isdigit()):
-        raise typer.BadParameter(f"{after!r} is neither a cursor nor `now`", param_hint="--after")
-    start: int | Literal["now"] = "now" if after == "now" else int(after)
-
-    async def run(client: Client) -> None:
-        from driftgate.render import drift_line
-
-        console = cli_io.console()
-        events = client.drift(after=start, follow=follow, trajectory=trajectory)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                if as_json:
-                    print(msgspec.json.encode(event).decode(), flush=True)
-                else:
-                    console.print(drift_line(event), soft_wrap=True)
-
-    cli_io.ask(url, key, run)
+__all__ = ["cells", "show"]
 
 
 def show(

@@ -25,7 +25,8 @@ __all__ = ["probe", "serve"]
 
 def serve(
     upstream: Annotated[
-        str | None, typer.Option(help="Base URL of the engine, without /v1.")
+        list[str] | None,
+        typer.Option(help="Base URL of an engine, without /v1; again for each further one."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with any of the gateway's settings.")
@@ -77,7 +78,7 @@ def serve(
     with commas between. DRIFTGATE_SIGNING_KEY signs the keys of trajectories.
     """
     given: dict[str, Any] = {
-        "upstream": upstream,
+        **({"upstream": "", "upstreams": upstream} if upstream else {}),
         "store": store,
         "host": host,
         "port": port,
@@ -152,7 +153,7 @@ def _warn(settings: GatewayConfig) -> None:
 
 def _welcome(url: str, settings: GatewayConfig) -> str:
     return (
-        f"driftgate at {url}, in front of {settings.upstream}, store {settings.store}\n"
+        f"driftgate at {url}, in front of {', '.join(settings.urls)}, store {settings.store}\n"
         f"  agents:  OPENAI_BASE_URL={url}/v1\n"
         f"  teacher: driftgate teach --follow --store {settings.store} --model DIR\n"
         f"  drift:   driftgate tail --url {url}\n"
@@ -171,7 +172,7 @@ def _gateway_config(file: Path | None, given: dict[str, Any]) -> GatewayConfig:
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"{file}: {error}", param_hint="--config") from error
     values |= {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
-    if "upstream" not in values:
+    if not values.get("upstream") and not values.get("upstreams"):
         raise typer.BadParameter(
             "give the engine's base URL, e.g. --upstream http://host:8000", param_hint="--upstream"
         )

@@ -47,6 +47,12 @@ def teach(
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest sequence that fits this machine.")
     ] = None,
+    batching: Annotated[
+        Literal["alone", "padded", "packed"],
+        typer.Option(
+            help="Several sequences in one forward: faster for short ones, other last bits."
+        ),
+    ] = "alone",
     replay: Annotated[
         bool,
         typer.Option(
@@ -64,7 +70,8 @@ def teach(
 ) -> None:
     """Score the store's traces with the trainer.
 
-    Beside a running gateway with --follow, or afterwards. Several may share a store.
+    Beside a running gateway with --follow, or afterwards: then it ends when every trace is scored
+    or refused, and waits for what other workers hold. Several may share a store.
     """
     try:
         from driftgate.teacher.config import TeacherConfig
@@ -89,6 +96,7 @@ def teach(
             dtype=dtype,
             train_dtype=train_dtype,
             max_tokens=max_tokens,
+            batching=batching,
             device=device,
             replay=replay,
             lease_s=lease_s,

@@ -1,5 +1,7 @@
-// The only place that talks to the gateway: JSON, the stream of scores, and the reader's key.
+// The only place that talks to the gateway: JSON, the stream of scores, and the reader's key. In a
+// report there is no gateway: what it would have answered was written beside the page.
 import { useCallback, useEffect, useRef, useState } from "./html.js";
+import { answer, report } from "./report.js";
 
 const KEY = "driftgate-read-key";
 
@@ -34,10 +36,24 @@ async function ask(path, signal) {
 }
 
 export async function get(path, signal) {
-  return (await ask(path, signal)).json();
+  if (!report) return (await ask(path, signal)).json();
+  const found = await answer(path);
+  if (found === undefined) throw new ApiFailure(404, "This report does not hold that.", report.left_out_fix);
+  return found;
+}
+
+/** Saves the JSON of a path: for where a link cannot lead to it, with a read key or in a report. */
+export async function save(path) {
+  const body = report ? new Blob([JSON.stringify(await get(path), null, 1)]) : await (await ask(path)).blob();
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(body);
+  link.download = "driftgate.json";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 export const paths = {
+  pair: (a, b) => `/api/cells/pair?${new URLSearchParams({ a, b })}`,
   overview: "/api/overview",
   cells: "/api/cells",
   glossary: "/api/glossary",
@@ -47,6 +63,7 @@ export const paths = {
   mismatch: (name) => `/api/trajectories/${encodeURIComponent(name)}/mismatch`,
   step: (name, step) => `/api/trajectories/${encodeURIComponent(name)}/steps/${step}`,
   verdict: (name, profile) => `/api/trajectories/${encodeURIComponent(name)}/verdict?profile=${profile}`,
+  tree: (name) => `/api/trajectories/${encodeURIComponent(name)}/tree`,
   explain: (name) => `/api/trajectories/${encodeURIComponent(name)}/explain`,
   routes: (name, step, choice, token) =>
     `/api/trajectories/${encodeURIComponent(name)}/steps/${step}/routes?choice=${choice}` +
@@ -85,7 +102,7 @@ export function useAnswer(path, everyS = 0) {
           set((old) => ({ path, data: old.path === path ? old.data : null, error }));
         }
       }
-      if (everyS && !stop.signal.aborted) timer = setTimeout(load, everyS * 1000);
+      if (everyS && !report && !stop.signal.aborted) timer = setTimeout(load, everyS * 1000);
     };
     load();
     return () => {
@@ -148,6 +165,7 @@ export function useScores(back, onEvent) {
   const handler = useRef(onEvent);
   handler.current = onEvent;
   useEffect(() => {
+    if (report) return undefined;
     const stop = new AbortController();
     follow({ back, onEvent: (e) => handler.current(e), onState: set, signal: stop.signal });
     return () => stop.abort();

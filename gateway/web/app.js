@@ -1,8 +1,12 @@
 // The page's frame: which view the address names, the navigation, the scheme, the read key.
 import { html, render, useEffect, useState } from "./html.js";
 import { readKey, setReadKey } from "./api.js";
+import { day, plural } from "./format.js";
+import { Fold } from "./parts.js";
+import { report } from "./report.js";
 import { Cell } from "./views/cell.js";
 import { Compare } from "./views/compare.js";
+import { Glossary } from "./views/glossary.js";
 import { Live } from "./views/live.js";
 import { Matrix } from "./views/matrix.js";
 import { Overview } from "./views/overview.js";
@@ -15,7 +19,10 @@ const NAV = [
   ["trajectories", "Trajectories"],
   ["compare", "Compare"],
   ["live", "Live"],
-];
+  ["glossary", "Glossary"],
+].filter(([key]) => !report || key !== "live");
+
+const ICON = document.querySelector("link[rel=icon]").href;
 
 /** `#/t/NAME?step=3` as {view: "t", parts: ["NAME"], query}. */
 function place() {
@@ -42,7 +49,8 @@ function View({ at }) {
   if (view === "trajectories") return html`<${Trajectories} query=${query} go=${go} />`;
   if (view === "t") return html`<${Trajectory} key=${parts[0]} name=${parts[0]} query=${query} go=${go} />`;
   if (view === "compare") return html`<${Compare} query=${query} go=${go} />`;
-  if (view === "live") return html`<${Live} />`;
+  if (view === "live" && !report) return html`<${Live} query=${query} go=${go} />`;
+  if (view === "glossary") return html`<${Glossary} query=${query} go=${go} />`;
   return html`<h1 tabindex="-1">No such page</h1><p><a href="#/">Overview</a></p>`;
 }
 
@@ -77,6 +85,14 @@ function KeyForm({ onKey }) {
   </form>`;
 }
 
+/** Of a report: when and of what it was made, and what is not in it. */
+function Made() {
+  return html`<aside class="made" aria-label="About this report">
+    <p>${report.title} ${day(report.made_ns)}.</p>
+    ${report.left_out.length > 0 && html`<${Fold} summary=${`Left out: ${plural(report.left_out.length, "thing")}`}><ul class="reasons">${report.left_out.map((line) => html`<li>${line}</li>`)}</ul><//>`}
+  </aside>`;
+}
+
 function App() {
   const [at, setAt] = useState(place());
   const [locked, setLocked] = useState(false);
@@ -97,12 +113,13 @@ function App() {
   useEffect(() => window.scrollTo(0, 0), [at.view, at.parts.join("/")]);
   const current = IN_NAV[at.view] ?? at.view;
   return html`<header class="top">
-      <a class="brand" href="#/"><img src="/static/favicon.svg" alt="" width="20" height="20" />driftgate</a>
+      <a class="brand" href="#/"><img src=${ICON} alt="" width="20" height="20" />driftgate</a>
       <nav aria-label="Views">
         ${NAV.map(([key, text]) => html`<a href=${`#/${key}`} aria-current=${current === key ? "page" : undefined}>${text}</a>`)}
       </nav>
-      <div class="top-end"><a href="/api/openapi.json">API</a><${Scheme} /></div>
+      <div class="top-end">${!report && html`<a href="/api/openapi.json">API</a>`}<${Scheme} /></div>
     </header>
+    ${report && html`<${Made} />`}
     <main id="main" tabindex="-1">${locked ? html`<${KeyForm} onKey=${() => setLocked(false)} />` : html`<${View} at=${at} />`}</main>
     <footer><p>D = log p(trainer) − log p(engine) of a sampled token, in nats. <span class="nowrap">● within band, ▲ watch, ■ out of band.</span></p></footer>`;
 }

@@ -2,7 +2,7 @@
 // every chart stands beside a table with the same numbers.
 import { html, useEffect, useRef, useState } from "./html.js";
 import uPlot from "./vendor/uplot/uplot.js";
-import { num } from "./format.js";
+import { round } from "./format.js";
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -95,7 +95,7 @@ export function DriftChart({ times, values, limits, floors, label }) {
     scales: { x: { time: true, range: [first - pad, last + pad] }, y: { distr: 3, range: [low, high] } },
     axes: [
       axis(color, { size: 30, space: 90, values: (_, ticks) => timeLabels(ticks, last - first) }),
-      axis(color, { size: 48, splits: () => decades(low, high), filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map((t) => (t ? num(t, 1) : "")) }),
+      axis(color, { size: 48, splits: () => decades(low, high), filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map((t) => (t ? round(t, 1) : "")) }),
     ],
     series: [
       {},
@@ -141,7 +141,7 @@ export function ResponseChart({ values, label, unit, onPick }) {
     scales: { x: { time: false, range: [-0.6, Math.max(values.length - 0.4, 1)] }, y: { range: around(values) } },
     axes: [
       axis(color, { size: 26, grid: { show: false }, values: (_, t) => t.map((v) => (Number.isInteger(v) ? v : "")) }),
-      axis(color, { size: 48, values: (_, t) => t.map((v) => num(v)) }),
+      axis(color, { size: 48, values: (_, t) => t.map((v) => round(v)) }),
     ],
     series: [
       {},

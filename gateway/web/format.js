@@ -2,7 +2,7 @@
 
 const EXPONENT = 1e-3;
 
-/** Three significant digits; small ones as 8.34e-4, as the docs and the command line write them. */
+/** Three significant digits, zeros too, so that columns line up; small ones as 8.34e-4. */
 export function num(value, digits = 3) {
   if (value == null) return "–";
   if (value < 0) return `−${num(-value, digits)}`;
@@ -11,8 +11,11 @@ export function num(value, digits = 3) {
   if (size < EXPONENT || size >= 1e6) return value.toExponential(digits - 1).replace("e+", "e");
   if (Number.isInteger(value)) return value.toLocaleString("en-GB");
   if (size >= 1000) return Math.round(value).toLocaleString("en-GB");
-  return String(Number(value.toPrecision(digits)));
+  return value.toPrecision(digits);
 }
+
+/** Without zeros at its end: for limits and marks, which are round by themselves. */
+export const round = (value, digits) => num(value, digits).replace(/(\.\d*?)0+(?=e|$)/, "$1").replace(/\.(?=e|$)/, "");
 
 /** With its sign, always: a log ratio's sign says who is more sure. */
 export const signed = (value) => (value == null ? "–" : (value > 0 ? "+" : value < 0 ? "−" : "") + num(Math.abs(value)));
@@ -54,6 +57,9 @@ export function clock(ns, seconds = false) {
   return `${at.toLocaleDateString("en-GB", { day: "numeric", month: "short" })} ${time}`;
 }
 
+/** With the day, always: for what is read later. */
+export const day = (ns) => date(ns).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+
 /** One side of a cell in a few words. */
 export function side(value) {
   return value.side === "engine"
@@ -65,6 +71,9 @@ export function side(value) {
 export const floorName = (floor) =>
   floor.label && floor.label !== "repeat" ? `${floor.side}, ${floor.label.replaceAll("_", " ")}` : floor.side;
 
+/** How the second run of a floor's cell was made, as driftgate.floor.label_of. */
+export const floorLabel = (cell) => (cell.trainer.settings?.floor ?? "repeat").replaceAll("_", " ");
+
 /** What else changes a side's numbers, in words. */
 export function sideDetail(value, digest) {
   const set = Object.entries(value.settings ?? {}).filter(([name]) => !name.startsWith("default_"));
@@ -74,7 +83,7 @@ export function sideDetail(value, digest) {
 
 /** A token as it can be seen: blanks and line ends get a sign. */
 export function visible(text) {
-  if (text == null) return "�";
+  if (text == null) return "⟨?⟩";
   if (text === "") return "∅";
   return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍");
 }

@@ -1,7 +1,9 @@
 // Small pieces that every view is made of.
 import { html, useEffect, useRef, useState } from "./html.js";
+import { readKey, save } from "./api.js";
+import { report } from "./report.js";
 import { band, BAND_WORDS } from "./scale.js";
-import { clock, date, num, signed, visible } from "./format.js";
+import { clock, count, date, num, signed, visible } from "./format.js";
 
 export const routeTo = {
   overview: () => "#/",
@@ -45,20 +47,16 @@ export function Section({ title, raw, aside, children, id }) {
   </section>`;
 }
 
-/** The JSON behind what is shown. With a read key the browser cannot send it: then it is a download. */
+/** The JSON behind what is shown. A browser's link cannot carry a read key: then it is saved. */
 export function Raw({ href, what }) {
-  const open = async (event) => {
-    const key = sessionStorage.getItem("driftgate-read-key");
-    if (!key) return;
+  const text = html`JSON<span class="sr"> behind ${what}</span>`;
+  if (report) return html`<button type="button" class="raw link" onClick=${() => save(href)}>${text}</button>`;
+  const open = (event) => {
+    if (!readKey()) return;
     event.preventDefault();
-    const answer = await fetch(href, { headers: { authorization: `Bearer ${key}` } });
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(await answer.blob());
-    link.download = "driftgate.json";
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    save(href);
   };
-  return html`<a class="raw" href=${href} onClick=${open}>JSON<span class="sr"> behind ${what}</span></a>`;
+  return html`<a class="raw" href=${href} onClick=${open}>${text}</a>`;
 }
 
 export function Waiting({ what }) {
@@ -122,6 +120,13 @@ export function Verdict({ verdict, short }) {
   >`;
 }
 
+/** Scores are still to come: the numbers may change. */
+export function Partial({ cell }) {
+  if (!cell.partial) return null;
+  const why = `${count(cell.scored)} of ${count(cell.captured)} captured answers are scored: the numbers may still change`;
+  return html`<span class="tag" title=${why}>partial<span class="sr">: ${why}</span></span>`;
+}
+
 export function Time({ ns, seconds }) {
   if (ns == null) return html`<span>–</span>`;
   return html`<time datetime=${date(ns).toISOString()} title=${date(ns).toISOString()}>${clock(ns, seconds)}</time>`;
@@ -161,12 +166,17 @@ export function Select({ label, value, options, onChange, hideLabel }) {
   >`;
 }
 
+/** Prose with `code` in it. */
+export function Words({ text }) {
+  return (text ?? "").split("`").map((part, i) => (i % 2 ? html`<code>${part}</code>` : part));
+}
+
 export function Reasons({ reasons }) {
   return html`<ul class="reasons">
     ${reasons.map(
       (r) => html`<li>
-        <code>${r.code}</code> ${r.detail}
-        ${r.fix && html`<span class="fix">→ ${r.fix}</span>`}
+        <code>${r.code}</code> <${Words} text=${r.detail} />
+        ${r.fix && html`<span class="fix">→ <${Words} text=${r.fix} /></span>`}
       </li>`,
     )}
   </ul>`;

@@ -13,6 +13,20 @@ export function band(glossary, name, value, { bad = 0, moe = false } = {}) {
   return green && !bad ? "green" : "amber";
 }
 
+/** What colours a score as a whole: the worst of these and of its routes, as driftgate.render.colour. */
+const GATED = ["kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2"];
+export const BAND_ORDER = ["green", "amber", "red"];
+
+/** Band of a score; null where it is not comparable. */
+export function scoreBand(glossary, score) {
+  if (score.comparable.verdict === "no" || !score.measures) return null;
+  const m = score.measures.metrics;
+  const found = GATED.map((name) => band(glossary, name, m[name], { bad: m.n_bad_tokens, moe: score.router != null }));
+  const routes = "router_set_disagree_rate";
+  if (score.router) found.push(band(glossary, routes, score.router.metrics[routes]));
+  return BAND_ORDER.findLast((level) => found.includes(level)) ?? null;
+}
+
 export const BAND_WORDS = {
   green: ["●", "within band"],
   amber: ["▲", "watch"],

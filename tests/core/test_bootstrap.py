@@ -52,6 +52,19 @@ def test_trajectories_are_the_unit_not_tokens() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 0.05 / np.sqrt(40), rel=0.3)
 
 
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """95 % of simulated worlds, within three standard errors of a share of 150 worlds and the 2 %
+    by which percentile intervals of 50 clusters are too narrow. Intervals that took tokens for
+    independent would hold it in some 50 %."""
+    held, worlds = 0, 150
+    for world in range(worlds):
+        low, high = intervals(trajectories(50, world, tokens=8), resamples=250).values[
+            "log_ratio_mean"
+        ]
+        held += low <= 0.0 <= high
+    assert held / worlds == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / worlds) ** 0.5 + 0.02)
+
+
 def test_intervals_are_deterministic_and_hold_the_value() -> None:
     data = trajectories(35)
     first, again = intervals(data), intervals(dict(reversed(data.items())))

@@ -36,7 +36,7 @@ from driftgate.trace import Trace
 from driftgate.views import Cells, DriftEvent, StepDetail, TrajectoryDetail
 
 COMMANDS = ["serve", "probe", "teach", "tail", "show", "cells", "export", "version", "index"]
-COMMANDS += ["explain", "verdict", "feedback", "key"]
+COMMANDS += ["explain", "verdict", "feedback", "key", "report"]
 
 
 @pytest.fixture(scope="module")

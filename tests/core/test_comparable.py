@@ -15,7 +15,8 @@ from driftgate.comparable import headline_temperature, judge
 from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket, route_shift
-from driftgate.trace import Comparable, Engine, Reason, Sampling, TraceMeta, Trainer
+from driftgate.trace import Comparable, Engine, Reason, Sampling, TraceMeta, Trainer, WeightSpan
+from driftgate.weights import changed, joined
 
 F64 = npt.NDArray[np.float64]
 T = 0.7
@@ -335,6 +336,23 @@ FACTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("weight_version_differs", {}, {"settings": {"weight_version": "8"}}, "converted"),
     ("weight_version_unknown", {}, {"settings": {}}, "yes"),
 ]
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [WeightSpan(0, "6"), WeightSpan(30, "7")],
+        [WeightSpan(0, "unknown"), WeightSpan(30, "7")],
+        [WeightSpan(0, changed(["6", "7"]))],
+    ],
+)
+def test_an_answer_of_several_policies_says_so(spans: list[WeightSpan]) -> None:
+    trace = meta(weight_spans=spans, weight_version=joined(spans))
+    result = judge(trace, TRAINER, at_one=simulated()["T_scaled"])
+    assert (result.verdict, codes(result)) == ("converted", ["weight_versions_mixed"])
+    assert spans[0].version in result.reasons[0].detail
+    whole = meta(weight_spans=[WeightSpan(0, "7")], weight_version="7")
+    assert codes(judge(whole, TRAINER, at_one=simulated()["T_scaled"])) == []
 
 
 @pytest.mark.parametrize(("code", "rollout", "train", "expected"), FACTS)

@@ -12,7 +12,7 @@ import io
 import json
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from aiohttp import web
 from driftgate.gateway.app import GATEWAY, Gateway, create_app
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.listen import listening
+from driftgate.gateway.numerics import PROMPT
 from driftgate.trace import CallOutcome, Trace
 
 VOCABULARY = ["Hel", "lo", " wor", "ld", "!", " é", "…", " 1.50", '"', "\n"]
@@ -59,7 +60,10 @@ class StandIn:
         self.error_after: int | None = None
         """Put an error event in place of the rest of a stream, as vLLM does."""
         self.hold: asyncio.Event | None = None
-        """Wait for it before the second event, or before a JSON answer."""
+        """Wait for it before event ``hold_at``, or before a JSON answer."""
+        self.hold_at = 1
+        self.weight_version: str | None = None
+        self.runner: web.AppRunner
         self.came = asyncio.Event()
         """A call that is not a probe has come."""
         self.left = asyncio.Event()
@@ -327,7 +331,7 @@ class StandIn:
         except ValueError:
             return self.error(400, "Invalid JSON")
         hold = None
-        if "Say something." not in raw.decode():  # the gateway's probe
+        if not any(asked in raw.decode() for asked in ("Say something.", PROMPT)):  # probes
             hold = self.hold
             self.bodies.append(raw)
             self.came.set()
@@ -365,7 +369,7 @@ class StandIn:
                 assert request.transport is not None
                 request.transport.close()
                 return response
-            if position == 1 and hold is not None:
+            if position == self.hold_at and hold is not None:
                 await hold.wait()
             await response.write(event)
         return response
@@ -373,6 +377,13 @@ class StandIn:
     def error(self, status: int, message: str) -> web.Response:
         error = {"message": message, "type": "BadRequestError", "param": None, "code": status}
         return web.json_response({"error": error}, status=status)
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body.get("model") != "tiny":
+            return self.error(404, f"The model `{body.get('model')}` does not exist.")
+        ids = self.render(body["messages"])
+        return web.json_response({"count": len(ids), "max_model_len": 4096, "tokens": ids})
 
     async def models(self, _request: web.Request) -> web.Response:
         return web.json_response(
@@ -387,6 +398,15 @@ class StandIn:
     async def version(self, _request: web.Request) -> web.Response:
         return web.json_response({"version": "0.29.0"})
 
+    async def health(self, _request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.status is None else self.status)
+
+    async def weight_info(self, _request: web.Request) -> web.Response:
+        """As vLLM from 0.32 on answers."""
+        if self.weight_version is None:
+            return self.error(404, "Not Found")
+        return web.json_response({"weight_version": self.weight_version})
+
     async def update_weights(self, _request: web.Request) -> web.Response:
         raise AssertionError("an administration route was reached through the gateway")
 
@@ -398,20 +418,30 @@ async def start(app: web.Application) -> tuple[web.AppRunner, str]:
     return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
 
 
-@pytest.fixture
-async def engine() -> AsyncIterator[StandIn]:
+@asynccontextmanager
+async def standing_in() -> AsyncIterator[StandIn]:
+    """An engine that serves."""
     stand_in = StandIn()
     app = web.Application()
     app.router.add_post("/v1/chat/completions", stand_in.generate)
     app.router.add_post("/v1/completions", stand_in.generate)
+    app.router.add_post("/tokenize", stand_in.tokenize)
     app.router.add_get("/v1/models", stand_in.models)
     app.router.add_get("/version", stand_in.version)
+    app.router.add_get("/health", stand_in.health)
+    app.router.add_get("/weight_info", stand_in.weight_info)
     app.router.add_route("*", "/update_weights", stand_in.update_weights)
-    runner, stand_in.url = await start(app)
+    stand_in.runner, stand_in.url = await start(app)
     yield stand_in
     if stand_in.hold is not None:
         stand_in.hold.set()
-    await runner.cleanup()
+    await stand_in.runner.cleanup()
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[StandIn]:
+    async with standing_in() as stand_in:
+        yield stand_in
 
 
 class Agent:

@@ -186,6 +186,23 @@ async def test_the_matrix_has_a_cell_for_each_pair_and_kind(api: Api) -> None:
     assert drift["engine_digest"] == ENGINE.digest
 
 
+async def test_a_cell_passes_for_a_whole_only_when_it_is_one(tmp_path: Path) -> None:
+    traces = list(make_trajectory(steps=3, response=20))
+    for scored in (2, 3):
+        scores = (make_score(trace, seed=n) for n, trace in enumerate(traces[:scored]))
+        reader = Reader(write_store(tmp_path / str(scored), [*traces, *scores]))
+        app = web.Application()
+        add_api_routes(
+            app, ApiContext(reader=reader, submit=refuse, mint=lambda name: (name or "", ""))
+        )
+        async with TestClient(TestServer(app)) as api:
+            (cell,) = (await get(api, "/api/cells"))["items"]
+        reader.close()
+        assert (cell["scored"], cell["captured"]) == (scored, 3)
+        assert cell["partial"] is (scored < 3)
+        assert cell["n_tokens"] == 20 * scored
+
+
 def short_answers(*, d: float, runs: int = 4, **meta: Any) -> Iterator[Record]:
     """Runs of two short answers each, whose log ratios are all ``d``: too few tokens to test."""
     for run in range(runs):

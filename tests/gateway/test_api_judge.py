@@ -19,6 +19,7 @@ from driftgate.client import Client
 from driftgate.codes import reason
 from driftgate.errors import NotFoundError, RequestError
 from driftgate.explain import TrajectoryExplanation
+from driftgate.gateway import explanations
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.explanations import Explanations
@@ -28,7 +29,7 @@ from driftgate.mismatch import Bucket
 from driftgate.storage import Reader, Record
 from driftgate.testing.stores import write_store
 from driftgate.testing.traces import ENGINE, TRAINER, make_intent, make_trace
-from driftgate.trace import Comparable, Trace
+from driftgate.trace import Comparable, Engine, Trace
 from tests.core.planted import noise, run, scored, with_meta
 
 NEWER = msgspec.structs.replace(ENGINE, version="0.30.0")
@@ -52,12 +53,35 @@ def story() -> Iterator[Record]:
         yield record
         if isinstance(record, Trace):
             yield scored(record, noise(2, 200, 0.01), comparable=why)
+    yield from masked()
     yield scored(run(seed=9)[0], np.zeros(200), kind="noise_floor", trainer=ENGINE)
 
 
-def started(name: str, *, seed: int = 0, version: str = "5", **meta: object) -> Iterator[Record]:
-    """Two steps; runs of one seed begin with the same prompt."""
-    for trace in run(2, seed=seed):
+MASKED = Comparable(
+    verdict="no", reasons=[reason("grammar_masked", "tool_choice=named", "free it")]
+)
+
+
+def masked() -> Iterator[Record]:
+    """The demo's shape: a forced tool call at 25 nats, then three free steps, under one version."""
+    for record in started("masked", seed=5, steps=4):
+        yield record
+        if isinstance(record, Trace):
+            forced = record.meta.step == 0
+            d = noise(record.meta.step, 200, 0.01)
+            yield scored(
+                record,
+                d - 25.0 if forced else d,
+                trainer_weight_version="5",
+                comparable=MASKED if forced else Comparable(verdict="yes"),
+            )
+
+
+def started(
+    name: str, *, seed: int = 0, version: str = "5", steps: int = 2, **meta: object
+) -> Iterator[Record]:
+    """Runs of one seed begin with the same prompt."""
+    for trace in run(steps, seed=seed):
         call = f"{name}-{trace.meta.step}"
         named = with_meta(
             trace,
@@ -116,6 +140,7 @@ def verdict_of(reader: Reader, name: str) -> tuple[str | None, list[str]]:
         ("stale", "train_with_correction", ["STALE_POLICY_LAG"]),
         ("gap", "quarantine", ["INCOMPLETE_CAPTURE"]),
         ("newer", "quarantine", ["NOT_COMPARABLE"]),
+        ("masked", "train_with_correction", ["NOT_COMPARABLE"]),
         ("half", None, []),
         ("open", None, []),
     ],
@@ -162,22 +187,124 @@ def test_feedback_counts_by_engine_and_weight_version(reader: Reader) -> None:
     found = Verdicts(reader).feedback()
     rows = {(r.engine_digest, r.trainer_digest, r.weight_version): r for r in found.items}
     fresh = rows[ENGINE.digest, TRAINER.digest, "5"]
-    assert fresh.verdicts == {"train": 2, "replay": 1, "null": 1}
+    assert fresh.verdicts == {"train": 2, "replay": 1, "train_with_correction": 1, "null": 1}
     assert fresh.codes["WITHIN_BUDGET"] == 2
     assert rows[ENGINE.digest, TRAINER.digest, "3"].verdicts == {"train_with_correction": 1}
     assert rows[NEWER.digest, TRAINER.digest, "5"].codes == {"NOT_COMPARABLE": 1}
     assert rows[ENGINE.digest, None, "5"].codes == {"INCOMPLETE_CAPTURE": 1}
-    total = sum(b.sum_abs for b in _buckets(reader, "a", "b", "c", "half"))
+    total = sum(b.sum_abs for b in _buckets(reader, "a", "b", "c", "half", "masked"))
     assert fresh.abs_log_ratio_mean == pytest.approx(total / fresh.n_tokens)
-    assert (found.trajectories, found.of) == (8, 8)
+    assert (found.trajectories, found.of) == (9, 9)
     assert Verdicts(reader).feedback(limit=3).trajectories == 3
 
 
+def fleet() -> Iterator[Record]:
+    """Two engines, three versions; four runs under each, drifting as engine and version say. One
+    run under two versions; one member of the first group without any score."""
+    for engine_at, engine in enumerate((ENGINE, NEWER)):
+        for version in ("8", "9", "10"):
+            for at in range(4):
+                name = f"e{engine_at}-v{version}-{at}"
+                yield from graded(name, 0.01 * (1 + engine_at), version, engine=engine)
+    mixed = list(graded("mixed", 0.01, "8", engine=ENGINE))
+    for record in mixed:
+        if isinstance(record, Trace) and record.meta.step:
+            record.meta.weight_version = "9"
+    yield from mixed
+    yield from started("late", version="8", seed=0)
+
+
+def graded(name: str, sigma: float, version: str, *, engine: Engine) -> Iterator[Record]:
+    seed = sum(name.encode())
+    for record in started(name, version=version, engine=engine, seed=0):
+        yield record
+        if isinstance(record, Trace):
+            d = noise(seed + record.meta.step, 200, sigma)
+            yield scored(record, d, trainer_weight_version="10")
+
+
+def test_feedback_of_two_engines_and_three_versions(tmp_path: Path) -> None:
+    reader = Reader(write_store(tmp_path, fleet()))
+    found = Verdicts(reader).feedback()
+    rows = {(r.engine_digest, r.trainer_digest, r.weight_version): r for r in found.items}
+    assert len(rows) == len(found.items) == 8
+    for at, engine in enumerate((ENGINE, NEWER)):
+        for version, verdict in (
+            ("8", "train_with_correction"),
+            ("9", "train_with_correction"),
+            ("10", "train"),
+        ):
+            row = rows[engine.digest, TRAINER.digest, version]
+            assert row.verdicts == {verdict: 4}
+            names = [f"e{at}-v{version}-{n}" for n in range(4)]
+            sums = [b.sum_abs for b in _buckets(reader, *names)]
+            assert row.n_tokens == 200 * 8
+            assert row.abs_log_ratio_mean == pytest.approx(sum(sums) / row.n_tokens)
+            lagging = {} if version == "10" else {"STALE_POLICY_LAG": 4}
+            assert row.codes == (lagging or {"WITHIN_BUDGET": 4})
+    assert rows[ENGINE.digest, TRAINER.digest, "8+9"].trajectories == 1
+    assert rows[ENGINE.digest, None, "8"].verdicts == {"null": 1}
+    reader.close()
+
+
+def test_a_group_waits_for_members_that_no_trainer_has_scored(tmp_path: Path) -> None:
+    reader = Reader(write_store(tmp_path, fleet()))
+    groups = Verdicts(reader).trajectory("e0-v10-0").groups
+    (group,) = groups
+    assert {m.trajectory for m in group.members} >= {"late", "mixed", "e0-v8-0"}
+    assert not any(m.trajectory.startswith("e1") for m in group.members)
+    assert (group.of, len(group.members)) == (26, 14)
+    assert group.verdict.verdict is None
+    assert group.verdict.why_null == "26 of 28 traces that can be scored are scored"
+    assert group.ess_kish_trajectory is None
+    reader.close()
+
+
 def _buckets(reader: Reader, *names: str) -> Iterator[Bucket]:
+    """Of the comparable scores."""
     for name in names:
         for row in reader.scores(name, kind="drift"):
-            assert row.meta.bucket is not None
-            yield row.meta.bucket
+            if row.meta.bucket is not None and row.meta.comparable.verdict != "no":
+                yield row.meta.bucket
+
+
+def test_a_forced_tool_call_is_set_aside_and_its_answer_named(reader: Reader) -> None:
+    """As it was, 99 % of the drift of such a run was said to be stale weights."""
+    (told,) = Explanations(reader).trajectory("masked").items
+    (aside,) = told.set_aside
+    assert (aside.code, aside.steps, aside.tokens) == ("grammar_masked", [0], 200)
+    assert aside.share_of_tokens == 0.25
+    sums = [r.meta.bucket.sum_abs for r in reader.scores("masked") if r.meta.bucket]
+    assert aside.share_of_drift == pytest.approx(sums[0] / sum(sums))
+    assert {cause.name: cause.share for cause in told.causes}["stale_weights"] == 0.0
+    assert told.abs_log_ratio_mean == pytest.approx(sum(sums[1:]) / 600)
+    assert told.comparable == {"yes": 3, "no": 1}
+    (item,) = Verdicts(reader).trajectory("masked").items
+    assert [one.trace_id for one in item.verdict.not_comparable] == ["masked-0.0"]
+    assert item.n_tokens == 600
+
+
+def test_of_a_long_run_answers_evenly_over_it_are_read(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explanations, "MAX_TOKENS", 350)
+    (told,) = Explanations(reader).trajectory("masked").items
+    whole = [r.meta for r in reader.scores("masked") if r.meta.comparable.verdict == "yes"]
+    worst = max(whole, key=lambda meta: abs(meta.bucket.worst.log_ratio))  # type: ignore[union-attr]
+    read = {0, whole.index(worst)}
+    assert (told.n_responses, told.n_tokens) == (len(read), 200 * len(read))
+    assert (told.left_out_responses, told.left_out_tokens) == (3 - len(read), 600 - told.n_tokens)
+    assert told.set_aside[0].share_of_tokens == 0.25
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 10), (1024, 1024), (5000, 1026)])
+def test_how_many_answers_are_read_is_bounded(count: int, most: int) -> None:
+    metas = [scored(run(1)[0], np.zeros(200)).meta] * count
+    read = explanations.chosen(metas)
+    assert len(read) <= most
+    assert sum(200 for _ in read) <= explanations.MAX_TOKENS + 2 * 200
+    steps = np.diff(sorted(read))
+    assert not steps.size or steps.max() <= 2 * steps.min()
 
 
 def test_explanations_read_traces_scores_and_floors(reader: Reader) -> None:
@@ -254,6 +381,9 @@ def test_commands_print_the_apis_json(store: Path, words: list[str], kind: type)
         (["verdict", "c", "--profile", "observatory"], ["under profile observatory"]),
         (["verdict", "open"], ["calls that have not ended: 1"]),
         (["explain", "stale"], ["shares of mean|D|", "stale_weights", "unexplained", "T^0"]),
+        (["explain", "masked"], ["set aside: grammar_masked: 200 tokens, 25.0% of all"]),
+        (["verdict", "masked"], ["200 of 800 tokens (25.0%): grammar_masked in step 0. mask"]),
+        (["explain", "newer"], ["no comparable token"]),
         (["explain", "gap"], ["nothing to explain: it is not scored yet"]),
         (["feedback"], ["profile default", "NOT_COMPARABLE 1", "none yet"]),
     ],

@@ -180,7 +180,7 @@ async def test_a_history_that_comes_back_changed_is_recognised(agent: Agent) -> 
 
 
 async def test_a_retry_keeps_its_step(agent: Agent, engine: StandIn) -> None:
-    await agent.gateway.upstream.ready()
+    await agent.gateway.upstreams.all[0].ready()
     engine.status = 500
     await agent.send(CHAT)
     engine.status = None

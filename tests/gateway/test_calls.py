@@ -354,7 +354,7 @@ async def test_keep_alives_bridge_the_wait_and_a_late_error_is_an_event(
     monkeypatch.setattr(written, "KEEP_ALIVE_S", 0.02)
     engine.routes = True
     agent = await connect()
-    await agent.gateway.upstream.ready()
+    await agent.gateway.upstreams.all[0].ready()
     engine.hold = asyncio.Event()
     async with agent.http.post(agent.url + "/v1/chat/completions", json=STREAM) as answer:
         assert await answer.content.readuntil(b"\n\n") == b": keep-alive\n\n"
@@ -367,7 +367,7 @@ async def test_an_early_error_of_a_written_stream_keeps_its_status(
 ) -> None:
     engine.routes = True
     agent = await connect()
-    await agent.gateway.upstream.ready()
+    await agent.gateway.upstreams.all[0].ready()
     engine.status = 422
     direct, proxied = await agent.both(STREAM)
     assert proxied == direct
@@ -387,7 +387,7 @@ async def test_routes_that_are_not_streamed_are_named(connect: Connect, engine: 
     [
         ("POST", "/update_weights"),
         ("POST", "/t/x/update_weights"),
-        ("POST", "/v1/responses"),
+        ("POST", "/v1/embeddings"),
         ("GET", "/v1/chat/completions"),
         ("POST", "/v1/chat/completions/../../update_weights"),
         ("POST", "/v1/models/..%2F..%2Fupdate_weights"),
@@ -449,4 +449,4 @@ async def test_metrics_count_calls_and_traces(agent: Agent) -> None:
     assert 'driftgate_calls_total{api="chat",outcome="answered",streamed="true"} 1.0' in text
     assert 'driftgate_calls_total{api="chat",outcome="engine_error",streamed="false"} 1.0' in text
     assert 'driftgate_traces_total{status="complete"} 2.0' in text
-    assert "driftgate_upstream_up 1.0" in text
+    assert f'driftgate_upstream_up{{upstream="{agent.engine.url}"}} 1.0' in text

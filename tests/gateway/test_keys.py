@@ -37,7 +37,13 @@ SETTINGS: dict[str, Any] = {
     "signing_key": SIGNING,
 }
 OWN = TrajectoryKeys(SIGNING).make("own")
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "hi"}],
+    "input": "hi",
+    "max_tokens": 5,
+}
+"""A body that every model route takes."""
 
 Connect = Callable[..., Any]
 
@@ -75,6 +81,13 @@ TABLE: list[tuple[str, str, set[str]]] = [
     ("POST", "/t/own/v1/chat/completions", {"call", "admin", "own"}),
     ("POST", "/t/%6fwn/v1/chat/completions", {"call", "admin", "own"}),
     ("POST", "/t/own%20/v1/chat/completions", set()),
+    ("POST", "/v1/responses", {"call", "admin", "own", "other"}),
+    ("POST", "/t/own/v1/responses", {"call", "admin", "own"}),
+    ("GET", "/v1/responses/resp_none", set()),
+    ("POST", "/v1/messages", {"call", "admin", "own", "other"}),
+    ("POST", "/t/own/v1/messages", {"call", "admin", "own"}),
+    ("POST", "/v1/messages/count_tokens", {"call", "admin", "own", "other"}),
+    ("POST", "/t/own/v1/messages/count_tokens", {"call", "admin", "own"}),
     ("GET", "/v1/models", {"call", "admin", "own", "other"}),
     ("GET", "/t/own/v1/models", {"call", "admin", "own"}),
     ("GET", "/api/trajectories", {"read", "admin"}),
@@ -88,6 +101,8 @@ TABLE: list[tuple[str, str, set[str]]] = [
     ("GET", "/api/feedback", {"read", "admin"}),
     ("POST", "/api/trajectories/own/reward", {"admin"}),
     ("GET", "/api/trajectories/own/steps/0/routes", {"read", "admin", "own"}),
+    ("GET", "/api/weights", {"read", "admin"}),
+    ("POST", "/api/weights", {"admin"}),
     ("GET", "/api/cells", {"read", "admin"}),
     ("GET", "/api/overview", {"read", "admin"}),
     ("GET", "/api/series", {"read", "admin"}),
@@ -116,7 +131,8 @@ async def test_each_key_opens_its_own(agent: Agent) -> None:
     await agent.flush()
     found: dict[tuple[str, str], set[str]] = {}
     for method, path, _ in TABLE:
-        body = {"value": 1} if path.endswith("reward") else {} if "/api/" in path else CHAT
+        bodies: dict[str, dict[str, Any]] = {"reward": {"value": 1}, "weights": {"resume": True}}
+        body = bodies.get(path.rsplit("/", 1)[-1], {} if "/api/" in path else CHAT)
         for who, key in WHO.items():
             status = await ask(agent, method, path, key, json=body if method == "POST" else None)
             if status < 400:

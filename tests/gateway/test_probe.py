@@ -111,5 +111,5 @@ async def test_a_new_engine_behind_the_same_address_is_probed_again(
     assert first.system_fingerprint == "vllm-0.29.0-standin"
     assert second.system_fingerprint == "vllm-0.30.0-other"
     assert first.digest != second.digest
-    while agent.gateway.upstream.report.system_fingerprint != "vllm-0.30.0-other":
+    while agent.gateway.upstreams.all[0].report.system_fingerprint != "vllm-0.30.0-other":
         await agent.send(chat)

@@ -15,12 +15,15 @@ from driftgate.errors import StorageError
 from driftgate.gateway import app as app_module
 from driftgate.gateway import pressure
 from driftgate.gateway.capture import Folded
+from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.recorder import CLIENT_LEFT, MAX_TRIES, Answer, Recorder
+from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Place
+from driftgate.gateway.upstream import Upstream
 from driftgate.storage import Record, WriterStats
-from driftgate.trace import CallIntent, CallOutcome, Engine
+from driftgate.trace import CallIntent, CallOutcome
 
 if TYPE_CHECKING:
     from tests.gateway.conftest import Agent, StandIn
@@ -83,10 +86,8 @@ class Recording:
             self.sink,
             None,
             self.metrics,
-            lambda model, _: Engine(name="vllm", version="0", model=model),
             durability=durability,
             on_capture_failure=on_capture_failure,
-            weight_version="0",
             queue_bytes=QUEUE_BYTES,
         )
 
@@ -100,6 +101,7 @@ class Recording:
         return float(found[0].split()[-1]) if found else 0.0
 
 
+CONFIG = GatewayConfig(upstream="http://e:1")
 DISK = StorageError("the disk is gone")
 
 
@@ -136,6 +138,7 @@ def answer(fold: Callable[[], Folded]) -> Answer:
         ended_ns=3,
         delivered=True,
         streamed=False,
+        served=Served(Upstream(CONFIG, Metrics(WriterStats))),
     )
 
 

@@ -57,7 +57,7 @@ async def cutting(agent: Agent, after_bytes: int) -> AsyncIterator[str]:
 async def test_an_answer_that_was_lost_on_the_way_is_no_sample(
     agent: Agent, after_bytes: int
 ) -> None:
-    await agent.gateway.upstream.ready()
+    await agent.gateway.upstreams.ready()
     async with cutting(agent, after_bytes) as url:
         client = AsyncOpenAI(base_url=f"{url}/t/run/v1", api_key="none", max_retries=2)
         async with client:

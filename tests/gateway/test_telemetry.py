@@ -39,7 +39,7 @@ def memory() -> Iterator[tuple[TracerProvider, InMemorySpanExporter]]:
 
 @pytest.fixture
 async def traced(agent: Any, memory: tuple[TracerProvider, InMemorySpanExporter]) -> Any:
-    agent.gateway.proxy.spans = Spans(memory[0], agent.engine.url)
+    agent.gateway.proxy.spans = Spans(memory[0])
     return agent
 
 
@@ -166,7 +166,7 @@ def test_only_the_standard_variables_ask_for_spans(environment: dict[str, str], 
 def test_an_exporter_that_is_not_there_is_a_warning_with_a_remedy(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert from_environment({"OTEL_TRACES_EXPORTER": "nowhere"}, "http://e:1") is None
+    assert from_environment({"OTEL_TRACES_EXPORTER": "nowhere"}) is None
     assert "pip install 'driftgate[otel]'" in caplog.text
 
 

@@ -15,7 +15,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from driftgate.adapters.vllm import Vllm
 from driftgate.errors import UpstreamError
 from driftgate.gateway import upstream as module
 from driftgate.gateway.config import GatewayConfig
@@ -60,7 +59,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> Probes:
 @asynccontextmanager
 async def watched() -> AsyncIterator[Upstream]:
     config = GatewayConfig(upstream="http://e:1")
-    upstream = Upstream(config, Vllm(), Metrics(WriterStats))
+    upstream = Upstream(config, Metrics(WriterStats))
     watching = asyncio.create_task(upstream.watch())
     try:
         yield upstream
@@ -208,7 +207,7 @@ async def test_weights_are_read_again_only_where_their_files_changed(
 
 async def test_whether_there_are_routes_is_not_known_before_an_answer(probes: Probes) -> None:
     config = GatewayConfig(upstream="http://e:1")
-    assert Upstream(config, Vllm(), Metrics(WriterStats)).has_routes is None
+    assert Upstream(config, Metrics(WriterStats)).has_routes is None
     for answered, routes, expected in (
         (True, True, True),
         (True, False, False),

@@ -51,6 +51,24 @@ def test_an_expired_lease_is_taken_by_another_worker(writer: Writer, leases: Lea
     assert leases.acquire(ME, worker="c", ttl_s=10, now=111.0) is None
 
 
+def test_open_work_is_what_is_not_scored_leased_or_not(writer: Writer, leases: Leases) -> None:
+    one, two = make_trace(trajectory="one"), make_trace(trajectory="two")
+    for trace in (one, two):
+        writer.submit(trace).result(WAIT_S)
+    lease = leases.acquire(ME, worker="a", ttl_s=10, now=100.0)
+    assert lease is not None
+    left = leases.open_work(ME)
+    assert [(work.trajectory, work.worker, work.expires) for work in left] == [
+        ("one", "a", 110.0),
+        ("two", None, None),
+    ]
+    for trace in (one, two):
+        writer.submit(make_score(trace)).result(WAIT_S)
+    assert leases.open_work(ME) == []
+    assert [work.trajectory for work in leases.open_work("another")] == ["one", "two"]
+    assert leases.open_work("another", model="elsewhere") == []
+
+
 def test_leases_that_nobody_gave_back_are_counted(
     writer: Writer, leases: Leases, tmp_path: Path
 ) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from driftgate.errors import NotFoundError
 from driftgate.mismatch import Bucket
 from driftgate.storage import Reader, Record, Writer
+from driftgate.storage.reader import _GROUP, _PROMPT_KEY, _WINDOW
 from driftgate.testing.traces import (
     ENGINE,
     EPOCH_NS,
@@ -106,6 +109,59 @@ def test_a_failed_call_is_a_gap_unless_it_is_repeated(
     assert row.complete == (status != "capture_failed")  # the agent got that answer: it stays lost
     assert row.failed_calls == 1
     assert row.missing == (status == "capture_failed")
+
+
+def test_an_answer_that_was_taken_back_is_whole_and_its_delivery_uncertain(
+    writer: Writer, reader: Reader
+) -> None:
+    """``strict`` records an answer before it is sent; what is lost is its delivery."""
+    sent, unsent = make_trace(call_id="a", trace_id="a.0"), make_trace(call_id="b", trace_id="b.0")
+    for trace in (sent, unsent):
+        put(writer, make_intent(trace), trace)
+    put(writer, failed("b", "cancelled"))
+    row = reader.trajectory("t1")
+    assert (row.complete, row.missing, row.gaps) == (True, 0, [])
+    found = {row.meta.call_id: row.meta.delivery for row in reader.traces("t1")}
+    assert found == {"a": "delivered", "b": "uncertain"}
+    assert reader.trace("a.0").meta.delivery == "delivered"
+    assert reader.trace("b.0").meta.delivery == "uncertain"
+
+
+def test_a_prompt_group_is_of_one_prompt_and_model_and_near_in_time(
+    writer: Writer, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = make_trace().prompt_ids
+    assert prompt is not None
+
+    def first(name: str, at: int, **changes: Any) -> None:
+        made = make_trace(trajectory=name, call_id=name, trace_id=f"{name}.0", started_ns=at)
+        trace = replace(made, **({"prompt_ids": prompt} | changes))
+        put(writer, make_intent(trace), trace)
+
+    for at, name in enumerate("abcdef", 1):
+        first(name, at)
+    first("other", 7, prompt_ids=prompt[::-1].copy())
+    first("longer", 8, prompt_ids=np.append(prompt, prompt[:1]))
+    first("none", 9, prompt_ids=None)
+    assert reader.prompt_group("c") == list("abcdef")
+    assert reader.prompt_group("other") == ["other"]
+    assert reader.prompt_group("none") == []
+    monkeypatch.setattr("driftgate.storage.reader.GROUP_WINDOW", 2)
+    assert reader.prompt_group("c") == list("bcde")
+
+
+def test_a_prompt_group_is_found_without_a_scan(writer: Writer, reader: Reader) -> None:
+    put(writer, make_intent(make_trace()))
+    connection = reader._connections.get()
+    for sql, values in (
+        (_PROMPT_KEY, ("t",)),
+        (_WINDOW, (1, 2)),
+        (_GROUP, ("k", 1, 0, 2, 3)),
+    ):
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+        tables = [line for line in plan if "traces" in line or "trajectories" in line]
+        assert tables
+        assert all("SEARCH" in line and "INDEX" in line for line in tables), plan
 
 
 def test_a_partial_answer_that_is_asked_for_again_stays_a_gap(

@@ -71,7 +71,8 @@ def visit(model_dir: str, store: str) -> dict[str, Any]:
     model = job(model_dir)
     before = state(model)
     backend = AttachedBackend(attach(model), name="policy")
-    ours = backend.score_batch(sequences(replay=False))
+    moe = backend.no_replay is None
+    ours = backend.score_batch(sequences(replay=moe))
     report = backend.score_store(store, model=model_dir, weight_version="7")
     told = ""
     try:
@@ -91,12 +92,13 @@ def visit(model_dir: str, store: str) -> dict[str, Any]:
     if dist.get_rank():
         return {}
     config = TeacherConfig(store="unused", model=model_dir, dtype="float32")
-    wanted = ReferenceBackend.load(config).score(sequences(replay=False))
+    wanted = ReferenceBackend.load(config).score(sequences(replay=moe))
     assert report is not None
     return {
         "ranks": everywhere,
         "facts": len(before),
         "scored": report.scored,
+        "no_replay": backend.no_replay,
         "trainer": backend.trainer.settings
         | {"dtype": backend.trainer.dtype, "ordered": str(backend.trainer.routes_ordered)},
         **{name: difference(name, ours, wanted) for name in NAMES},

@@ -28,10 +28,10 @@ def store(config: TeacherConfig, *traces: Trace) -> None:
     writer.close()
 
 
-def teach(config: TeacherConfig, backend: Any) -> Report:
+def teach(config: TeacherConfig, backend: Any, stop: threading.Event | None = None) -> Report:
     worker = Worker(config, backend)
     try:
-        return worker.run(threading.Event())
+        return worker.run(stop or threading.Event())
     finally:
         worker.close()
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from driftgate.adapters.fsdp import attach
+from driftgate.adapters.hf_replay import watched
 from driftgate.errors import TeacherError
 from driftgate.storage import Reader, Writer
 from driftgate.teacher.attached import AttachedBackend
@@ -68,6 +70,33 @@ def test_the_numbers_are_hugging_faces(seen: dict[str, Any]) -> None:
     assert seen["at_temperature"] < EXACT
     assert seen["routes"] == 0
     assert seen["margins"] < EXACT
+
+
+def test_given_routes_are_used(found: dict[str, Any]) -> None:
+    """The sequences above came under routes of their own, every second one of them."""
+    assert found["moe"]["no_replay"] is None
+    assert found["dense"]["no_replay"] == "the trainer's model has no routers"
+
+
+def test_a_router_that_chooses_otherwise_is_known_before_it_is_given_routes() -> None:
+    class Sorting(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x)
+            chosen = logits.argsort(-1, descending=True)[..., :2]
+            return logits, logits.gather(-1, chosen), chosen
+
+    class Choosing(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x)
+            weights, chosen = logits.topk(2)
+            return logits, weights, chosen
+
+    x, routers = torch.randn(5, 4), [Choosing(4, 8), Sorting(4, 8)]
+    with watched(list(routers)) as faults:
+        for router in routers:
+            router(x)
+    (fault,) = faults
+    assert fault.startswith("Sorting does not choose its experts by one topk over 8")
 
 
 def test_the_job_is_left_as_it_was_and_goes_on(seen: dict[str, Any]) -> None:

@@ -84,9 +84,9 @@ if os.environ.get("RANK") == os.environ["FAILING_RANK"]:
         raise RuntimeError("planted in a forward\\nwith a second line")
 
     run = Scorer.run
-    def failing(self, sequence, device):
+    def failing(self, sequences, device, how):
         self.model.base_model.layers[1].register_forward_pre_hook(fail)
-        return run(self, sequence, device)
+        return run(self, sequences, device, how)
     Scorer.run = failing
 """
 

@@ -13,20 +13,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
 
+from driftgate.adapters.hf_texts import text_digests
 from driftgate.storage import Reader
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.launch import launch
 from driftgate.testing.traces import make_trajectory
+from tests.teacher.families import CONFIGS, make_family
 from tests.teacher.support import store
 
 RANKS = "tests.teacher.megatron_ranks"
@@ -53,19 +46,6 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 ALL_FOUR = {TP: 2, PP: 2, EP: 2, **SP}
 
-MIXTURE = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
-RENORMED = {**MIXTURE, "norm_topk_prob": True}
-CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dense": (Qwen3Config, {"num_hidden_layers": 4}),
-    "moe": (Qwen3MoeConfig, {"num_hidden_layers": 4, "mlp_only_layers": [0], **RENORMED}),
-    "unnormed": (Qwen3MoeConfig, {"norm_topk_prob": False, **MIXTURE}),
-    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "llama": (LlamaConfig, {}),
-    "qwen2": (Qwen2Config, {}),
-    "tied": (Qwen3Config, {"tie_word_embeddings": True}),
-}
-"""What a mapping can get wrong: a first layer without experts, routers that do not divide by their
-sum, biases, other families, weights that the two ends share."""
 OTHERS = [name for name in CONFIGS if name not in ("dense", "moe")]
 
 
@@ -86,28 +66,8 @@ def torchrun(
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny random checkpoints whose norms are not 1, which would hide a wrong mapping."""
     root = tmp_path_factory.mktemp("families")
-    generator = torch.Generator().manual_seed(0)
-    for name, (kind, more) in CONFIGS.items():
-        config = kind(
-            vocab_size=2000,
-            hidden_size=64,
-            intermediate_size=96,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            dtype="float32",
-            eos_token_id=None,
-            pad_token_id=0,
-            **({"num_hidden_layers": 2, "tie_word_embeddings": False} | more),
-        )
-        model = AutoModelForCausalLM.from_config(config)
-        for weight, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data = 1.0 + 0.3 * noise if "norm" in weight else 0.1 * noise
-        model.save_pretrained(root / name)
-    return {name: root / name for name in CONFIGS}
+    return {name: make_family(root, name) for name in CONFIGS}
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +180,10 @@ def test_a_store_scored_by_megatron_has_the_references_buckets(
     for trace_id, wanted in found["reference"].items():
         ours = found["megatron"][trace_id]
         assert ours.meta.trainer.backend == "megatron"
+        assert (
+            ours.meta.trainer.settings["chat_template"]
+            == text_digests(families["moe"])["chat_template"]
+        )
         assert np.abs(ours.logprobs - wanted.logprobs).max() < EXACT
         assert np.array_equal(ours.routes, wanted.routes)
         same = pytest.approx(numbers(wanted.meta.bucket), rel=EXACT, abs=EXACT)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, exp
 
 from driftgate.gateway.app import create_app
 from driftgate.gateway.config import GatewayConfig
+from driftgate.gateway.keys import digest_of
 from driftgate.testing.stores import write_store
 from tests.web.stores import page_records
 from tools.browser import chromium
@@ -27,12 +28,16 @@ from tools.browser import chromium
 WIDE = ViewportSize(width=1280, height=900)
 PHONE = ViewportSize(width=390, height=844)
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_store(tmp_path_factory.mktemp("store"), page_records())
+
+
+@pytest.fixture(scope="session")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same store, to which no test adds anything."""
+    return write_store(tmp_path_factory.mktemp("still"), page_records())
 
 
 @asynccontextmanager
@@ -65,9 +70,9 @@ def in_thread(make: Callable[[], web.Application]) -> Iterator[str]:
     assert not thread.is_alive()
 
 
-def gateway(root: Path) -> web.Application:
+def gateway(root: Path, **options: Any) -> web.Application:
     # Nobody listens there: reading needs no engine.
-    return create_app(GatewayConfig(upstream="http://127.0.0.1:9", store=root))
+    return create_app(GatewayConfig(upstream="http://127.0.0.1:9", store=root, **options))
 
 
 @pytest.fixture(scope="session")
@@ -76,25 +81,13 @@ def url(root: Path) -> Iterator[str]:
         yield url
 
 
+READ_KEY = "read-" + 20 * "k"
+
+
 @pytest.fixture
 def locked_url(root: Path) -> Iterator[str]:
-    """A gateway whose API wants a key, as its JSON error says."""
-
-    @web.middleware
-    async def ask(request: web.Request, handler: Handler) -> web.StreamResponse:
-        wanted = request.path.startswith("/api/")
-        if wanted and request.headers.get("authorization") != "Bearer right":
-            error = {"code": "unauthorized", "message": "a read key is needed", "fix": "send it"}
-            status = 403 if "authorization" in request.headers else 401
-            return web.json_response({"error": error}, status=status)
-        return await handler(request)
-
-    def make() -> web.Application:
-        app = gateway(root)
-        app.middlewares.append(ask)
-        return app
-
-    with in_thread(make) as url:
+    """A gateway that wants a key for reading."""
+    with in_thread(lambda: gateway(root, read_keys=[digest_of(READ_KEY)])) as url:
         yield url
 
 
@@ -112,34 +105,49 @@ class Watched:
     """A page and what went wrong on it."""
 
     def __init__(self, context: BrowserContext, url: str) -> None:
-        self.url = url
+        self.home = url
+        """What stands before the ``#`` of every view."""
         self.wrong: list[str] = []
         self.allowed: tuple[str, ...] = ()
         """Parts of console messages that the test provokes."""
         self.page: Page = context.new_page()
         self.page.on("console", lambda m: self._note(m.type in ("error", "warning"), m.text))
         self.page.on("pageerror", lambda error: self._note(True, str(error)))
-        self.page.on("request", lambda r: self._note(not self._local(r.url), f"asked {r.url}"))
+        self.page.on("request", lambda r: self._note(not self._known(r.url), f"asked {r.url}"))
 
-    def _local(self, url: str) -> bool:
-        return urlsplit(url).hostname == "127.0.0.1" or url.startswith("blob:")
+    def _known(self, url: str) -> bool:
+        """Of this gateway or of this report's folder."""
+        return url.startswith((self.home.rpartition("/")[0] + "/", "blob:", "data:"))
 
     def _note(self, bad: bool, text: str) -> None:
         if bad and not any(part in text for part in self.allowed):
             self.wrong.append(text)
 
     def open(self, view: str = "") -> Page:
-        """Go to a view and wait until nothing loads."""
-        self.page.goto(
-            "about:blank"
-        )  # else only the hash changes, and the last view is still there
-        self.page.goto(f"{self.url}/#/{view}")
+        """Load a view anew and wait until nothing loads."""
+        self.page.goto("about:blank")  # else only the hash changes
+        self.page.goto(f"{self.home}#/{view}")
+        self.settled()
+        return self.page
+
+    def go(self, view: str) -> Page:
+        """As ``open``, by a link within the page: quicker, and what people do."""
+        self.page.evaluate(GO, f"#/{view}")
         self.settled()
         return self.page
 
     def settled(self) -> None:
         self.page.locator("main h1").first.wait_for()
         expect(self.page.locator(".waiting")).to_have_count(0)
+
+
+GO = """hash => new Promise(resolve => {
+  if (location.hash === hash) return resolve();
+  const drawn = () => requestAnimationFrame(() => requestAnimationFrame(resolve));
+  addEventListener('hashchange', drawn, {once: true});
+  location.hash = hash;
+})"""
+"""Resolves when the view is drawn, with what it waits for."""
 
 
 @pytest.fixture
@@ -156,7 +164,7 @@ def make_page(browser: Browser, url: str) -> Iterator[Callable[..., Watched]]:
             reduced_motion="reduce",
         )
         contexts.append(context)
-        pages.append(Watched(context, at or url))
+        pages.append(Watched(context, at or f"{url}/"))
         return pages[-1]
 
     yield make

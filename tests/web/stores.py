@@ -17,6 +17,7 @@ from driftgate.trace import Comparable, Reason, Reward, Score, Trace
 DENSE_ENGINE = msgspec.structs.replace(ENGINE, model="tiny-dense")
 DENSE_TRAINER = msgspec.structs.replace(TRAINER, model="tiny-dense", checkpoint="decade")
 BAD_TRAINER = msgspec.structs.replace(TRAINER, dtype="bfloat16")
+OTHER_BUILD = msgspec.structs.replace(ENGINE, system_fingerprint="another-build")
 LONG_TOKENS = 10_000
 MASKED = Reason(code="grammar_masked", detail="tool_choice=named", fix="compare free answers")
 
@@ -31,6 +32,14 @@ def routed_score(trace: Trace, *, flips: int, seed: int, **options: Any) -> Scor
     router = RouterBucket.of(rollout, train, train_ordered=True)
     score = make_score(trace, seed=seed, router=router, **options)
     return dataclasses.replace(score, routes=train)
+
+
+def renamed(trace: Trace, name: str) -> Trace:
+    """The same prompt and answer in another trajectory."""
+    call = f"{name}-{trace.meta.step}"
+    ids = {"trajectory": name, "call_id": call, "trace_id": f"{call}.0"}
+    meta = msgspec.structs.replace(trace.meta, **ids, parent=None, prefix_len=0, prefix_exact=False)
+    return dataclasses.replace(trace, meta=meta)
 
 
 def misaligned(trace: Trace) -> Score:
@@ -69,6 +78,10 @@ def page_records() -> Iterator[Record]:
     yield make_score(
         first, noise=1.0, trainer=BAD_TRAINER, comparable=Comparable(verdict="no", reasons=[MASKED])
     )
+    for trace in make_trajectory("moe-0", steps=2, response=40, engine=OTHER_BUILD):
+        again = renamed(trace, "other-build")
+        yield from called(again)
+        yield routed_score(again, flips=2, seed=7, noise=0.03)
     yield Reward(trajectory="moe-0", value=0.5, source="verifier", given_ns=1)
     gap = list(make_trajectory("gap", steps=2, missing=["routed_experts: not asked for"]))
     yield from called(gap[0])

@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
+from urllib.parse import urlencode
 
 import httpx
 import msgspec
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import ViewportSize, expect
 
+from driftgate.bands import Colour
+from driftgate.commands.export import FormatOption
 from driftgate.storage import Writer
-from driftgate.testing.traces import make_intent, make_trajectory
-from driftgate.views import Cells
-from tests.web.conftest import PHONE, Watched
-from tests.web.stores import LONG_TOKENS, routed_score
-
-AXE = (Path(__file__).parent / "vendor" / "axe-core" / "axe.js").read_text()
-RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+from driftgate.tailing import Wanted
+from driftgate.testing.traces import TRAINER, make_intent, make_trajectory
+from driftgate.views import Cells, DriftEvent
+from tests.web.axe import COLOURS, RULES, violations
+from tests.web.conftest import PHONE, READ_KEY, WIDE, Watched
+from tests.web.stores import LONG_TOKENS, OTHER_BUILD, routed_score
 
 VIEWS = (
     "",
@@ -32,6 +34,7 @@ VIEWS = (
     "compare",
     "compare?a=t:moe-0&b=t:moe-1",
     "live",
+    "glossary",
     "nowhere",
 )
 
@@ -44,43 +47,29 @@ def cell_of(url: str, *, kind: str = "drift") -> str:
     return "/".join([cell.engine_digest, cell.trainer_digest, cell.model, cell.kind])
 
 
-def violations(page: Page) -> list[str]:
-    """What axe finds, each with the first element it is about."""
-    if not page.evaluate("typeof axe === 'object'"):
-        page.evaluate(AXE)
-    found = page.evaluate("rules => axe.run({runOnly: rules})", RULES)
-    return [
-        f"{v['id']}: {node['html'][:160]} {node['failureSummary']}"
-        for v in found["violations"]
-        for node in v["nodes"][:2]
-    ]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_view_is_accessible(make_page: MakePage, url: str, scheme: str) -> None:
-    watched = make_page(scheme=scheme)
+@pytest.mark.parametrize(
+    ("scheme", "viewport"),
+    [("light", WIDE), ("dark", WIDE), ("light", PHONE)],
+    ids=["light", "dark", "phone"],
+)
+def test_every_view_is_accessible(
+    make_page: MakePage, url: str, scheme: str, viewport: ViewportSize
+) -> None:
+    watched = make_page(scheme=scheme, viewport=viewport)
     found = {}
-    for view in (*VIEWS, f"cell/{cell_of(url)}"):
-        page = watched.open(view)
-        if problems := violations(page):
+    watched.open()
+    for view in (*VIEWS, f"cell/{cell_of(url)}", f"cell/{cell_of(url, kind='noise_floor')}"):
+        page = watched.go(view)
+        if problems := violations(page, COLOURS if scheme == "dark" else RULES):
             found[view] = problems
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], view
     assert found == {}
-
-
-def test_a_phone_never_scrolls_sideways(make_page: MakePage, url: str) -> None:
-    watched = make_page(viewport=PHONE)
-    for view in (*VIEWS, f"cell/{cell_of(url)}"):
-        page = watched.open(view)
-        width = page.evaluate("document.documentElement.scrollWidth")
-        assert width <= PHONE["width"], view
-    watched.open("")
-    assert violations(watched.page) == []
 
 
 def test_the_worst_token_is_within_three_clicks(make_page: MakePage, url: str) -> None:
     worst = httpx.get(f"{url}/api/overview").json()["worst"][0]
-    watched = make_page()
-    page = watched.open()
+    page = make_page().open()
+    page.evaluate("clicks = 0; addEventListener('click', () => clicks++, true)")
     page.get_by_role("table").last.get_by_role("link").first.click()
     expect(page.get_by_role("heading", level=1)).to_have_text(worst["trajectory"])
     chosen = page.locator("[role=option][aria-selected=true]")
@@ -89,15 +78,26 @@ def test_the_worst_token_is_within_three_clicks(make_page: MakePage, url: str) -
     expect(shown).to_contain_text(f"{abs(worst['worst']['log_ratio']):.3g}")
     expect(shown).to_contain_text("experts differ")
     expect(chosen).to_be_in_viewport()
+    assert page.evaluate("clicks") <= 3
+
+
+def test_the_list_leads_to_the_worst_token_in_three_clicks(make_page: MakePage) -> None:
+    page = make_page().open()
+    page.evaluate("clicks = 0; addEventListener('click', () => clicks++, true)")
+    page.get_by_role("link", name="Trajectories", exact=True).click()
+    page.get_by_role("link", name="moe-3", exact=True).click()
+    page.get_by_role("link", name=re.compile("^Worst token")).click()
+    expect(page.locator("[role=option][aria-selected=true]")).to_be_in_viewport()
+    assert page.evaluate("clicks") == 3
 
 
 def test_overview_says_what_is_wrong_in_words(make_page: MakePage) -> None:
     page = make_page().open()
     alarms = page.get_by_role("region", name="Alarms")
     expect(alarms).to_contain_text("Routes of tiny-shift misaligned: zero overlap")
-    expect(alarms).to_contain_text("1 of 10 trajectories have a gap")
+    expect(alarms).to_contain_text("1 of 11 trajectories have a gap")
     expect(
-        page.get_by_role("img", name=re.compile("kl_k3_rollout_train of tiny-moe"))
+        page.get_by_role("img", name=re.compile("kl_k3_rollout_train of tiny-moe")).first
     ).to_be_visible()
 
 
@@ -139,13 +139,24 @@ def test_the_first_tab_skips_to_the_content(make_page: MakePage) -> None:
 def test_a_trajectory_says_whether_to_train_on_it_and_why_not(make_page: MakePage) -> None:
     page = make_page().open("t/dense-0")
     verdict = page.get_by_role("region", name="Train on it?")
-    expect(verdict).to_contain_text("quarantine")
-    expect(verdict).to_contain_text("1 of 3 scores: grammar_masked")
+    expect(verdict.locator("strong").first).to_contain_text("train with correction")
+    expect(verdict).to_contain_text("grammar_masked in step 0")
+    expect(verdict).to_contain_text("grammar_masked set aside: ")
     expect(verdict.get_by_role("row").filter(has_text="unexplained")).to_contain_text("%")
     verdict.get_by_role("radio", name="observatory").check()
     expect(verdict.get_by_role("link", name="JSON").first).to_have_attribute(
         "href", re.compile("profile=observatory")
     )
+
+
+def test_a_trajectory_can_be_taken_out(make_page: MakePage) -> None:
+    page = make_page().open("t/moe-0")
+    section = page.get_by_role("region", name="Take it out")
+    files = section.get_by_label("Files for")
+    options = files.locator("option").evaluate_all("all => all.map(o => o.value)")
+    assert sorted(options) == sorted(get_args(FormatOption))
+    files.select_option("verl")
+    expect(section).to_contain_text("driftgate export -f verl --trajectory moe-0 -o run")
 
 
 def test_the_scheme_can_be_chosen_and_stays(make_page: MakePage) -> None:
@@ -207,6 +218,26 @@ def test_the_tail_follows_pauses_and_filters(make_page: MakePage, root: Path) ->
     expect(page.get_by_text("No event fits the filter.")).to_be_visible()
 
 
+def test_the_terminals_filter_is_the_pages(make_page: MakePage, url: str) -> None:
+    raw = httpx.get(f"{url}/api/drift?after=0").text.splitlines()
+    events = [msgspec.json.decode(line, type=DriftEvent) for line in raw]
+    watched = make_page()
+    watched.open("live")
+    rows = watched.page.get_by_role("table").locator("tbody tr")
+    counts = []
+    for band in get_args(Colour):
+        wanted = Wanted(band=band, kind="drift")
+        named = [f"{e.score.trajectory} {e.score.step}" for e in events if wanted.fits(e)]
+        watched.go(wanted.address("").removeprefix("/#/"))
+        expect(watched.page.locator(".stream")).to_contain_text(f"{len(named)} event")
+        shown = rows.evaluate_all(
+            "all => all.map(r => r.cells[1].innerText + ' ' + r.cells[2].innerText)"
+        )
+        assert shown == named[::-1]
+        counts.append(len(named))
+    assert counts == sorted(set(counts), reverse=True)
+
+
 def test_compare_says_where_two_runs_part(make_page: MakePage) -> None:
     page = make_page().open("compare")
     page.get_by_role("combobox", name=re.compile("^A")).select_option("t:moe-0")
@@ -215,21 +246,44 @@ def test_compare_says_where_two_runs_part(make_page: MakePage) -> None:
     expect(page.get_by_text("other prompt; first other token at 0")).to_be_visible()
 
 
+def test_two_builds_are_compared_on_the_same_prompts(make_page: MakePage, url: str) -> None:
+    cells = msgspec.json.decode(httpx.get(f"{url}/api/cells").content, type=Cells).items
+    builds = [
+        f"c:{c.engine_digest}/{c.trainer_digest}/{c.model}/drift"
+        for c in cells
+        if (c.model, c.kind, c.trainer) == ("tiny-moe", "drift", TRAINER)
+    ]
+    a, b = sorted(builds, key=lambda name: OTHER_BUILD.digest in name)
+    page = make_page().open(f"compare?{urlencode({'a': a, 'b': b})}")
+    section = page.get_by_role("region", name="On the same prompts", exact=True)
+    expect(section).to_contain_text("2 prompts with the same token ids on both sides")
+    expect(section.get_by_role("link", name="other-build 1.0")).to_be_visible()
+    expect(section).to_contain_text("40 of 40")
+    assert violations(page) == []
+
+
 def test_a_read_key_is_asked_for_and_sent(make_page: MakePage, locked_url: str) -> None:
-    watched = make_page(at=locked_url)
+    watched = make_page(at=f"{locked_url}/")
     watched.allowed = ("401", "403")
     page = watched.page
     page.goto(f"{locked_url}/#/live")
     expect(page.get_by_role("heading", name="Read key")).to_be_visible()
+    assert violations(page) == []
     page.get_by_label("Key", exact=True).fill("wrong")
     page.get_by_role("button", name="Read").click()
     expect(page.get_by_text("The gateway refuses this key.")).to_be_visible()
-    page.get_by_label("Key", exact=True).fill("right")
+    page.get_by_label("Key", exact=True).fill(READ_KEY)
     page.get_by_role("button", name="Read").click()
     expect(page.locator(".stream")).to_have_attribute("data-state", "live")
     expect(page.get_by_role("table").get_by_role("rowheader").first).to_be_visible()
     assert page.evaluate("sessionStorage.length") == 1
-    assert "right" not in page.url
+    watched.allowed = ()
+    for view in ("", "t/moe-3?step=2&choice=0&token=1", "compare?a=t:moe-0&b=t:moe-1"):
+        expect(watched.go(view).get_by_role("alert")).to_have_count(0)
+        assert READ_KEY not in page.url
+    with page.expect_download() as download:
+        watched.go("matrix").get_by_role("link", name="JSON").first.click()
+    assert msgspec.json.decode(download.value.path().read_bytes(), type=Cells).items
 
 
 def test_a_lost_gateway_is_said(make_page: MakePage) -> None:

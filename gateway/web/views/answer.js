@@ -3,38 +3,40 @@ import { html, useMemo, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
 import { ResponseChart } from "../chart.js";
 import { Replay } from "../replay.js";
+import { report } from "../report.js";
 import { clock, count, num, percent, plural, side, signed, visible } from "../format.js";
 import { Choice, Empty, LogRatio, Raw, Reasons, Scroll, Section, Show, Verdict } from "../parts.js";
 import { missShare, MODES } from "../scale.js";
 import { byDrift, Legend, Tokens } from "../tokens.js";
 import { Messages, Reply } from "./messages.js";
+import { Break } from "./steps.js";
 
 const LISTED = 12;
 
-export function Answer({ name, step, choice, token, onToken }) {
+export function Answer({ name, step, choice, token, node, onToken }) {
   const path = paths.step(name, step);
   const answer = useAnswer(path);
   return html`<${Show} answer=${answer} what=${`step ${step}`}>
     ${(detail) => {
       const all = detail.choices;
       const trace = all.find((c) => c.meta.choice === choice) ?? all[0];
-      return html`<${Asked} trace=${trace} path=${path} />
+      return html`<${Asked} trace=${trace} node=${node} name=${name} path=${path} />
         <${Response} key=${trace.meta.trace_id} trace=${trace} name=${name} step=${step} path=${path} token=${token} onToken=${onToken} />
         <${Replay} of=${trace.score} raw=${path} />`;
     }}
   <//>`;
 }
 
-function Asked({ trace, path }) {
+function Asked({ trace, node, name, path }) {
   const meta = trace.meta;
   const sampling = Object.entries(meta.sampling).map(([n, v]) => `${n} ${v}`);
   return html`<${Section} id="asked" title="Asked" raw=${path}>
     <${Messages} request=${trace.request} />
     <p class="muted small">
-      ${count(trace.prompt_ids?.length)} prompt tokens · ${sampling.join(", ") || "the engine's defaults"} ·
+      ${count(trace.prompt_ids?.length ?? meta.proof.prompt_ids)} prompt tokens · ${sampling.join(", ") || "the engine's defaults"} ·
       ${" "}${meta.streamed ? "streamed" : "JSON"} · named by ${meta.attribution} · at ${clock(meta.started_ns, true)}
-      ${meta.parent && !meta.prefix_exact ? ` · the prompt continues its parent for ${count(meta.prefix_len)} tokens, then differs` : ""}
     </p>
+    <${Break} node=${node} name=${name} />
   <//>`;
 }
 
@@ -56,7 +58,7 @@ function Response({ trace, name, step, path, token, onToken }) {
   return html`<${Section} id="response" title=${`Response, ${plural(tokens.length, "token")}`} raw=${path} aside=${aside}>
     ${score && html`<${ScoreLine} score=${score} />`}
     ${!score && html`<p class="muted">Not scored yet: the engine's side is shown.</p>`}
-    <${Reply} response=${trace.response} />
+    <${Reply} response=${trace.response} meta=${trace.meta} />
     ${!tokens.length && html`<${Empty}>The engine gave no token ids.<//>`}
     ${tokens.length > 0 &&
     html`<p class="muted small">Coloured by ${MODES[mode].long}.</p>
@@ -104,7 +106,7 @@ function Facts({ token, meta, missed, pinned }) {
       <dt>entropy</dt><dd>${num(token.entropy)} <span class="unit">nats</span></dd>
       ${missed && html`<dt>routes</dt><dd>${percent(missed[token.index])} of experts differ</dd>`}
       <dt>place</dt><dd>${token.index} of the response, position ${count(token.position)}</dd>
-      <dt>token id</dt><dd>${token.token_id}</dd>
+      <dt>token id</dt><dd>${token.token_id ?? "left out"}</dd>
       <dt>weights</dt><dd>${meta.weight_version ?? "unknown"}</dd>
     </dl>
   </aside>`;
@@ -134,7 +136,9 @@ function Largest({ tokens, worst, chosen, onToken, raw }) {
 /** Experts of one token, layer by layer, in each side's order. */
 function LayersOf({ name, step, choice, token }) {
   const path = paths.routes(name, step, choice, token);
-  const answer = useAnswer(path);
+  const held = !report || report.files[path];
+  const answer = useAnswer(held ? path : null);
+  if (!held) return html`<div><h3>Experts of token ${token}</h3><${Empty}>This report holds those of the tokens with the largest |D|.<//></div>`;
   return html`<div>
     <div class="card-head"><h3>Experts of token ${token}</h3><${Raw} href=${path} what="this token's routes" /></div>
     <${Show} answer=${answer} what="routes">
@@ -151,7 +155,7 @@ function LayersOf({ name, step, choice, token }) {
                       <th scope="row" class="n">${layer}</th>
                       <td><${Experts} of=${a} other=${b} /></td>
                       <td><${Experts} of=${b} other=${a} /></td>
-                      <td class="n">${r.missed[token][l] ?? "–"} of ${r.k}</td>
+                      <td class="n">${r.token.missed[l] ?? "–"} of ${r.k}</td>
                     </tr>`;
                   })}
                 </tbody>

@@ -2,9 +2,9 @@
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
 import { Replay } from "../replay.js";
-import { count, floorName, num, plural, side, sideDetail } from "../format.js";
+import { count, floorLabel, floorName, num, plural, side, sideDetail } from "../format.js";
 import {
-  Empty, Fold, InContext, LogRatio, Metric, Reasons, routeTo, Scroll, Section, Show, Title, Verdict,
+  Empty, InContext, LogRatio, Metric, Partial, Reasons, routeTo, Scroll, Section, Show, Title, Verdict,
 } from "../parts.js";
 import { Layers } from "./matrix.js";
 
@@ -24,7 +24,7 @@ export function Cell({ parts }) {
 function Whole({ cell, glossary }) {
   const moe = cell.router != null;
   return html`<${Title} raw=${paths.cells} note=${`${side(cell.engine)} → ${side(cell.trainer)}`}>
-      ${cell.model} ${cell.kind === "noise_floor" && html`<span class="tag">noise floor</span>`}
+      ${cell.model} ${cell.kind === "noise_floor" && html`<span class="tag">noise floor, ${floorLabel(cell)}</span>`}
     <//>
     <section class="card">
       <p class="headline">
@@ -35,7 +35,7 @@ function Whole({ cell, glossary }) {
       <dl class="pairs">
         <dt>engine</dt><dd>${side(cell.engine)} · ${sideDetail(cell.engine, cell.engine_digest)}</dd>
         <dt>trainer</dt><dd>${side(cell.trainer)} · ${sideDetail(cell.trainer, cell.trainer_digest)}</dd>
-        <dt>scored</dt><dd>${count(cell.scored)} of ${count(cell.captured)} captured: ${count(cell.comparable.yes ?? 0)} comparable, ${count(cell.comparable.converted ?? 0)} converted, ${count(cell.comparable.no ?? 0)} not</dd>
+        <dt>scored</dt><dd>${count(cell.scored)} of ${count(cell.captured)} captured${cell.partial && html` <${Partial} cell=${cell} />`}: ${count(cell.comparable.yes ?? 0)} comparable, ${count(cell.comparable.converted ?? 0)} converted, ${count(cell.comparable.no ?? 0)} not</dd>
         ${cell.worst &&
         html`<dt>worst token</dt>
           <dd>

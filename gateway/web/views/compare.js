@@ -1,8 +1,9 @@
 // Two trajectories, or two cells, side by side: the same prompts under two engines, say.
 import { html, useState } from "../html.js";
 import { get, paths, useAnswer } from "../api.js";
-import { count, num, plural, side, visible } from "../format.js";
+import { count, floorLabel, num, plural, side, signed, visible } from "../format.js";
 import { Empty, Failure, Metric, Raw, routeTo, Scroll, Section, Show, Title, Verdict } from "../parts.js";
+import { report } from "../report.js";
 import { sourceOf } from "./matrix.js";
 
 const SHOWN = [
@@ -27,7 +28,7 @@ export function Compare({ query, go }) {
 }
 
 const cellKey = (c) => `c:${routeTo.cell(c).slice("#/cell/".length)}`;
-const cellName = (c) => `${c.model}: ${side(c.engine)} → ${side(c.trainer)}${c.kind === "noise_floor" ? " (floor)" : ""} ${c.engine_digest.slice(0, 4)}/${c.trainer_digest.slice(0, 4)}`;
+const cellName = (c) => `${c.model}: ${side(c.engine)} → ${side(c.trainer)}${c.kind === "noise_floor" ? ` (floor, ${floorLabel(c)})` : ""} ${c.engine_digest.slice(0, 4)}/${c.trainer_digest.slice(0, 4)}`;
 
 function choices(cells, runs, given) {
   const groups = [
@@ -52,9 +53,57 @@ function Both({ a, b, cells }) {
   if (a[0] !== b[0]) return html`<${Empty}>A is a ${a[0] === "c" ? "cell" : "trajectory"}, B is not: choose two of a kind.<//>`;
   if (a[0] === "c") {
     const found = [a, b].map((key) => cells.find((c) => cellKey(c) === key));
-    return found.every(Boolean) ? html`<${Table} id="cells" raw=${paths.cells} sides=${found.map((c) => ({ name: cellName(c), href: routeTo.cell(c), cell: c }))} />` : html`<${Empty}>No such cell any more.<//>`;
+    return found.every(Boolean) ? html`<${SamePrompts} cells=${found} /><${Table} id="cells" raw=${paths.cells} sides=${found.map((c) => ({ name: cellName(c), href: routeTo.cell(c), cell: c }))} />` : html`<${Empty}>No such cell any more.<//>`;
   }
   return html`<${Runs} a=${a.slice(2)} b=${b.slice(2)} />`;
+}
+
+const pairName = (c) => [c.engine_digest, c.trainer_digest, c.model].join("/");
+const PAIRED = ["kl_k3_rollout_train", "abs_log_ratio_mean", "abs_log_ratio_max", "extreme_frac_tau2", "log_ratio_mean"];
+
+/** Only answers whose prompts both engines were given: a difference is then not the prompts'. */
+function SamePrompts({ cells }) {
+  const drift = cells.every((c) => c.kind === "drift");
+  const path = drift && !report ? paths.pair(pairName(cells[0]), pairName(cells[1])) : null;
+  const answer = useAnswer(path);
+  const glossary = useAnswer(paths.glossary).data;
+  if (!path) return null;
+  return html`<${Section} id="same-prompts" title="On the same prompts" raw=${path}>
+    <${Show} answer=${answer} what="shared prompts">
+      ${(p) => {
+        const looked = `${count(p.a.looked)} and ${count(p.b.looked)} scored answers looked at, at most the newest ${count(p.limit)} of each engine`;
+        if (!p.prompts) return html`<${Empty}>The two engines share no prompt (${looked}). Ask both the same, and compare again.<//>`;
+        return html`<p class="muted small">${plural(p.prompts, "prompt")} with the same token ids on both sides: ${count(p.a.answers)} answers of A, ${count(p.b.answers)} of B; ${looked}.</p>
+          <${Scroll} label="Metrics on the same prompts">
+            <table class="rows">
+              <thead><tr><th scope="col">metric</th><th scope="col" class="n">A</th><th scope="col" class="n">B</th><th scope="col" class="n">B − A</th></tr></thead>
+              <tbody>
+                ${PAIRED.map((name) => {
+                  const [x, y] = [p.a, p.b].map((s) => s.measures?.metrics[name] ?? null);
+                  return html`<tr>
+                    <th scope="row"><code>${name}</code></th>
+                    ${[p.a, p.b].map((s, i) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${s.measures} moe=${cells[i].router != null} /></td>`)}
+                    <td class="n">${x == null || y == null ? "–" : signed(y - x)}</td>
+                  </tr>`;
+                })}
+              </tbody>
+            </table>
+          <//>
+          <${Scroll} label="Answers to the same prompts" tall>
+            <table class="rows">
+              <thead><tr><th scope="col">A</th><th scope="col">B</th><th scope="col" class="n">same tokens</th><th scope="col" class="n">k3 A, nats</th><th scope="col" class="n">k3 B, nats</th></tr></thead>
+              <tbody>
+                ${p.items.map((item) => html`<tr>
+                  ${[0, 1].map((i) => html`<td class="nowrap"><a href=${routeTo.trajectory(item.trajectories[i], { step: item.steps[i], choice: item.choices[i] })}>${item.trajectories[i]} ${item.steps[i]}.${item.choices[i]}</a></td>`)}
+                  <td class="n nowrap">${count(item.alike)} of ${count(Math.min(...item.tokens))}</td>
+                  ${[0, 1].map((i) => html`<td class="n">${item.kl_k3_rollout_train[i] == null ? "left out" : num(item.kl_k3_rollout_train[i])}</td>`)}
+                </tr>`)}
+              </tbody>
+            </table>
+          <//>`;
+      }}
+    <//>
+  <//>`;
 }
 
 function Table({ sides, id, raw }) {

@@ -2,7 +2,7 @@
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
 import { count, num, percent, plural } from "../format.js";
-import { Choice, Empty, Fold, Raw, routeTo, Scroll, Section, Show } from "../parts.js";
+import { Choice, Empty, Fold, Raw, routeTo, Scroll, Section, Show, Words } from "../parts.js";
 
 const PROFILES = [
   ["default", "default", "limits that fire on real data"],
@@ -49,7 +49,7 @@ function Item({ item, many }) {
     </p>
     <ul class="reasons">
       ${v.reasons.map(
-        (r) => html`<li><code>${r.code}</code> ${r.detail} <span class="muted">(alone: ${TIERS[r.verdict]?.[2] ?? r.verdict})</span><span class="fix">→ ${r.fix}</span></li>`,
+        (r) => html`<li><code>${r.code}</code> <${Words} text=${r.detail} /> <span class="muted">(alone: ${TIERS[r.verdict]?.[2] ?? r.verdict})</span><span class="fix">→ <${Words} text=${r.fix} /></span></li>`,
       )}
     </ul>
     <${Gates} gates=${v.gates} />
@@ -98,10 +98,16 @@ function Explained({ item, name }) {
   const first = item.first_divergent;
   return html`<div>
     <p class="muted small">
-      Shares of mean |D| ${num(item.abs_log_ratio_mean)} nats over ${count(item.n_tokens)} compared tokens, comparable or not. Noise floor: ${num(item.noise_floor)} nats.
+      Shares of mean |D| ${num(item.abs_log_ratio_mean)} nats over ${count(item.n_tokens)} comparable tokens. Noise floor: ${num(item.noise_floor)} nats.
       ${first && html` First token beyond ×2: <a href=${routeTo.token(first, name)}>step ${first.step}, token ${first.token_index}</a>.`}
     </p>
-    <${Scroll} label="Causes">
+    ${item.set_aside.length > 0 && html`<ul class="reasons">
+      ${item.set_aside.map(
+        (a) => html`<li><code>${a.code}</code> set aside: ${plural(a.tokens, "token")}, ${percent(a.share_of_tokens)} of all and ${percent(a.share_of_drift)} of all |D|, in step ${a.steps.join(", ")}: ${a.detail}<span class="fix">→ ${a.fix}</span></li>`,
+      )}
+    </ul>`}
+    ${item.left_out_responses > 0 && html`<p class="muted small">A long run: ${plural(item.n_responses, "answer")} evenly over it were read, ${count(item.left_out_responses)} with ${count(item.left_out_tokens)} tokens were not.</p>`}
+    ${item.causes.length > 0 && html`<${Scroll} label="Causes">
       <table class="rows causes">
         <thead><tr><th scope="col">cause</th><th scope="col" class="n">share</th><th scope="col">how known</th><th scope="col">what is seen</th></tr></thead>
         <tbody>
@@ -115,6 +121,6 @@ function Explained({ item, name }) {
           )}
         </tbody>
       </table>
-    <//>
+    <//>`}
   </div>`;
 }

@@ -1,8 +1,8 @@
 // Engine by trainer: the value that matters, how much stands behind it, and whether it is valid.
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
-import { count, floorName, num, plural, side, sideDetail } from "../format.js";
-import { Choice, Empty, Metric, routeTo, Scroll, Section, Show, Title, Verdict } from "../parts.js";
+import { count, floorLabel, floorName, num, plural, side, sideDetail } from "../format.js";
+import { Choice, Empty, Metric, Partial, routeTo, Scroll, Section, Show, Title, Verdict } from "../parts.js";
 import { rateClass } from "../scale.js";
 
 const SHOWN = [
@@ -87,7 +87,7 @@ function Cell({ cell, metric, glossary }) {
     <span class="cell-line">${interval ? `95 % ${num(interval.low)} … ${num(interval.high)}` : "no interval"}</span>
     <span class="cell-line">${floors.length ? `floor ${floors.map(([s, v]) => `${s} ${num(v)}`).join(", ")}` : "floor not measured"}</span>
     <span class="cell-line">${count(cell.n_tokens)} tokens · ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? " (few)" : ""}</span>
-    <span class="cell-line"><${Verdict} verdict=${cell.verdict} />${leftOut(cell)}</span>
+    <span class="cell-line"><${Verdict} verdict=${cell.verdict} />${leftOut(cell)} <${Partial} cell=${cell} /></span>
   </a>`;
 }
 
@@ -132,11 +132,12 @@ function Floors({ cells, metric, glossary }) {
     <p class="muted small">Drift below its floor says nothing.</p>
     <${Scroll} label="Noise floors">
       <table class="rows">
-        <thead><tr><th scope="col">side</th><th scope="col">model</th><th scope="col" class="n">${metric}</th><th scope="col" class="n">tokens</th><th scope="col" class="n">trajectories</th></tr></thead>
+        <thead><tr><th scope="col">side</th><th scope="col">second run</th><th scope="col">model</th><th scope="col" class="n">${metric}</th><th scope="col" class="n">tokens</th><th scope="col" class="n">trajectories</th></tr></thead>
         <tbody>
           ${cells.map(
             (c) => html`<tr>
               <th scope="row"><a href=${routeTo.cell(c)}>${c.engine.side} ${side(c.engine)}</a></th>
+              <td>${floorLabel(c)}</td>
               <td>${c.model}</td>
               <td class="n"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(c, metric)} /></td>
               <td class="n">${count(c.n_tokens)}</td>

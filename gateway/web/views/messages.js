@@ -2,11 +2,12 @@
 import { html } from "../html.js";
 import { Fold } from "../parts.js";
 import { plural } from "../format.js";
+import { report } from "../report.js";
 
 const LONG = 1200;
 
 export function Messages({ request }) {
-  if (!request) return html`<p class="muted">The request was not stored.</p>`;
+  if (!request) return html`<p class="muted">${report ? "The request's text is left out of this report." : "The request was not stored."}</p>`;
   if (!request.messages) return html`<${Text} text=${promptText(request.prompt)} />`;
   // What this step adds: everything after the last answer; the rest was seen in earlier steps.
   const last = request.messages.findLastIndex((m) => m.role === "assistant");
@@ -50,10 +51,10 @@ function ToolCalls({ calls }) {
 }
 
 /** The tool calls that a response was parsed into; its text stands below as tokens. */
-export function Reply({ response }) {
+export function Reply({ response, meta }) {
   const message = response?.message;
   return html`<div class="reply">
     <${ToolCalls} calls=${message?.tool_calls} />
-    <p class="muted small">finish reason: ${response?.finish_reason ?? "none"}</p>
+    <p class="muted small">finish reason: ${response?.finish_reason ?? meta.finish_reason ?? "none"}</p>
   </div>`;
 }

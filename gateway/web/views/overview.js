@@ -2,7 +2,7 @@
 import { html, useMemo, useState } from "../html.js";
 import { paths, useAnswer, useScores } from "../api.js";
 import { DriftChart } from "../chart.js";
-import { ago, count, duration, floorName, num, percent, plural, side } from "../format.js";
+import { ago, count, duration, floorName, num, percent, plural, round, side } from "../format.js";
 import {
   BandMark,
   Choice,
@@ -11,6 +11,7 @@ import {
   InContext,
   LogRatio,
   Metric,
+  Partial,
   routeTo,
   Scroll,
   Section,
@@ -144,7 +145,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
   return html`<figure class="chart">
     <figcaption>
       <a href=${routeTo.cell(line)}><strong>${line.model}</strong> <span class="muted">${name}</span></a>
-      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} moe=${moe} /></span>`}
+      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} moe=${moe} /> <${Partial} cell=${cell} /></span>`}
     </figcaption>
     <${DriftChart}
       times=${times}
@@ -154,7 +155,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
       label=${`${metric} of ${line.model} ${name} over time: ${plural(points.length, "point")}, last ${num(values.at(-1))}; the table below has them`}
     />
     <p class="muted small">
-      Noise floor: ${floorText}. ${limits ? `Bands from ${num(limits.green)} and ${num(limits.red)}${wide > 1 ? " (×2.5 for MoE)" : ""}.` : ""}
+      Noise floor: ${floorText}. ${limits ? `Bands from ${round(limits.green)} and ${round(limits.red)}${wide > 1 ? " (×2.5 for MoE)" : ""}.` : ""}
       ${zero ? ` ${plural(zero, "point")} at 0 not drawn.` : ""}${line.forgotten ? ` ${count(line.forgotten)} older scores not shown.` : ""}
     </p>
     <${Fold} summary=${`Table of ${plural(points.length, "point")}`}>

@@ -1,7 +1,7 @@
 // All agent runs, newest first, with what is missing of each.
 import { html, useEffect, useState } from "../html.js";
 import { get, paths, useAnswer } from "../api.js";
-import { count, duration, num } from "../format.js";
+import { count, duration, round } from "../format.js";
 import { Empty, Failure, routeTo, Scroll, Section, Select, Show, Time, Title } from "../parts.js";
 
 const PAGE = 50;
@@ -57,7 +57,7 @@ function Rows({ rows }) {
             <td class="n nowrap">${count(t.captured)} of ${count(t.choices)}</td>
             <td class="n nowrap">${count(t.scored)} of ${count(t.scorable)}</td>
             <td><${Capture} row=${t} /></td>
-            <td class="n">${num(t.reward)}</td>
+            <td class="n">${round(t.reward)}</td>
           </tr>`,
         )}
       </tbody>

@@ -1,25 +1,28 @@
 // One agent run: its steps as a tree, how far each drifts, and the answer that is looked at.
 import { html, useMemo } from "../html.js";
 import { paths, useAnswer } from "../api.js";
-import { count, duration, num, plural, side } from "../format.js";
-import { BandMark, Empty, Metric, Raw, routeTo, Scroll, Section, Show, Time, Title, Verdict } from "../parts.js";
-import { band } from "../scale.js";
+import { count, duration, num, plural, round, side } from "../format.js";
+import { BandMark, Empty, Failure, Metric, Partial, routeTo, Scroll, Section, Show, Time, Title, Verdict } from "../parts.js";
 import { Answer } from "./answer.js";
+import { Exports } from "./exports.js";
 import { Judgement } from "./judgement.js";
+import { nodesOf, outline, Steps, worstOf } from "./steps.js";
 import { Capture } from "./trajectories.js";
 
 export function Trajectory({ name, query, go }) {
   const path = paths.trajectory(name);
   const detail = useAnswer(path, 5);
   const mismatch = useAnswer(paths.mismatch(name), 10);
+  const tree = useAnswer(paths.tree(name), 10).data;
   const glossary = useAnswer(paths.glossary).data;
+  if (detail.error && !detail.data) return html`<${Title}>${name}<//><${Failure} error=${detail.error} retry=${detail.reload} />`;
   return html`<${Show} answer=${detail} what=${`trajectory ${name}`}>
-    ${(data) => html`<${Whole} name=${name} data=${data} mismatch=${mismatch} glossary=${glossary} query=${query} go=${go} path=${path} />`}
+    ${(data) => html`<${Whole} name=${name} data=${data} mismatch=${mismatch} tree=${tree} glossary=${glossary} query=${query} go=${go} path=${path} />`}
   <//>`;
 }
 
-function Whole({ name, data, mismatch, glossary, query, go, path }) {
-  const steps = useMemo(() => outline(data, glossary), [data, glossary]);
+function Whole({ name, data, mismatch, tree, glossary, query, go, path }) {
+  const steps = useMemo(() => outline(data, tree, glossary), [data, tree, glossary]);
   const answers = steps.flatMap((s) => s.answers);
   const worst = worstOf(answers);
   const divergent = answers.find((a) => a.comparable && (a.colour === "amber" || a.colour === "red"));
@@ -41,18 +44,19 @@ function Whole({ name, data, mismatch, glossary, query, go, path }) {
     <${Cells} mismatch=${mismatch} glossary=${glossary} name=${name} />
     <${Judgement} name=${name} />
     <div class="split">
-      <${Steps} steps=${steps} step=${step} choice=${choice} name=${name} />
+      <${Steps} steps=${steps} tree=${tree} step=${step} choice=${choice} name=${name} />
       <div class="main-column">
         ${step == null
           ? html`<${Empty}>No answer is stored yet.<//>`
-          : html`<${Answer} key=${`${step}`} name=${name} step=${step} choice=${choice} token=${token} onToken=${(i) => go(here({ token: i }), true)} />`}
+          : html`<${Answer} key=${`${step}`} name=${name} step=${step} choice=${choice} token=${token} node=${nodesOf(tree).get(`${step}.${choice}`)} onToken=${(i) => go(here({ token: i }), true)} />`}
       </div>
-    </div>`;
+    </div>
+    <${Exports} name=${name} />`;
 }
 
 function Summary({ row, reward }) {
   return html`<${Capture} row=${row} /> · ${row.models.join(", ")} · started <${Time} ns=${row.started_ns} seconds />, took ${duration((row.ended_ns - row.started_ns) / 1e9)} ·
-    ${" "}${plural(row.steps, "step")} · ${count(row.scored)} of ${count(row.scorable)} scored${reward ? ` · reward ${num(reward.value)}${reward.source ? ` by ${reward.source}` : ""}` : ""}`;
+    ${" "}${plural(row.steps, "step")} · ${count(row.scored)} of ${count(row.scorable)} scored${reward ? ` · reward ${round(reward.value)}${reward.source ? ` by ${reward.source}` : ""}` : ""}`;
 }
 
 function Gaps({ row }) {
@@ -81,7 +85,7 @@ function Cells({ mismatch, glossary, name }) {
                     const value = (metric, from = of) => html`<${Metric} glossary=${glossary} name=${metric} measures=${from} moe=${c.router != null} />`;
                     return html`<tr>
                       <th scope="row"><a href=${routeTo.cell(c)}>${side(c.engine)} → ${side(c.trainer)}</a></th>
-                      <td><${Verdict} verdict=${c.verdict} />${c.comparable.no ? html` <span class="muted">${plural(c.comparable.no, "answer")} left out</span>` : ""}</td>
+                      <td><${Verdict} verdict=${c.verdict} /> <${Partial} cell=${c} />${c.comparable.no ? html` <span class="muted">${plural(c.comparable.no, "answer")} left out</span>` : ""}</td>
                       <td class="n nowrap">${value("kl_k3_rollout_train")}</td>
                       <td class="n nowrap">${value("abs_log_ratio_mean")}</td>
                       <td class="n nowrap">${value("abs_log_ratio_max")}</td>
@@ -95,74 +99,4 @@ function Cells({ mismatch, glossary, name }) {
             <//>`}
       <//>`}
   <//>`;
-}
-
-function Steps({ steps, step, choice, name }) {
-  return html`<nav class="steps card" aria-label="Steps">
-    <div class="card-head"><h2>Steps</h2><${Raw} href=${paths.trajectory(name)} what="the steps" /></div>
-    <ol>
-      ${steps.map(
-        (s) => html`<li style=${{ marginInlineStart: `${Math.min(s.depth, 6) * 12}px` }}>
-          ${s.notes.map((note) => html`<p class="break">${note}</p>`)}
-          ${s.answers.map(
-            (a) => html`<a href=${routeTo.trajectory(name, { step: a.step, choice: a.choice })} aria-current=${a.step === step && a.choice === choice ? "true" : undefined}>
-              <span class="step-name">${a.step}${s.answers.length > 1 ? `.${a.choice}` : ""}</span>
-              <span class="step-what">${count(a.tokens)} tokens${a.tool ? " · tool" : ""}</span>
-              <span class="step-drift">${a.comparable ? html`<${BandMark} colour=${a.colour} /> ${num(a.k3)}` : a.score ? html`<${Verdict} verdict="no" short /> <span class="muted">left out</span>` : html`<span class="muted">…</span>`}</span>
-            </a>`,
-          )}
-          ${!s.answers.length && html`<p class="break">${s.step}: ${s.state}</p>`}
-        </li>`,
-      )}
-    </ol>
-    <p class="muted small">k3 of each answer, nats.</p>
-  </nav>`;
-}
-
-/** Steps with the depth of their branch, why a prefix broke, and the drift of each answer. */
-function outline(data, glossary) {
-  const depths = new Map();
-  const children = new Map();
-  return data.steps.map((s) => {
-    const notes = [];
-    const first = s.choices[0]?.meta;
-    let depth = 0;
-    if (first?.parent) {
-      const born = children.get(first.parent) ?? 0;
-      children.set(first.parent, born + 1);
-      depth = (depths.get(first.parent) ?? 0) + (born > 0 ? 1 : 0);
-      if (born > 0) notes.push("⑂ branch");
-      if (!first.prefix_exact) notes.push(`⌇ prefix breaks after ${count(first.prefix_len)} tokens`);
-    }
-    for (const c of s.choices) depths.set(c.meta.trace_id, depth);
-    if (s.calls.length > 1) notes.push(`↻ ${plural(s.calls.length - 1, "retry", "retries")}`);
-    if (first?.ambiguous?.length) notes.push("? ambiguous: several runs could have led here");
-    const state = s.calls.at(-1)?.state.replace("_", " ") ?? "no call";
-    return { step: s.step, depth, notes, state, answers: s.choices.map((c) => answerOf(c, glossary)) };
-  });
-}
-
-function answerOf(choice, glossary) {
-  const score = choice.scores.filter((s) => s.kind === "drift").at(-1) ?? null;
-  const m = score?.measures?.metrics;
-  const k3 = m?.kl_k3_rollout_train ?? null;
-  return {
-    step: choice.meta.step,
-    choice: choice.meta.choice,
-    tokens: choice.response_len,
-    tool: choice.meta.finish_reason === "tool_calls",
-    score,
-    k3,
-    comparable: score != null && score.measures != null && score.comparable.verdict !== "no",
-    colour: band(glossary, "kl_k3_rollout_train", k3, { bad: m?.n_bad_tokens, moe: score?.router != null }),
-    worst: score?.worst ?? null,
-  };
-}
-
-/** The largest |D| among comparable answers; among all where none is. */
-function worstOf(answers) {
-  const known = answers.filter((a) => a.worst?.log_ratio != null);
-  const fair = known.filter((a) => a.comparable);
-  const size = (a) => Math.abs(a.worst.log_ratio);
-  return (fair.length ? fair : known).toSorted((a, b) => size(b) - size(a))[0] ?? null;
 }

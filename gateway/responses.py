@@ -1,0 +1,237 @@
+"""OpenAI's Responses API: its request as a chat request. Pure.
+
+What a chat completion cannot do (built-in tools, files, background work, …) is refused in words
+that name what there is; fields that change nothing about the sampled tokens are echoed or ignored,
+as the real API does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from driftgate.errors import UNREADABLE, RequestError
+from driftgate.gateway import engine_fields
+from driftgate.gateway.draft import given
+from driftgate.gateway.openai import Fields
+from driftgate.spoken import Item, Part, of_items
+
+__all__ = ["LOGPROBS", "chat_request", "messages_of_input"]
+
+SUPPORTED = (
+    "supported are text and image_url messages, function tools, function_call and "
+    "function_call_output items, reasoning items and previous_response_id"
+)
+
+_INPUT = msgspec.json.Decoder(str | list[Item])
+_ENCODE = msgspec.json.encode
+
+_REFUSED_FIELDS = {
+    "background": "background work is not supported: ask with stream or wait for the answer",
+    "conversation": "conversations are not supported: use previous_response_id",
+    "prompt": "stored prompts are not supported: send instructions and input",
+}
+
+
+class _Tool(msgspec.Struct):
+    type: str = ""
+    name: str = ""
+    description: str | None = None
+    parameters: Raw = Raw()
+    strict: bool | None = None
+
+
+class _Format(msgspec.Struct):
+    type: str = "text"
+    name: str = ""
+    description: str | None = None
+    schema: Raw = Raw(b"{}")
+    strict: bool | None = None
+
+
+class _Text(msgspec.Struct):
+    format: _Format | None = None
+
+
+class _Choice(msgspec.Struct):
+    type: str = ""
+    name: str = ""
+
+
+class _Reasoning(msgspec.Struct):
+    effort: str | None = None
+
+
+class _Asked(msgspec.Struct):
+    """The fields that are read of a request."""
+
+    input: Raw = Raw(b'""')
+    instructions: str | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: str | _Choice | None = None
+    text: _Text | None = None
+    reasoning: _Reasoning | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
+    max_output_tokens: int | None = None
+    truncation: str | None = None
+
+
+_ASKED = msgspec.json.Decoder(_Asked)
+
+LOGPROBS = "message.output_text.logprobs"
+"""Of ``include``: the agent wants the texts' logprobs."""
+
+
+def chat_request(body: bytes, fields: Fields, earlier: Iterable[Any] = ()) -> Fields:
+    """The chat request for a Responses request. ``earlier``: chat messages of the conversation
+    that ``previous_response_id`` names. RequestError for what is not supported."""
+    for name, why in _REFUSED_FIELDS.items():
+        if bytes(fields.get(name, b"null")) not in (b"null", b"false"):
+            raise RequestError(f"{name}: {why}")
+    if "input" not in fields:
+        raise RequestError("input is missing: send a text or a list of items")
+    try:
+        asked = _ASKED.decode(body)
+    except UNREADABLE as error:
+        raise RequestError(f"the request does not have the form of one: {error}") from error
+    if asked.truncation == "auto":
+        raise RequestError("truncation: only 'disabled' is supported: send less, or compact it")
+    system = [] if asked.instructions is None else [_said("system", asked.instructions)]
+    out = engine_fields.passed(fields)
+    out["messages"] = Raw(_ENCODE([*system, *earlier, *messages_of_input(asked.input)]))
+    new = dict(_options(asked))
+    return out | {name: Raw(_ENCODE(value)) for name, value in new.items()}
+
+
+def _said(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _options(asked: _Asked) -> Iterator[tuple[str, Any]]:
+    if asked.max_output_tokens is not None:
+        yield "max_completion_tokens", asked.max_output_tokens
+    if asked.tools:
+        yield "tools", [_chat_tool(tool) for tool in asked.tools]
+        yield "tool_choice", _chat_choice(asked.tool_choice)
+    if asked.reasoning is not None and asked.reasoning.effort is not None:
+        yield "reasoning_effort", asked.reasoning.effort
+    if (
+        asked.text is not None
+        and asked.text.format is not None
+        and asked.text.format.type != "text"
+    ):
+        yield "response_format", _chat_format(asked.text.format)
+    if LOGPROBS in (asked.include or ()):
+        yield "logprobs", True
+        yield "top_logprobs", asked.top_logprobs or 0
+
+
+def _chat_tool(tool: _Tool) -> dict[str, Any]:
+    if tool.type != "function":
+        raise RequestError(
+            f"tools: {tool.type!r} is not supported, because the engine has no tools of its own; "
+            "only 'function' is, which the agent runs itself"
+        )
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    if given(tool.parameters) is not None:
+        function["parameters"] = tool.parameters
+    if tool.strict is not None:
+        function["strict"] = tool.strict
+    return {"type": "function", "function": function}
+
+
+def _chat_choice(choice: str | _Choice | None) -> Any:
+    if isinstance(choice, _Choice):
+        if choice.type != "function":
+            raise RequestError(
+                f"tool_choice: {choice.type!r} is not supported; 'auto', 'none', 'required' and a "
+                "function by its name are"
+            )
+        return {"type": "function", "function": {"name": choice.name}}
+    return choice or "auto"
+
+
+def _chat_format(asked: _Format) -> dict[str, Any]:
+    if asked.type != "json_schema":
+        return {"type": asked.type}
+    schema: dict[str, Any] = {"name": asked.name, "schema": asked.schema}
+    if asked.strict is not None:
+        schema["strict"] = asked.strict
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def messages_of_input(raw: bytes) -> list[Any]:
+    """Chat messages of a request's ``input``. What one answer said (reasoning, text, calls) is one
+    message again. RequestError for items that a chat request cannot hold."""
+    try:
+        found = _INPUT.decode(raw)
+    except UNREADABLE as error:
+        raise RequestError(f"input does not have the form of one: {error}") from error
+    if isinstance(found, str):
+        return [_said("user", found)]
+    messages: list[Any] = []
+    turn: list[Item] = []
+    for item in found:
+        if _is_assistants(item):
+            if turn and _begins_a_turn(item, turn):
+                messages.append(of_items(turn))
+                turn = []
+            turn.append(item)
+            continue
+        if turn:
+            messages.append(of_items(turn))
+            turn = []
+        messages.append(_message(item))
+    return [*messages, of_items(turn)] if turn else messages
+
+
+def _is_assistants(item: Item) -> bool:
+    said = item.type == "message" and item.role == "assistant"
+    return said or item.type in ("reasoning", "function_call")
+
+
+def _begins_a_turn(item: Item, turn: Sequence[Item]) -> bool:
+    """Reasoning stands first in an answer and text before calls, so either can begin another."""
+    if item.type == "reasoning":
+        return any(earlier.type != "reasoning" for earlier in turn)
+    return item.type == "message" and any(earlier.type != "reasoning" for earlier in turn)
+
+
+def _message(item: Item) -> dict[str, Any]:
+    if item.type == "function_call_output":
+        return {
+            "role": "tool",
+            "tool_call_id": item.call_id,
+            "content": _content(item.output),
+        }
+    if item.type == "message" and item.role in ("user", "system", "developer"):
+        # Templates know no developer; OpenAI's models take the two for one.
+        role = "user" if item.role == "user" else "system"
+        return _said(role, _content(item.content or ""))
+    what = f"a message of role {item.role!r}" if item.type == "message" else f"{item.type!r}"
+    raise RequestError(f"input: {what} is not supported; {SUPPORTED}")
+
+
+def _content(content: str | list[Part]) -> Any:
+    if isinstance(content, str):
+        return content
+    parts = [_chat_part(part) for part in content]
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+
+
+def _chat_part(part: Part) -> dict[str, Any]:
+    if part.type in ("input_text", "output_text", "text"):
+        return {"type": "text", "text": part.text}
+    if part.type == "input_image" and part.image_url is not None:
+        image = {"url": part.image_url}
+        return {"type": "image_url", "image_url": image}
+    raise RequestError(
+        f"input: a part of type {part.type!r} is not supported"
+        f"{' without image_url' if part.type == 'input_image' else ''}; {SUPPORTED}"
+    )

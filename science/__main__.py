@@ -1,0 +1,95 @@
+"""``python -m science [--fast] [--write]``: print the table; exit 1 unless all rows hold."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+from science import judging, numbers, signatures
+from science.table import DOCUMENT, Row, markdown, section
+
+__all__ = ["fast", "main"]
+
+Part = tuple[str, Callable[[str], Iterator[Row]]]
+
+FAST: Sequence[Part] = (
+    ("METRICS 2, planted", lambda part: numbers.log_ratios(part, numbers.planted())),
+    (
+        "METRICS 3, planted",
+        lambda part: numbers.routing(part, *numbers.planted_routes(), ordered=True),
+    ),
+    ("Merging, planted", lambda part: numbers.merging(part, numbers.planted())),
+    ("METRICS 4, simulated", signatures.signatures),
+    ("METRICS 5, random responses", judging.verdicts),
+)
+"""No engine, no second process, no torch: some seconds."""
+
+
+def fast() -> list[Row]:
+    """The rows that `make test` runs."""
+    return [row for part, rows in FAST for row in _timed(part, rows)]
+
+
+def slow(root: Path) -> Iterator[Row]:
+    """Everything that needs an engine, or processes of their own."""
+    import torch
+
+    from science import handed_on, launched, replayed, rollouts
+
+    torch.set_num_threads(1)
+    yield from _timed("95 % intervals, simulated", numbers.coverage)
+    yield from _timed("Layouts", lambda part: launched.layouts(part, root))
+    made = rollouts.capture(root)
+    _say(f"captured and scored {len(made.traces)} traces")
+    yield from _timed("Real scores", lambda part: rollouts.rows(part, made))
+    yield from _timed("Routing replay", lambda part: replayed.replayed(part, made, root))
+    yield from _timed("Exports", lambda part: handed_on.exports(part, made, root))
+    yield from _timed("Two workers", lambda part: handed_on.two_workers(part, made, root))
+
+
+def main() -> int:
+    """Entry point; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m science")
+    parser.add_argument("--fast", action="store_true", help="only what needs no engine")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/science.md")
+    options = parser.parse_args()
+    if options.fast and options.write:
+        parser.error("--write is of the whole table: leave out --fast")
+    started = time.monotonic()
+    rows = fast()
+    if not options.fast:
+        with tempfile.TemporaryDirectory(prefix="driftgate-science-") as folder:
+            rows += slow(Path(folder))
+    print(f"\n{markdown(rows)}\n")
+    failed = [row for row in rows if not row.holds]
+    _say(f"{len(rows)} rows in {time.monotonic() - started:.0f} s")
+    for row in failed:
+        _say(f"does not hold: {row.part}: {row.what}")
+    if options.write:
+        DOCUMENT.write_text(section(rows))
+    return 1 if failed else 0
+
+
+def _timed(part: str, rows: Callable[[str], Iterator[Row]]) -> list[Row]:
+    started = time.monotonic()
+    found = list(rows(part))
+    failed = sum(not row.holds for row in found)
+    took = time.monotonic() - started
+    _say(f"{part}: {len(found)} rows, {failed} do not hold, {took:.1f} s")
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

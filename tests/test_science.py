@@ -1,0 +1,44 @@
+"""The rows of ``make science`` that need no engine, and what makes a row hold."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from science.__main__ import FAST, fast
+from science.table import Row, exactly, markdown, near, worst
+
+
+def test_every_fast_row_holds() -> None:
+    rows = fast()
+    assert [f"{row.part}: {row.what}" for row in rows if not row.holds] == []
+    assert {row.part for row in rows} == {part for part, _ in FAST}
+    assert len(rows) > 120
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        near("p", "a value that is off", 1.0 + 1e-8, 1.0, rel=1e-9),
+        near("p", "a value that is not there", None, 1.0, rel=1e-9),
+        near("p", "a list that is shorter", [1.0], [1.0, 2.0], rel=1e-9),
+        near("p", "no number", math.nan, 1.0, rel=1e-9),
+        exactly("p", "another word", "yes", "no"),
+        exactly("p", "null for a number", None, 0),
+        worst("p", "a difference that is no number", math.nan, 1.0, "x"),
+        Row("p", "infinitely far", 1.0, 1.0, math.inf, math.inf),
+    ],
+    ids=lambda row: row.what,
+)
+def test_what_is_off_or_absent_does_not_hold(row: Row) -> None:
+    assert not row.holds
+    assert row.cells()[-1] == "NO"
+
+
+def test_the_table_names_each_part_once() -> None:
+    rows = [exactly(part, "x", 1, 1) for part in ("one", "one", "two")]
+    lines = markdown(rows).splitlines()
+    assert sum("**one**" in line for line in lines) == 1
+    assert len(lines) == 2 + 2 + 3
+    assert len({len(line) for line in lines}) == 1
