@@ -147,8 +147,9 @@ def _query_parameters(query: type[msgspec.Struct] | None) -> list[dict[str, Any]
     if query is None:
         return []
     (_,), components = msgspec.json.schema_components([query], ref_template=REF)
-    properties = components[query.__name__]["properties"]
+    told = components[query.__name__]
+    required = told.get("required", ())
     return [
-        {"name": name, "in": "query", "required": False, "schema": schema}
-        for name, schema in properties.items()
+        {"name": name, "in": "query", "required": name in required, "schema": schema}
+        for name, schema in told["properties"].items()
     ]

@@ -207,14 +207,15 @@ def npy_of(make: Callable[[int], bytes]) -> Script:
 
 
 FAULTS = {
+    # First: a gateway looks at an engine that broke before it asks it again.
+    "never": Fault("never answers", False, never, "the client left"),
+    "never-s": Fault("never answers a stream", True, never, "the client left"),
     "reset-before": Fault("resets before the headers", False, reset_at_once, CLOSED),
     "reset-before-s": Fault("resets before a stream's headers", True, reset_at_once, CLOSED),
     "reset-head": Fault("resets in the middle of the headers", False, in_the_head, CLOSED),
     "reset-body": Fault("resets in the middle of a JSON body", False, in_the_body, BROKEN),
     "reset-event": Fault("resets in the middle of an event", True, in_an_event, "^end: .*broke"),
     "reset-end": Fault("resets after the terminal event", True, after_the_end, None),
-    "never": Fault("never answers", False, never, "the client left"),
-    "never-s": Fault("never answers a stream", True, never, "the client left"),
     "drip": Fault("one byte at a time, JSON", False, partial(drip, pause_s=0.002, count=150), None),
     "drip-s": Fault("one byte at a time", True, partial(drip, pause_s=0.002, count=150), None),
     "length-short": Fault(
@@ -296,18 +297,12 @@ def _decodes(body: bytes) -> bool:
     return True
 
 
-LOOK_S = 11.0
-"""What a call may wait for the engine to be looked at again: 10 s."""
-
-
 async def one(name: str, number: int, engine: Engine, gateway: Gateway, row: Row) -> None:
     """One fault, directly and through the gateway, and the next call."""
     fault, call = FAULTS[name], f"{name}.{number}"
     body = request(name, call, stream=fault.stream)
     patience_s = SILENT_PATIENCE_S if fault.script is never else PATIENCE_S
     direct = await ask(engine.url, body, patience_s=patience_s)
-    if fault.script is never:  # the gateway looks at an engine that broke before it asks it again
-        patience_s += LOOK_S
     proxied = await ask(gateway.url, body, path=path_of(call), patience_s=patience_s)
     after = await _call(gateway, f"{call}-next", stream=fault.stream)
     row.tries += 1
