@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 from driftgate.errors import StorageError
 from driftgate.gateway.capture import Folded, Sample
+from driftgate.gateway.exact import Onward, proven
 from driftgate.gateway.lineage import ROOT, Lineage
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Plan
@@ -83,6 +84,7 @@ class Answer:
     """The client left before the answer's end."""
     served: Served
     """By which engine, under which weights."""
+    onward: Onward | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +338,7 @@ class Recorder:
             parent=parent.trace_id,
             prefix_len=parent.prefix_len,
             prefix_exact=parent.exact,
+            continuation=proven(answer.onward, sample.prompt_ids, answer.served.upstream),
             retry=call.retry,
             engine=engine,
             weight_version=joined(spans),

@@ -64,6 +64,8 @@ class Upstream:
         """Calls that are there now."""
         self.paused: str | None = None
         """Why it takes no calls now, by the trainer's word."""
+        self.takes_ids = True
+        """Its chat completions take ids for the prompt; False as soon as it did not."""
         self.weights = WeightVersions(config.weight_version)
         self.health = Health(self.url, config.upstream_key, self.weights, self._returned)
         self.report: ProbeReport | None = None
@@ -216,6 +218,7 @@ class Upstream:
     def _returned(self) -> None:
         """The engine was away: it may have another build or other flags now."""
         self._numerics.forget()
+        self.takes_ids = True
         self.error = "it was away and is probed again"
         self._wanted.set()
 
