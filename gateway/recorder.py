@@ -324,6 +324,9 @@ class Recorder:
             prompt_ids, response_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
         tokens = 0 if response_ids is None else len(response_ids)
         spans = sample.weight_spans or answer.served.spans(sample.choice, tokens)
+        continuation = proven(answer.onward, sample.prompt_ids, answer.served.upstream)
+        if continuation is not None:
+            self._metrics.continued.labels(continuation.way).inc()
         meta = TraceMeta(
             trace_id=trace_id,
             call_id=call.call_id,
@@ -338,7 +341,7 @@ class Recorder:
             parent=parent.trace_id,
             prefix_len=parent.prefix_len,
             prefix_exact=parent.exact,
-            continuation=proven(answer.onward, sample.prompt_ids, answer.served.upstream),
+            continuation=continuation,
             retry=call.retry,
             engine=engine,
             weight_version=joined(spans),
