@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import msgspec
@@ -26,9 +26,12 @@ from driftgate.errors import UNREADABLE, DriftgateError
 from driftgate.gateway import openai, rerender
 from driftgate.gateway.breakage import breakage
 from driftgate.gateway.dialects import chat_fields, previous_of
+from driftgate.gateway.digits import read_ids
 from driftgate.gateway.draft import given
 from driftgate.gateway.openai import Fields, Plan
+from driftgate.gateway.pieces import Pieces
 from driftgate.gateway.recent import Recent
+from driftgate.gateway.rerender import Asked
 from driftgate.gateway.sampled import Chain, Known, Memory, Sampled, read_chain
 from driftgate.gateway.sessions import MAX_TRAJECTORIES, Place
 from driftgate.gateway.tape import Tape
@@ -50,6 +53,15 @@ NOT_TAKEN = (
     "kv_transfer_params.prompt_token_ids, as vLLM 0.29's do"
 )
 
+T = TypeVar("T")
+
+
+class Aside(Protocol):
+    """Runs what a long request makes long where it does not hold the loop."""
+
+    def __call__(self, work: Callable[[], T]) -> Awaitable[T]: ...
+
+
 log = logging.getLogger("driftgate.exact")
 
 
@@ -65,9 +77,10 @@ class _Answer(msgspec.Struct):
 
 
 class _Rendered(msgspec.Struct):
-    token_ids: list[int]
+    token_ids: Raw
 
 
+_ID_BYTES = b"0123456789,[]"
 _ANSWER = msgspec.json.Decoder(_Answer)
 _RENDERED = msgspec.json.Decoder(_Rendered)
 
@@ -84,6 +97,13 @@ class Onward:
     ids: bytes | None = None
     """The prompt, as a JSON array; None: the engine renders it."""
 
+    def go_on(self, known: Known, behind: Sequence[int]) -> Sampled:
+        """Keep the ids of ``known``, which is given back, and put ``behind`` behind them."""
+        sampled, self.known = known.sampled, known
+        parts = sampled.prompt_ids[1:-1], sampled.response_ids[1:-1]
+        self.ids = b"[%b]" % b",".join([*parts, *(b"%d" % one for one in behind)])
+        return sampled
+
     def written(self, body: bytes, field: tuple[str, str]) -> bytes:
         """The request for the engine with the ids in it."""
         if self.ids is None:
@@ -91,8 +111,14 @@ class Onward:
         name, key = (part.encode() for part in field)
         return b'%b,"%b":{"%b":%b}}' % (body.rstrip()[:-1], name, key, self.ids)
 
-    def answered(self, call_id: str, raw: bytes) -> None:
-        """Remember the choices of a JSON answer."""
+    def answered(
+        self, call_id: str, raw: bytes, messages: Sequence[Raw], pieces: Pieces | None
+    ) -> None:
+        """Remember the choices of a JSON answer; ``pieces``: it, taken apart."""
+        if pieces is not None and len(messages) == 1:
+            message = msgspec.json.decode(messages[0], type=dict[str, Any])
+            self.keep(f"{call_id}.0", message, pieces.prompt_token_ids, pieces.token_ids)
+            return
         try:
             answer = _ANSWER.decode(raw)
         except UNREADABLE:
@@ -123,8 +149,9 @@ class Onward:
         """Remember one answer, where its ids came."""
         if self.chain is None or prompt_ids is None or response_ids is None:
             return
-        if len(response_ids) < len("[0]"):
-            return  # nothing was sampled
+        prompt, response = bytes(prompt_ids), bytes(response_ids)
+        if len(response) < len("[0]") or (prompt + response).translate(None, _ID_BYTES):
+            return  # nothing was sampled, or what came is no list of ids: the fold names it
         link = self.chain.after(message)
         if self.known is not None:  # reasoning that did not come back is in the ids all the same
             known = self.known.thoughts
@@ -137,8 +164,8 @@ class Onward:
                 tool_ids=link.tool_ids,
                 thoughts=link.thoughts,
                 varying=self.chain.varying,
-                prompt_ids=bytes(prompt_ids),
-                response_ids=bytes(response_ids),
+                prompt_ids=prompt,
+                response_ids=response,
             ),
         )
 
@@ -160,11 +187,13 @@ class Exact:
         place: Place,
         upstream: Upstream,
         headers: Mapping[str, str],
+        aside: Aside,
     ) -> Onward | None:
-        """How to ask for a call of ``place``; None where it is no chat call."""
+        """How to ask for a call of ``place``; None where it is no chat call. ``aside`` does what a
+        long request makes long."""
         if plan.api != "chat":
             return None
-        chain = read_chain(fields)
+        chain: Chain | None = await aside(lambda: read_chain(fields, upstream.tokenizer))
         onward = Onward(chain, place.trajectory, self._memory)
         if chain is None:
             return onward
@@ -175,63 +204,48 @@ class Exact:
         if not chain.answers:
             return onward
         known, why = self._memory.find(chain, place.trajectory)
-        why_not = plan.uncaptured or _cannot(fields, upstream) or (why if known is None else None)
+        why_not = plan.uncaptured or _cannot(upstream)
+        if why_not is None and known is not None:
+            why_not = await aside(lambda: rerender.obstacle(fields, upstream.adapter))
         if known is None or why_not is not None:
-            onward.continuation = Continuation(way="ordinary", reason=why_not)
+            onward.continuation = Continuation(way="ordinary", reason=why_not or why)
             return onward
-        onward.known = known
+        asked = await aside(lambda: rerender.asked(fields, known, chain.varying))
         try:
-            behind = await self._behind(fields, chain, known, upstream, headers)
-            ids = behind if isinstance(behind, str) else _joined(known.sampled, behind)
+            behind = await self._behind(asked, known.sampled.last_id, upstream, headers)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            ids = f"rendering failed: {breakage(error).what}"
-        if isinstance(ids, bytes):
-            ids = _too_long(ids, fields, upstream, plan.model) or ids
-        if isinstance(ids, str):
-            onward.known = None
-            onward.continuation = Continuation(way="ordinary", reason=ids)
+            behind = f"rendering failed: {breakage(error).what}"
+        if not isinstance(behind, str):
+            behind = _too_long(known.sampled, behind, fields, upstream, plan.model) or behind
+        if isinstance(behind, str):
+            onward.continuation = Continuation(way="ordinary", reason=behind)
             return onward
-        onward.ids = ids
-        sampled = known.sampled
+        sampled = onward.go_on(known, behind)
         onward.continuation = Continuation(
             way="exact", after=sampled.trace_id, kept=sampled.length, reason=why
         )
         return onward
 
     async def _behind(
-        self,
-        fields: Fields,
-        chain: Chain,
-        known: Known,
-        upstream: Upstream,
-        headers: Mapping[str, str],
+        self, asked: Asked, last_id: int, upstream: Upstream, headers: Mapping[str, str]
     ) -> list[int] | str:
         """The ids behind the answer, as the engine renders them; in words why they are not
         known."""
-
-        def ask(placeholder: str, varying: Mapping[str, bytes] | None = None) -> Any:
-            body = rerender.body(fields, known.position, placeholder, varying)
-            return self._render(upstream, body, headers)
-
-        first, second, third = rerender.PLACEHOLDERS
-        varied = chain.varying != known.sampled.varying
-        asked = [ask(first), ask(second)]
-        if varied:
-            asked.append(ask(first, known.sampled.varying))
-        rendered = await asyncio.gather(*asked)
-        for answer in rendered:
-            if isinstance(answer, str):
-                return answer
-        if varied and not np.array_equal(rendered.pop(), rendered[0]):
-            return "tool_choice or response_format changed, and the template shows it"
-        calls = rerender.has_calls(fields, known.position)
-        last_id = known.sampled.last_id
-        if rerender.needs_third(rendered, last_id, calls=calls):
-            answer = await ask(third)
+        bodies = [asked.first, asked.second, *([asked.before] if asked.before else [])]
+        answers = await asyncio.gather(*(self._render(upstream, b, headers) for b in bodies))
+        rendered = list[I32]()
+        for answer in answers:
             if isinstance(answer, str):
                 return answer
             rendered.append(answer)
-        return rerender.behind(rendered, last_id, calls=calls)
+        if asked.before is not None and not np.array_equal(rendered.pop(), rendered[0]):
+            return "tool_choice or response_format changed, and the template shows it"
+        if rerender.needs_third(rendered, last_id, calls=asked.calls):
+            third = await self._render(upstream, asked.third, headers)
+            if isinstance(third, str):
+                return third
+            rendered.append(third)
+        return rerender.behind(rendered, last_id, calls=asked.calls)
 
     async def _render(
         self, upstream: Upstream, body: bytes, headers: Mapping[str, str]
@@ -246,9 +260,10 @@ class Exact:
         if answer.status != 200:
             return f"rendering failed: the engine answered {answer.status}"
         try:
-            return np.array(_RENDERED.decode(said).token_ids, np.int32)
-        except (*UNREADABLE, OverflowError) as error:
+            ids = read_ids(bytes(_RENDERED.decode(said).token_ids))
+        except (*UNREADABLE, ValueError) as error:
             return f"rendering failed: {error}"
+        return "rendering failed: token_ids are no list of ids" if ids is None else ids
 
     def _read(self, trajectory: str) -> list[Trace]:
         """The latest traces of a trajectory that was begun before the gateway was."""
@@ -276,30 +291,24 @@ class Exact:
             )
 
 
-def _cannot(fields: Fields, upstream: Upstream) -> str | None:
-    adapter = upstream.adapter
-    if adapter.render_path is None:
-        return f"{adapter.name}: its chat completions take no token ids"
-    if not upstream.takes_ids:
-        return NOT_TAKEN
-    return rerender.obstacle(fields, adapter.prompt_ids_field[0])
+def _cannot(upstream: Upstream) -> str | None:
+    if upstream.adapter.render_path is None:
+        return f"{upstream.adapter.name}: its chat completions take no token ids"
+    return None if upstream.takes_ids else NOT_TAKEN
 
 
-def _too_long(ids: bytes, fields: Fields, upstream: Upstream, model: str) -> str | None:
+def _too_long(
+    sampled: Sampled, behind: Sequence[int], fields: Fields, upstream: Upstream, model: str
+) -> str | None:
     """The ids may be more than the template's rendering; what that had room for is not refused."""
     models = [] if upstream.report is None else upstream.report.models
     limit = next((info.max_model_len for info in models if info.id == model), None)
     asked = openai.read(fields, "max_completion_tokens", int)
     wanted = asked or openai.read(fields, "max_tokens", int) or 1
-    length = ids.count(b",") + 1
+    length = sampled.length + len(behind)
     if limit is None or length + wanted <= limit:
         return None
     return f"{length} exact tokens and {wanted} to sample are over the model's {limit}"
-
-
-def _joined(sampled: Sampled, behind: list[int]) -> bytes:
-    parts: Iterator[bytes] = iter((sampled.prompt_ids[1:-1], sampled.response_ids[1:-1]))
-    return b"[%b]" % b",".join([*parts, *(b"%d" % one for one in behind)])
 
 
 def _array(ids: I32) -> bytes:
@@ -319,7 +328,7 @@ def _chain_of(trace: Trace) -> Chain | None:
             fields = chat_fields(api, trace.request, fields)
     except DriftgateError:
         return None
-    return read_chain(fields)
+    return read_chain(fields, trace.meta.engine.settings.get("tokenizer"))
 
 
 def proven(
@@ -328,8 +337,8 @@ def proven(
     """How the call went on, by the ids of its prompt as they came back. Any thread."""
     if onward is None or onward.ids is None:
         return None if onward is None else onward.continuation
-    asked = np.array(msgspec.json.decode(onward.ids, type=list[int]), np.int32)
-    if prompt_ids is not None and np.array_equal(asked, prompt_ids):
+    asked = read_ids(onward.ids)
+    if prompt_ids is not None and asked is not None and np.array_equal(asked, prompt_ids):
         return onward.continuation
     if prompt_ids is None:
         return Continuation(way="ordinary", reason="the engine did not say the prompt's ids")

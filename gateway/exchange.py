@@ -121,7 +121,7 @@ class Exchange:
         body, messages, pieces = strip_answer(raw, asked.plan)
         turns = turns_of_answer(asked.history, asked.plan, raw, messages)
         if asked.onward is not None:
-            asked.onward.answered(asked.call.call_id, raw)
+            asked.onward.answered(asked.call.call_id, raw, messages, pieces)
         if self._teller is not None:
             body = end.response = self._teller.answer(body)
         fold = partial(

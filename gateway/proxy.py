@@ -201,7 +201,8 @@ class Proxy:
         headers = http.request_headers(request.headers, self._config)
         onward = None
         if self._exact is not None:
-            onward = await self._exact.onward(read.fields, plan, place, upstream, headers)
+            aside = partial(_aside, body)
+            onward = await self._exact.onward(read.fields, plan, place, upstream, headers, aside)
         call = self._sessions.begin(
             place,
             call_id=f"c-{uuid.uuid4().hex}",

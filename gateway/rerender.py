@@ -13,17 +13,18 @@ has to give the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Raw
 
+from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE
 from driftgate.gateway.openai import Fields
-from driftgate.gateway.sampled import SAMPLING, VARYING
+from driftgate.gateway.sampled import SAMPLING, VARYING, Known
 from driftgate.trace import I32
 
-__all__ = ["PLACEHOLDERS", "behind", "body", "has_calls", "needs_third", "obstacle", "tail"]
+__all__ = ["Asked", "asked", "behind", "needs_third", "obstacle", "tail"]
 
 PLACEHOLDERS = ("driftgate x", "driftgate 7", "driftgate.")
 """They end with a letter, a digit and a mark: a tokenizer joins what follows with one of these at
@@ -35,7 +36,7 @@ _NULL = b"null"
 _ENCODER = msgspec.json.Encoder()
 
 
-def obstacle(fields: Fields, ids_field: str) -> str | None:
+def obstacle(fields: Fields, adapter: EngineAdapter) -> str | None:
     """What in a request cannot be done with ids; None where nothing is."""
     for name, harmless in (
         ("continue_final_message", b"false"),
@@ -44,7 +45,7 @@ def obstacle(fields: Fields, ids_field: str) -> str | None:
         ("truncate_prompt_tokens", _NULL),
         ("return_prompt_text", b"false"),
         ("use_beam_search", b"false"),
-        (ids_field, _NULL),
+        (adapter.prompt_ids_field[0], _NULL),
     ):
         if bytes(fields.get(name, _NULL)) not in (_NULL, harmless):
             return f"{name} cannot be served with token ids"
@@ -92,6 +93,28 @@ def _with(message: dict[str, Any], placeholder: str) -> dict[str, Any]:
     arguments = _ENCODER.encode({"text": placeholder}).decode()
     function = {**last["function"], "arguments": arguments}
     return changed | {"tool_calls": [*calls, {**last, "function": function}]}
+
+
+class Asked(NamedTuple):
+    """What has to be rendered to find what stands behind an answer."""
+
+    first: bytes
+    second: bytes
+    third: bytes
+    """Where ``needs_third``."""
+    before: bytes | None
+    """The first with ``VARYING`` fields as they were; None where they are the same."""
+    calls: bool
+    """The answer calls tools."""
+
+
+def asked(fields: Fields, known: Known, varying: Mapping[str, bytes]) -> Asked:
+    """The requests; ``varying``: as they are now."""
+    bodies = [body(fields, known.position, placeholder) for placeholder in PLACEHOLDERS]
+    before = None
+    if varying != known.sampled.varying:
+        before = body(fields, known.position, PLACEHOLDERS[0], known.sampled.varying)
+    return Asked(*bodies, before, has_calls(fields, known.position))
 
 
 def has_calls(fields: Fields, position: int) -> bool:

@@ -124,8 +124,9 @@ class Known(NamedTuple):
     """Up to it, with those that did not come back."""
 
 
-def read_chain(fields: Fields) -> Chain | None:
-    """Of a chat request; None where its messages are not a list of objects."""
+def read_chain(fields: Fields, tokenizer: str | None) -> Chain | None:
+    """Of a chat request; None where its messages are not a list of objects. ``tokenizer``: the
+    digest of what gives the ids, where it is known."""
     try:
         messages = _MESSAGES.decode(fields.get("messages", b""))
         shown = {
@@ -136,7 +137,7 @@ def read_chain(fields: Fields) -> Chain | None:
     except UNREADABLE:
         return None
     given = {name: value for name, value in shown.items() if value is not None}
-    link = Link(_digest(_canonical(given)), frozenset(), ())
+    link = Link(_digest(_canonical([tokenizer, given])), frozenset(), ())
     answers = list[tuple[int, Link]]()
     for position, message in enumerate(messages):
         link = _next(link, message)

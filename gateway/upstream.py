@@ -182,6 +182,11 @@ class Upstream:
         """Why requests must go on as they are: the engine refuses what capture adds to them."""
         return None if self.report is None else self.report.refusal
 
+    @property
+    def tokenizer(self) -> str | None:
+        """The digest of its tokenizer, where it is known."""
+        return None if self.report is None else self.report.texts.get("tokenizer")
+
     def engine(self, model: str, fingerprint: str | None) -> Engine:
         """The fingerprint of the engine that gave an answer. Any thread."""
         report = self.report

@@ -9,6 +9,7 @@ import pytest
 from msgspec import Raw
 
 from driftgate.gateway import rerender
+from driftgate.gateway.sampled import Known, Sampled
 from driftgate.testing.checkpoints import CHAT_TEMPLATE, make_tokenizer
 from tests.core.rendered import FORGETFUL, TOOLS, UNTHINKING, Run, parsed, tool, user
 
@@ -51,18 +52,16 @@ def behind(
     """As ``gateway.exact`` asks for it."""
     fields = {"messages": Raw(json.dumps(messages).encode())}
     last_id = int(run.ids(sampled)[-1])
-    calls = rerender.has_calls(fields, position)
+    answer = Sampled("a", "run", frozenset(), (), {}, b"[1]", b"[2]")
+    asked = rerender.asked(fields, Known(position, answer, ()), {})
 
-    def ask(placeholder: str) -> Any:
-        return run.render(
-            json.loads(rerender.body(fields, position, placeholder))["messages"], tools
-        )
+    def rendering(body: bytes) -> Any:
+        return run.render(json.loads(body)["messages"], tools)
 
-    first, second, third = rerender.PLACEHOLDERS
-    rendered = [ask(first), ask(second)]
-    if rerender.needs_third(rendered, last_id, calls=calls):
-        rendered.append(ask(third))
-    return rerender.behind(rendered, last_id, calls=calls)
+    rendered = [rendering(asked.first), rendering(asked.second)]
+    if rerender.needs_third(rendered, last_id, calls=asked.calls):
+        rendered.append(rendering(asked.third))
+    return rerender.behind(rendered, last_id, calls=asked.calls)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
