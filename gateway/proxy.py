@@ -29,6 +29,7 @@ from driftgate.gateway.conversation import MAX_SEEN, Seen
 from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.earlier import Earlier, kept_of
 from driftgate.gateway.ending import Asked
+from driftgate.gateway.exact import Exact
 from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import continues
 from driftgate.gateway.metrics import Metrics
@@ -98,6 +99,8 @@ class Proxy:
         self._metrics = metrics
         self._session: aiohttp.ClientSession
         self._earlier = Earlier(reader, config.redact)
+        exact = config.continuation == "exact"
+        self._exact = Exact(reader, lambda: self._session) if exact else None
         self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
         self.restored = asyncio.Event()
         """What the store knows of earlier trajectories is in ``sessions``."""
@@ -192,11 +195,17 @@ class Proxy:
         body = await request.read()
         read = await self._read(request, api, body)
         model = openai.read(read.fields, "model", str) or ""
-        place = None
+        headers = http.request_headers(request.headers, self._config)
+        place, onward = None, None
         try:
             place = await self._placed(request, read)
             upstream = await self._upstreams.choose(place.trajectory, model)
             sent, plan = await _aside(body, partial(write, api, body, read, upstream))
+            if self._exact is not None:
+                aside = partial(_aside, body)
+                onward = await self._exact.onward(
+                    read.fields, plan, place, upstream, headers, aside
+                )
             step = await self._shared_step(place, request, read)
         except asyncio.CancelledError:
             place = place or await self._resumed(self._place(request, read))
@@ -207,7 +216,8 @@ class Proxy:
         call = self._begin(place, request, read, step)
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
-        headers = http.request_headers(request.headers, self._config)
+        if onward is not None:
+            sent = onward.written(sent, upstream.adapter.prompt_ids_field)
         if self.spans is not None:
             engine = upstream.name, upstream.url
             self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
@@ -227,6 +237,7 @@ class Proxy:
             body=self._config.redacted(body),
             dialect=self._dialect(call, plan, read),
             history=read.history,
+            onward=onward,
             started_ns=started_ns,
             expect_routes=upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 
 from driftgate.errors import StorageError
 from driftgate.gateway.capture import Folded, Sample
+from driftgate.gateway.exact import Onward, proven
 from driftgate.gateway.lineage import ROOT, Lineage
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Plan
@@ -83,6 +84,7 @@ class Answer:
     """The client left before the answer's end."""
     served: Served
     """By which engine, under which weights."""
+    onward: Onward | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +338,9 @@ class Recorder:
             prompt_ids, response_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
         tokens = 0 if response_ids is None else len(response_ids)
         spans = sample.weight_spans or answer.served.spans(sample.choice, tokens)
+        continuation = proven(answer.onward, sample.prompt_ids, answer.served.upstream)
+        if continuation is not None:
+            self._metrics.continued.labels(continuation.way).inc()
         meta = TraceMeta(
             trace_id=trace_id,
             call_id=call.call_id,
@@ -350,6 +355,7 @@ class Recorder:
             parent=parent.trace_id,
             prefix_len=parent.prefix_len,
             prefix_exact=parent.exact,
+            continuation=continuation,
             retry=call.retry,
             engine=engine,
             weight_version=joined(spans),
