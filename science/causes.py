@@ -216,7 +216,7 @@ def anatomies(part: str) -> Iterator[Row]:
 def _growth(part: str) -> Iterator[Row]:
     """``log_ratio_sum_std`` over T tokens goes as T to the exponent; sqrt(T) is 1/2."""
     rng = np.random.default_rng(3)
-    count, size, sigma = 60, 256, 0.02
+    count, size, sigma = 30, 256, 0.02
     white = [rng.normal(0, sigma, size) for _ in range(count)]
     shared = [np.full(size, rng.normal(0, sigma)) + rng.normal(0, sigma / 50, size)
               for _ in range(count)]  # fmt: skip

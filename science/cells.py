@@ -35,7 +35,7 @@ OTHER = msgspec.structs.replace(ENGINE, version="0.30.0")
 STEPS, TOKENS = 2, 60
 STORED = 1e-5
 """Relative: log-probabilities are kept in float32."""
-DRAWS = 4000
+DRAWS = 2000
 MONTE_CARLO = 0.1
 """Of an interval's width: both bootstraps draw, ours 1,000 times."""
 
@@ -121,6 +121,7 @@ def _cell(part: str, name: str, cell: CellView, runs: Sequence[Planted]) -> Iter
     )  # fmt: skip
     yield exactly(part, f"{name}: is partial", cell.partial, scores < captured)
     yield exactly(part, f"{name}: runs", cell.trajectories, len(runs))
+    yield from _lags(part, name, cell, runs)
     yield exactly(part, f"{name}: marked as few (n < 30)", cell.few, len(runs) < 30)
     if cell.few:
         return  # five runs have few different draws, and an interval no smooth end
@@ -131,6 +132,22 @@ def _cell(part: str, name: str, cell: CellView, runs: Sequence[Planted]) -> Iter
         words = [f"{a:.4g} .. {b:.4g}" for a, b in ((told.low, told.high), (low, high))]
         what = f"{name}: 95 % interval of {metric}"
         yield Row(part, what, *words, apart, MONTE_CARLO * (high - low))
+
+
+def _lags(part: str, name: str, cell: CellView, runs: Sequence[Planted]) -> Iterator[Row]:
+    """Tokens by how many versions lie between sampling and scoring, which was under 7."""
+    wanted: dict[str, list[F64]] = {}
+    for one in runs:
+        wanted.setdefault(str(7 - int(one.version)), []).extend(one.d[: one.scored])
+    told = {lag.label: lag for lag in cell.by_lag}
+    yield exactly(part, f"{name}: lags", ", ".join(told), ", ".join(sorted(wanted)))
+    for label, parts in sorted(wanted.items()):
+        d, lag = np.concatenate(parts), told[label]
+        assert lag.measures is not None
+        yield exactly(part, f"{name}, lag {label}: tokens", lag.n_tokens, len(d))
+        mean = lag.measures.metrics["abs_log_ratio_mean"]
+        what = f"{name}, lag {label}: abs_log_ratio_mean"
+        yield near(part, what, mean, np.abs(d).mean(), rel=STORED)
 
 
 def _bootstrap(by_run: Sequence[F64]) -> dict[str, tuple[float, float]]:
