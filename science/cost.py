@@ -20,7 +20,7 @@ from driftgate.teacher.batches import Batching, groups
 from driftgate.teacher.config import BATCH_TOKENS
 from driftgate.teacher.sequences import assemble
 from driftgate.testing.checkpoints import make_checkpoint
-from science.table import Row, exactly
+from science.table import Row, at_least, at_most, exactly
 
 __all__ = ["costs"]
 
@@ -45,16 +45,6 @@ def costs(part: str, root: Path) -> Iterator[Row]:
     for model in models:
         yield _against_bare(part, model)
     yield from _memory(part, root)
-
-
-def at_least(part: str, what: str, ours: float, wanted: float) -> Row:
-    """``ours`` is not below ``wanted``; the difference is what it lacks."""
-    return Row(part, what, ours, f"at least {wanted:g}", max(0.0, wanted - ours), 0.0)
-
-
-def at_most(part: str, what: str, ours: float, wanted: float) -> Row:
-    """``ours`` is not above ``wanted``."""
-    return Row(part, what, ours, f"at most {wanted:g}", max(0.0, ours - wanted), 0.0)
 
 
 def _processor_s(work: Callable[[], object], repeats: int = REPEATS) -> float:

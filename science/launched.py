@@ -24,7 +24,8 @@ __all__ = ["attached", "layouts", "torchrun"]
 
 FP32 = 1e-5
 """Nats. A wrong mapping of weights is 75 times as far off or more."""
-TIMEOUT_S = 300
+TIMEOUT_S = 900
+"""The longest launch takes a minute on a machine with nothing else to do."""
 
 TP, PP, EP, SP = "tensor_parallel", "pipeline_parallel", "expert_parallel", "sequence_parallel"
 DENSE: dict[str, dict[str, Any]] = {

@@ -263,7 +263,7 @@ def test_the_matrix_tells_lags_apart_where_there_are_several() -> None:
     text = plain(render.matrix([cell(by_lag=parts)]))
     assert "mean |D| by lag" in text
     assert "0: 1.00e-03 (25 tokens)" in text
-    assert "3: 0.2 (25 tokens)" in text
+    assert "3: 0.2000 (25 tokens)" in text
     assert "by lag" not in plain(render.matrix([cell(by_lag=parts[:1])]))
 
 
