@@ -1,7 +1,7 @@
 """The alert rules and the dashboard in a real Prometheus that scrapes a real gateway.
 
-Run by ``make prometheus``, which installs Debian's package where there is none. ``make test`` checks
-names and syntax without it (``tests/gateway/test_watching.py``).
+Run by ``make prometheus``, which installs Debian's package where there is none. ``make test``
+checks names and syntax without it (``tests/gateway/test_watching.py``).
 """
 
 from __future__ import annotations
