@@ -45,14 +45,19 @@ class Sink:
     def submit(self, record: Record) -> Future[None]:
         return self.submit_lazy(lambda: (record,), size_hint=0)
 
-    def behind_s(self, more: int = 0, more_bytes: int = 0) -> float:
-        return 0.0
-
-    def submit_lazy(self, make: Callable[[], Sequence[Record]], *, size_hint: int) -> Future[None]:
+    def submit_lazy(
+        self,
+        make: Callable[[], Sequence[Record]],
+        *,
+        size_hint: int,
+        handed_over: Callable[[], None] | None = None,
+    ) -> Future[None]:
         if self.full:
             raise StorageError("write queue is full")
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # as the writer does
+        if handed_over is not None:
+            handed_over()
         if self.held is None:
             self.settle(future, make)
         else:
