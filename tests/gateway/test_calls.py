@@ -205,6 +205,17 @@ async def test_strict_withholds_the_end_until_the_trace_is_durable(
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["json", "stream"])
+async def test_group_waits_for_no_sync(connect: Connect, body: dict[str, Any]) -> None:
+    sink = Sink()
+    agent = await connect(sink=sink)
+    sink.held = asyncio.Queue()
+    assert (await agent.send(body))[0] == 200
+    for _ in range(2):
+        sink.settle(*await sink.held.get())
+    assert [trace.meta.delivery for trace in sink.of(Trace)] == ["delivered"]
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["json", "stream"])
 async def test_strict_says_of_an_answer_that_its_agent_left_before_it_was_sent(
     connect: Connect, body: dict[str, Any]
 ) -> None:
