@@ -29,6 +29,7 @@ from driftgate.gateway.conversation import MAX_SEEN, Seen
 from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.earlier import Earlier, kept_of
 from driftgate.gateway.ending import Asked
+from driftgate.gateway.exact import Exact
 from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import continues
 from driftgate.gateway.metrics import Metrics
@@ -98,6 +99,8 @@ class Proxy:
         self._metrics = metrics
         self._session: aiohttp.ClientSession
         self._earlier = Earlier(reader, config.redact)
+        exact = config.continuation == "exact"
+        self._exact = Exact(reader, lambda: self._session) if exact else None
         self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
         self.restored = asyncio.Event()
         """What the store knows of earlier trajectories is in ``sessions``."""
@@ -192,11 +195,17 @@ class Proxy:
         body = await request.read()
         read = await self._read(request, api, body)
         model = openai.read(read.fields, "model", str) or ""
-        place = None
+        headers = http.request_headers(request.headers, self._config)
+        place, onward = None, None
         try:
             place = await self._placed(request, read)
             upstream = await self._upstreams.choose(place.trajectory, model)
             sent, plan = await _aside(body, partial(write, api, body, read, upstream))
+            if self._exact is not None:
+                aside = partial(_aside, body)
+                onward = await self._exact.onward(
+                    read.fields, plan, place, upstream, headers, aside
+                )
             step = await self._shared_step(place, request, read)
         except asyncio.CancelledError:
             place = place or await self._resumed(self._place(request, read))
@@ -207,7 +216,8 @@ class Proxy:
         call = self._begin(place, request, read, step)
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
-        headers = http.request_headers(request.headers, self._config)
+        if onward is not None:
+            sent = onward.written(sent, upstream.adapter.prompt_ids_field)
         if self.spans is not None:
             engine = upstream.name, upstream.url
             self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
@@ -227,6 +237,7 @@ class Proxy:
             body=self._config.redacted(body),
             dialect=self._dialect(call, plan, read),
             history=read.history,
+            onward=onward,
             started_ns=started_ns,
             expect_routes=upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,
@@ -239,7 +250,7 @@ class Proxy:
             place,
             call_id=f"c-{uuid.uuid4().hex}",
             body_sha256=read.digest,
-            sdk_retry=_retry_count(request),
+            sdk_retry=http.retry_count(request.headers),
             step=step,
         )
 
@@ -300,7 +311,7 @@ class Proxy:
         """The call's trajectory, once all that could be it is known."""
         place = self._place(request, read)
         open_ = not place.named and not self.restored.is_set()
-        if open_ and (continues(read.history) or _retry_count(request)):
+        if open_ and (continues(read.history) or http.retry_count(request.headers)):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
             place = self._place(request, read)
@@ -328,7 +339,7 @@ class Proxy:
         A trajectory that begins here has a name that nobody else knows yet."""
         if self._neighbours is None or place.attribution == "new" or not self._neighbours.any():
             return None
-        retry = _retry_count(request)
+        retry = http.retry_count(request.headers)
         step = self._sessions.next_step(place, body_sha256=read.digest, sdk_retry=retry)
         if step is None:
             return None
@@ -383,8 +394,3 @@ def _engine_url(base: str, path: str, request: web.Request | None) -> URL:
 def _payload(body: bytes) -> bytes | io.BytesIO:
     """What aiohttp sends at once, or, where that would hold the loop, piece by piece."""
     return io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
-
-
-def _retry_count(request: web.Request) -> int:
-    value = request.headers.get("x-stainless-retry-count", "0")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 4 else 0

@@ -11,13 +11,14 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 from driftgate.errors import StorageError
 from driftgate.gateway.capture import Folded, Sample
+from driftgate.gateway.exact import Onward, proven
 from driftgate.gateway.handover import HandOver, Ticket
 from driftgate.gateway.lineage import ROOT, Lineage
 from driftgate.gateway.metrics import Metrics
@@ -26,11 +27,12 @@ from driftgate.gateway.outcomes import outcome_of, words_of
 from driftgate.gateway.pressure import PRESSURE_WAIT_S, Pressure
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call
-from driftgate.storage import Reader, Record, WriterStats
+from driftgate.gateway.sink import Sink
+from driftgate.storage import Reader, Record
 from driftgate.trace import I32, CallIntent, CallOutcome, Engine, Trace, TraceMeta
 from driftgate.weights import joined
 
-__all__ = ["CLIENT_LEFT", "STOPPED", "Answer", "Recorded", "Recorder", "Sink"]
+__all__ = ["CLIENT_LEFT", "STOPPED", "Answer", "Recorded", "Recorder"]
 
 CLIENT_LEFT = "the client left before the end of the answer"
 STOPPED = "the gateway was stopped"
@@ -48,26 +50,6 @@ Recorded: TypeAlias = tuple[Future[None], Ticket]
 """Resolves when it is durable; when it is with the operating system."""
 
 log = logging.getLogger("driftgate.capture")
-
-
-class Sink(Protocol):
-    """What is used of ``driftgate.storage.Writer``."""
-
-    @property
-    def stats(self) -> WriterStats:
-        """Counters."""
-
-    def submit(self, record: Record) -> Future[None]:
-        """StorageError where the queue is full."""
-
-    def submit_lazy(
-        self,
-        make: Callable[[], Sequence[Record]],
-        *,
-        size_hint: int,
-        handed_over: Callable[[], None],
-    ) -> Future[None]:
-        """The same; ``make`` and ``handed_over`` run on the writer thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +72,7 @@ class Answer:
     """The client left before the answer's end."""
     served: Served
     """By which engine, under which weights."""
+    onward: Onward | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +326,9 @@ class Recorder:
             prompt_ids, response_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
         tokens = 0 if response_ids is None else len(response_ids)
         spans = sample.weight_spans or answer.served.spans(sample.choice, tokens)
+        continuation = proven(answer.onward, sample.prompt_ids, answer.served.upstream)
+        if continuation is not None:
+            self._metrics.continued.labels(continuation.way).inc()
         meta = TraceMeta(
             trace_id=trace_id,
             call_id=call.call_id,
@@ -357,6 +343,7 @@ class Recorder:
             parent=parent.trace_id,
             prefix_len=parent.prefix_len,
             prefix_exact=parent.exact,
+            continuation=continuation,
             retry=call.retry,
             engine=engine,
             weight_version=joined(spans),
