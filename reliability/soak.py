@@ -40,7 +40,7 @@ COLUMNS = ["way", "answers", "events", "failed", "p50 ms", "p99 ms", "cores"]
 SETTLED_S = 120.0
 """For what is queued at the end."""
 
-SETTLE_S = 5.0
+SETTLE_S = 4.0
 """Idle connections to the engine are closed after three."""
 
 BUCKET_US = 100
@@ -57,6 +57,7 @@ class Size:
     direct_s: float = 20.0
     streams: int = STREAMS
     shape: Shape = PACED
+    spread_s: float = SPREAD_S
 
 
 FULL = Size(seconds=600.0, leak_calls=20_000)
@@ -120,6 +121,7 @@ class Load:
                 pace_ms=1000 / EVENTS_A_SECOND,
                 seconds=seconds,
                 seen=self.delays,
+                spread_s=self.size.spread_s,
             )
         except (ConnectionError, TimeoutError) as error:
             self.failure = str(error)[:200] or type(error).__name__

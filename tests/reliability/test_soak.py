@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.payloads import SMALL
 from reliability.soak import Size, measure
 
-SIZE = Size(seconds=3.0, leak_calls=400, direct_s=1.0, streams=100, shape=SMALL)
+SIZE = Size(seconds=3.0, leak_calls=400, direct_s=1.0, streams=100, shape=SMALL, spread_s=1.0)
 
 
 def test_streams_through_two_gateways_and_what_they_leave(tmp_path: Path) -> None:
