@@ -23,7 +23,7 @@ from driftgate.testing.engine import stop
 from reliability.agent import ask, get, path_of
 from reliability.answers import Said, request, say
 from reliability.engine import SSE_HEAD, End, Engine, chunked, serve_engine, well
-from reliability.gateway import Gateway, start
+from reliability.gateway import Gateway, start, until
 from reliability.slowdisk import SlowDisk, compiler
 from reliability.verdict import Call, Row, digest_of, read_call
 
@@ -33,7 +33,7 @@ Durability = Literal["strict", "group"]
 
 AGENTS = 64
 FIRST_KILL_S, LAST_KILL_S = 0.02, 1.0
-"""After the load has begun; an answer takes up to a fifth of a second."""
+"""After the first answer; one takes up to a fifth of a second."""
 
 STEP_S = 0.02
 
@@ -100,6 +100,7 @@ class Load:
 async def one_kill(gateway: Gateway, load: Load, source: random.Random) -> float:
     """Load, then kill; when it was."""
     async with load.running():
+        await until(lambda: bool(load.calls))  # the first ones wait until the engine is known
         await asyncio.sleep(source.uniform(FIRST_KILL_S, LAST_KILL_S))
         killed_at = time.monotonic()
         gateway.kill()
