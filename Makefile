@@ -57,8 +57,10 @@ contracts: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# ONLY="kills disk": these tables alone; with WRITE=1 each is kept when it is done, so that a long run can be
+# taken up again.
 faults: setup
-	$(BIN)/python -m reliability $(if $(FULL),--full) $(if $(WRITE),--write)
+	$(BIN)/python -m reliability $(ONLY) $(if $(FULL),--full) $(if $(WRITE),--write)
 
 # Every number of the trainer's side against its reference, on a real engine: some minutes.
 science: setup
@@ -67,10 +69,10 @@ science: setup
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
-# A million cases of each reader of foreign bytes; `make test` runs a few thousand. Each target alone:
-# python -m reliability.fuzz NAME --write
+# A million cases of each reader of foreign bytes; `make test` runs a few thousand. ONLY="segment npy": these
+# targets alone.
 fuzz: setup
-	$(BIN)/python -m reliability.fuzz --write
+	$(BIN)/python -m reliability.fuzz $(ONLY) --write
 
 # In a virtual environment of its own: these tools would pull our pins about.
 TOOLS := $(VENV)-tools/bin

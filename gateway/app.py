@@ -35,9 +35,10 @@ from driftgate.gateway.listen import listening, raise_file_limit
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.pages import add_pages
 from driftgate.gateway.proxy import Proxy
-from driftgate.gateway.recorder import STOPPED, Recorder, Sink
+from driftgate.gateway.recorder import STOPPED, Recorder
 from driftgate.gateway.restore import restore
 from driftgate.gateway.sessions import Sessions
+from driftgate.gateway.sink import Sink
 from driftgate.gateway.tasks import Calls, Tasks, watch_lag
 from driftgate.gateway.upstreams import Upstreams
 from driftgate.gateway.wire import error_answer

@@ -1,4 +1,4 @@
-"""How one call ends: made known to attribution, recorded, and in ``strict`` recorded first. Once.
+"""How one call ends: made known to attribution, recorded, and only then told to its agent. Once.
 
 The ways to serve a call (JSON, a stream, a stream that the gateway writes) differ in what they send
 and share this."""
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -25,7 +24,7 @@ from driftgate.gateway.exact import Onward
 from driftgate.gateway.history import History
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.prompts import End
-from driftgate.gateway.recorder import Answer, Recorder
+from driftgate.gateway.recorder import Answer, Recorded, Recorder
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Sessions
 
@@ -34,7 +33,7 @@ __all__ = ["Asked", "Ending", "Fetched", "Outcome", "chunks", "read_whole", "sai
 SAID_CHARS = 300
 """Of an engine's error, in an outcome."""
 
-UNDELIVERED = "the answer was recorded before it was sent (strict), and then could not be delivered"
+UNDELIVERED = "the answer was recorded before its end was sent, and then could not be delivered"
 
 Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 Outcome: TypeAlias = Literal[
@@ -95,21 +94,19 @@ class Ending:
     async def before_end(
         self, turns: Iterable[Turn | End], fold: Callable[[], Folded], size_bytes: int
     ) -> None:
-        """All of the answer is here and its end may be sent next: it is known, storage has room
-        for it and, in ``strict``, has it. StorageError where failures refuse the call."""
+        """All of the answer is here and its end may be sent next: it is known, and storage has it.
+        StorageError where failures refuse the call."""
         self.known = True
         self._sessions.answered(self._asked.call, turns)
         await self._asked.served.confirm()
         self._remember()
         self._claimed_bytes = await self._recorder.claim(size_bytes + len(self._asked.body))
-        if self._recorder.strict:
-            self._promised = True
-            future = self._record(fold, size_bytes, delivered=True)
-            try:
-                await self._recorder.closed(future)
-            except StorageError:
-                self._promised = False
-                raise
+        self._promised = True
+        try:
+            await self._recorder.closed(self._record(fold, size_bytes, delivered=True))
+        except StorageError:
+            self._promised = False
+            raise
         self.released = True
 
     def _remember(self) -> None:
@@ -168,17 +165,18 @@ class Ending:
 
     def _record(
         self, fold: Callable[[], Folded], size_bytes: int, *, delivered: bool
-    ) -> Future[None] | None:
+    ) -> Recorded | None:
         self._recorded = True
         self._release()
+        now_ns = time.time_ns()
         answer = Answer(
             fold=fold,
             size_bytes=size_bytes + len(self._asked.body) + len(self.response or b""),
             request=self._asked.body,
             response=self.response,
             started_ns=self._asked.started_ns,
-            first_byte_ns=self.first_byte_ns,
-            ended_ns=time.time_ns(),
+            first_byte_ns=self.first_byte_ns or (now_ns if self._promised else None),
+            ended_ns=now_ns,
             delivered=delivered,
             streamed=self.streamed,
             cancelled=self.outcome == "cancelled",

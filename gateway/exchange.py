@@ -201,7 +201,7 @@ class Exchange:
             await response.write(b"".join(events))
 
     async def _before_end(self) -> None:
-        """All of the answer is here: make it known and, in ``strict``, durable. Once."""
+        """All of the answer is here: make it known and have it recorded. Once."""
         if self._end.known:
             return
         turns = turns_of_stream(self._asked.history, self._tape)

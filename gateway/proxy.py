@@ -250,7 +250,7 @@ class Proxy:
             place,
             call_id=f"c-{uuid.uuid4().hex}",
             body_sha256=read.digest,
-            sdk_retry=_retry_count(request),
+            sdk_retry=http.retry_count(request.headers),
             step=step,
         )
 
@@ -311,7 +311,7 @@ class Proxy:
         """The call's trajectory, once all that could be it is known."""
         place = self._place(request, read)
         open_ = not place.named and not self.restored.is_set()
-        if open_ and (continues(read.history) or _retry_count(request)):
+        if open_ and (continues(read.history) or http.retry_count(request.headers)):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
             place = self._place(request, read)
@@ -339,7 +339,7 @@ class Proxy:
         A trajectory that begins here has a name that nobody else knows yet."""
         if self._neighbours is None or place.attribution == "new" or not self._neighbours.any():
             return None
-        retry = _retry_count(request)
+        retry = http.retry_count(request.headers)
         step = self._sessions.next_step(place, body_sha256=read.digest, sdk_retry=retry)
         if step is None:
             return None
@@ -394,8 +394,3 @@ def _engine_url(base: str, path: str, request: web.Request | None) -> URL:
 def _payload(body: bytes) -> bytes | io.BytesIO:
     """What aiohttp sends at once, or, where that would hold the loop, piece by piece."""
     return io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
-
-
-def _retry_count(request: web.Request) -> int:
-    value = request.headers.get("x-stainless-retry-count", "0")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 4 else 0
