@@ -76,7 +76,7 @@ class Seen(NamedTuple):
 
 
 def read_conversation(
-    messages: bytes, known: Recent[bytes, Seen] | None = None
+    messages: bytes | Raw, known: Recent[bytes, Seen] | None = None
 ) -> Conversation | None:
     """The chain of a request's ``messages`` (JSON); None where they are not a list of objects.
 
@@ -84,7 +84,7 @@ def read_conversation(
     again."""
     try:
         items = _MESSAGES.decode(messages)
-        seen = [_seen(bytes(item), known) for item in items]
+        seen = [_seen(item, known) for item in items]
     except UNREADABLE:
         return None
     digest, ids = b"", frozenset[str]()
@@ -97,7 +97,7 @@ def read_conversation(
     return Conversation(digest, ids, tuple(turns))
 
 
-def _seen(raw: bytes, known: Recent[bytes, Seen] | None) -> Seen:
+def _seen(raw: Raw, known: Recent[bytes, Seen] | None) -> Seen:
     if known is None:
         return _read(_MESSAGE.decode(raw))
     key = _digest(raw)
@@ -115,7 +115,7 @@ def _read(message: Mapping[str, Any]) -> Seen:
     return Seen(_digest(msgspec.json.encode(canonical, order="sorted")), ids)
 
 
-def _digest(data: bytes) -> bytes:
+def _digest(data: bytes | Raw) -> bytes:
     """SHA-256, which processors compute at twice the speed of BLAKE2b, cut short."""
     return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
 
