@@ -1,6 +1,8 @@
-"""Reads a JSON array of token ids without making a Python integer of each. Pure."""
+"""Reads JSON arrays of token ids without making a Python integer of each. Pure."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
@@ -16,17 +18,18 @@ _FOURS = np.uint64(0x0000FFFF0000FFFF)
 _DIGITS = np.uint64(0x0F0F0F0F0F0F0F0F)
 
 
-def read_ids(array: bytes) -> I32 | None:
-    """The ids of a JSON array; None where it has anything but digits and commas, or a number of
-    more than eight digits.
+def read_ids(*arrays: bytes) -> list[I32] | None:
+    """The ids of each JSON array, read as one; None where they have anything but digits and commas,
+    a number of more than eight digits, or none.
 
     The eight bytes from each number's start are one word, shifted so that what follows the number
     falls out. Three steps then join neighbouring digits, pairs and fours, in all words at once.
     """
-    text = b"".join([b",", array[1:-1], b"," * _PLACES])
+    starts = list(itertools.accumulate([len(array) - 1 for array in arrays], initial=0))
+    text = b",".join([b"", *[array[1:-1] for array in arrays], b"," * (_PLACES - 1)])
     view = np.frombuffer(text, np.uint8)
-    gaps = np.flatnonzero(view - np.uint8(ord("0")) > 9)
-    if not (view.take(gaps) == ord(",")).all():
+    gaps = (view - np.uint8(ord("0")) > 9).nonzero()[0]
+    if np.count_nonzero(view == ord(",")) != len(gaps):
         return None
     gaps = gaps[: 1 - _PLACES]
     lengths = np.diff(gaps)
@@ -40,4 +43,5 @@ def read_ids(array: bytes) -> I32 | None:
         value = value * np.uint64(base) + (value >> np.uint64(bits))
         if mask is not None:
             value &= mask
-    return value.astype(np.int32)
+    # Where each array begins, one comma after another: whose numbers these are.
+    return np.split(value.astype(np.int32), np.searchsorted(gaps, starts[1:-1]))
