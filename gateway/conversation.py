@@ -33,6 +33,9 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 """Reasoning in the text itself, where the engine runs without a reasoning parser; agents cut it
 off."""
 
+_NO_IDS: frozenset[str] = frozenset()
+"""One for all: ``frozenset[str]()`` is a new one each time, of 216 bytes, kept for every turn."""
+
 _MOVING = ("cache_control",)
 """Marks that agents move from message to message."""
 
@@ -87,7 +90,7 @@ def read_conversation(
         seen = [_seen(item, known) for item in items]
     except UNREADABLE:
         return None
-    digest, ids = b"", frozenset[str]()
+    digest, ids = b"", _NO_IDS
     turns = []
     for message in seen:
         digest = _digest(digest + message.digest)

@@ -67,9 +67,11 @@ async def read_body(request: web.Request) -> bytes:
     if length is not None and length > limit:
         raise web.HTTPRequestEntityTooLarge(limit, length)
     try:
-        # A body that is here needs no timer: one costs as much as reading it.
-        async with asyncio.timeout(None if request.content.is_eof() else BODY_TIMEOUT_S):
+        if request.content.is_eof():  # it is here: a timer would cost as much as reading it
             body = await request.read()
+        else:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await request.read()
     except TimeoutError as error:
         raise web.HTTPRequestTimeout from error
     except (http_exceptions.HttpProcessingError, web.RequestPayloadError) as error:
