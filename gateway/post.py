@@ -163,8 +163,10 @@ class Poster:
                 transport.write(head + body)
                 message, content = await _first(protocol)
             else:
-                async with beside("post", _write(protocol, self._loop, head, body)):
+                async with beside("post", _write(protocol, self._loop, head, body)) as writing:
                     message, content = await _first(protocol)
+                    if not writing.done():
+                        protocol.force_close()  # the rest of the body is not sent
         except HttpProcessingError as error:
             line.close()
             info = aiohttp.RequestInfo(url, "POST", CIMultiDictProxy(_NO_HEADERS), url)
