@@ -65,6 +65,13 @@ class Metrics:
             "Calls that several trajectories could have led to",
             registry=registry,
         )
+        self.continued = Counter(
+            "driftgate_continued_traces",
+            "Traces that go on from an earlier answer, by how: with the ids that were sampled "
+            "(exact) or as the engine renders the messages (ordinary)",
+            ["way"],
+            registry=registry,
+        )
         self.in_flight = Gauge("driftgate_calls_in_flight", "Calls under way", registry=registry)
         self.first_byte = Histogram(
             "driftgate_first_byte_seconds",
@@ -103,6 +110,15 @@ class Metrics:
             "Calls answered 429 because a trainer had paused the engines",
             registry=registry,
         )
+
+        # A counter's first event is an increase only where the counter stood at 0 before it.
+        for counter, values in (
+            (self.held_back, ("released", "gave_up")),
+            (self.traces, ("complete", "partial")),
+            (self.lost, ("intent", "trace", "outcome", "owed")),
+        ):
+            for value in values:
+                counter.labels(value)
 
     def child(self, metric: M, *values: str) -> M:
         """``metric.labels(*values)``, which takes a lock and makes its key anew each time."""
