@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, UpstreamError
-from driftgate.gateway.digits import read_ids
+from driftgate.gateway.digits import read_all_ids, read_ids
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import Message
 from driftgate.gateway.openai import Plan
@@ -215,7 +215,7 @@ class _Folder:
         """Of the prompt and of the response; read at once, where both can be."""
         prompt, response = draft.prompt_ids, draft.ids_array()
         if prompt is not None and response is not None:
-            read = read_ids(prompt, response)
+            read = read_all_ids(prompt, response)
             if read is not None:
                 return read[0], read[1]
         prompt_ids = self._ids("prompt_ids", prompt, missing)
@@ -338,7 +338,7 @@ def _int32(ids: bytes) -> I32:
     where they are none."""
     read = read_ids(ids)
     if read is not None:
-        return read[0]
+        return read
     array = np.array(msgspec.json.decode(ids, type=list[int]), dtype=np.int64)
     if len(array) and (array.min() < 0 or array.max() > MAX_TOKEN_ID):
         raise ValueError(f"{array.min()} .. {array.max()} are no token ids")

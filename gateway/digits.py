@@ -8,7 +8,7 @@ import numpy as np
 
 from driftgate.trace import I32
 
-__all__ = ["read_ids"]
+__all__ = ["read_all_ids", "read_ids"]
 
 _PLACES = 8
 """Digits that one 64-bit word holds: vocabularies have six."""
@@ -18,9 +18,15 @@ _FOURS = np.uint64(0x0000FFFF0000FFFF)
 _DIGITS = np.uint64(0x0F0F0F0F0F0F0F0F)
 
 
-def read_ids(*arrays: bytes) -> list[I32] | None:
-    """The ids of each JSON array, read as one; None where they have anything but digits and commas,
-    a number of more than eight digits, or none.
+def read_ids(array: bytes) -> I32 | None:
+    """The ids of a JSON array; None where it has anything but digits and commas, or a number of
+    more than eight digits."""
+    read = read_all_ids(array)
+    return None if read is None else read[0]
+
+
+def read_all_ids(*arrays: bytes) -> list[I32] | None:
+    """The ids of several JSON arrays, in the time of one; None where one of them cannot be read.
 
     The eight bytes from each number's start are one word, shifted so that what follows the number
     falls out. Three steps then join neighbouring digits, pairs and fours, in all words at once.

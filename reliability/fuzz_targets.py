@@ -313,7 +313,7 @@ def ids(data: bytes) -> None:
         return  # it is only asked for arrays
     found = read_ids(msgspec.json.encode(array))
     if found is not None:
-        assert found[0].tolist() == msgspec.json.decode(data, type=list[int])
+        assert found.tolist() == msgspec.json.decode(data, type=list[int])
 
 
 def pieces(data: bytes) -> None:
