@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import aiohttp
 import pytest
@@ -28,24 +29,35 @@ class Engine:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        try:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
                 self.asked.append(head + await reader.readexactly(length))
                 writer.write(self.reply)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
 
 
 @asynccontextmanager
 async def posting(serve: Reply) -> AsyncIterator[tuple[Poster, str]]:
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    serving = set[asyncio.Task[Any]]()
+
+    async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
+        with suppress(asyncio.CancelledError):
+            await serve(reader, writer)
+        writer.close()
+
+    server = await asyncio.start_server(one, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with aiohttp.TCPConnector(limit=0) as connector, server:
         poster = Poster(connector, aiohttp.ClientTimeout(sock_connect=5))
         yield poster, url
         poster.close()
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving)
 
 
 async def ask(poster: Poster, url: str, body: bytes = b"{}") -> bytes:
