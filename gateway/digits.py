@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from driftgate.trace import I32
 
-__all__ = ["read_ids"]
+__all__ = ["all_ids", "read_ids"]
+
+MAX_TOKEN_ID = 2**31 - 1
 
 _PLACES = 8
 """Digits that one 64-bit word holds: vocabularies have six."""
@@ -41,3 +44,15 @@ def read_ids(array: bytes) -> I32 | None:
         if mask is not None:
             value &= mask
     return value.astype(np.int32)
+
+
+def all_ids(array: bytes) -> I32:
+    """The ids of a JSON array in any spelling. ValueError, OverflowError or what a decoder raises
+    where they are none."""
+    read = read_ids(array)
+    if read is not None:
+        return read
+    ids = np.array(msgspec.json.decode(array, type=list[int]), dtype=np.int64)
+    if len(ids) and (ids.min() < 0 or ids.max() > MAX_TOKEN_ID):
+        raise ValueError(f"{ids.min()} .. {ids.max()} are no token ids")
+    return ids.astype(np.int32)

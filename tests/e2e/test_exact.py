@@ -78,7 +78,7 @@ async def test_with_nothing_broken_both_ways_are_one(
 
 
 def how(trace: Trace) -> str | None:
-    return trace.meta.continuation and trace.meta.continuation.way
+    return None if trace.meta.continuation is None else trace.meta.continuation.way
 
 
 def extends(before: Trace, after: Trace) -> None:
@@ -97,10 +97,10 @@ async def forgetful(url: str, model: str) -> None:
     async with AsyncOpenAI(base_url=url, api_key="none") as client:
         for turn in range(8):
             messages.append({"role": "user", "content": f"What is next after {turn}?"})
+            tools: dict[str, Any] = {"tools": [TOOL], "tool_choice": FORCED if turn % 2 else "none"}
             answer = await client.chat.completions.create(
-                model=model, messages=messages, seed=turn, max_tokens=64, tools=[TOOL],  # type: ignore[list-item]
-                tool_choice=FORCED if turn % 2 else "none",  # type: ignore[arg-type]
-            )  # fmt: skip
+                model=model, messages=messages, seed=turn, max_tokens=64, **tools
+            )
             said = answer.choices[0].message
             kept: dict[str, Any] = {"role": "assistant", "content": said.content}
             calls = [call.model_dump() for call in said.tool_calls or ()]
