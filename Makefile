@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup browser demo test foreign lint types contracts bench faults science soak fuzz requirements audit \
-	docs tutorial image-check web-vendor pictures clean
+	docs tutorial prometheus image-check web-vendor pictures clean
 
 setup: $(STAMP) browser
 
@@ -67,7 +67,8 @@ science: setup
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
-# A million cases of each reader of foreign bytes, some ten minutes; `make test` runs a few thousand.
+# A million cases of each reader of foreign bytes; `make test` runs a few thousand. Each target alone:
+# python -m reliability.fuzz NAME --write
 fuzz: setup
 	$(BIN)/python -m reliability.fuzz --write
 
@@ -102,6 +103,11 @@ docs: setup
 # Runs docs/tutorial.md on a real engine and writes what its commands print.
 tutorial: setup
 	$(BIN)/python -m examples.tutorial
+
+# The alert rules and the dashboard in a real Prometheus that scrapes a real gateway.
+prometheus: setup
+	@command -v promtool > /dev/null || $(APT) install -y -qq --no-install-recommends prometheus
+	$(BIN)/python -m pytest tests/gateway/watching/real_prometheus.py
 
 # The steps of the gateway's image, without Docker.
 image-check: setup

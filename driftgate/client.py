@@ -28,7 +28,7 @@ from driftgate.errors import (
 )
 from driftgate.explain import TrajectoryExplanation
 from driftgate.judgements import Feedback, TrajectoryVerdicts
-from driftgate.live_views import Overview, PairedCells, Series, StepRoutes
+from driftgate.live_views import ExpertLoad, Overview, PairedCells, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
 from driftgate.tree import Tree
@@ -149,6 +149,10 @@ class Client:
     async def pair(self, a: str, b: str) -> PairedCells:
         """Two cells on the prompts that both were given; each as ``ENGINE/TRAINER/MODEL``."""
         return await self._get("/api/cells/pair", PairedCells, _query(a=a, b=b))
+
+    async def expert_load(self, cell: str) -> ExpertLoad:
+        """How a cell's tokens are spread over experts; ``cell``: ``ENGINE/TRAINER/MODEL``."""
+        return await self._get("/api/cells/load", ExpertLoad, _query(cell=cell))
 
     async def overview(self) -> Overview:
         """What is live now: rates, coverage, lag, alarms in words, the worst trajectories."""

@@ -364,6 +364,9 @@ class ScoreMeta(msgspec.Struct, kw_only=True):
     """The trainer side; for a noise floor the same side again."""
     sampling: Sampling | None = None
     """What the trace was asked with; None in scores from before this was kept."""
+    weight_version: str = "unknown"
+    """Policy version that its tokens were sampled under; unknown too in scores from before this was
+    kept."""
     trainer_weight_version: str | None = None
     """Policy version of the weights that scored; None where it was not given to the teacher."""
     temperature: float = 1.0

@@ -35,7 +35,8 @@ ARRAY_KEYS = (
     "routed_experts",
     "meta_info",
 )
-"""Left out of ``Sample.response``: the arrays hold them."""
+"""Left out of ``Sample.response``: the arrays hold them, but for the alternatives that an agent
+asked for (``top_logprobs``)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -202,7 +203,7 @@ class _Folder:
             routes_via="none" if routes is None else self._via,
             token_bytes=token_bytes,
             token_offsets=token_offsets,
-            response=draft.response or self._response(draft),
+            response=self._with_alternatives(draft),
             finish_reason=draft.finish_reason,
             missing=missing,
             proof=proof,
@@ -295,6 +296,19 @@ class _Folder:
             return None
         stopped = draft.finish_reason == "stop"
         return text_matches(joined, offsets, text.encode(), stopped=stopped)
+
+    def _with_alternatives(self, draft: Draft) -> bytes:
+        """The choice, with ``top_logprobs`` where they stood; of a row without any, an empty
+        list."""
+        response = draft.response or self._response(draft)
+        if not (draft.alternatives and draft.row_count and self._plan.logprobs_asked):
+            return response
+        rows = draft.alternatives + [b"[]"] * (draft.row_count - len(draft.alternatives))
+        tops = [Raw(row) for row in rows]
+        chat = self._plan.api == "chat"
+        kept: Any = [{"top_logprobs": top} for top in tops]
+        said = {"content": kept} if chat else {"top_logprobs": tops}
+        return msgspec.json.encode({**_FIELDS.decode(response), "logprobs": said})
 
     def _response(self, draft: Draft) -> bytes:
         """A streamed choice, with the keys of a JSON answer's."""

@@ -23,18 +23,21 @@ from driftgate.trace import WeightSpan
 __all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage", "given"]
 
 _NULL = Raw(b"null")
+_NO_ALTERNATIVES = (b"", b"null", b"[]", b"{}")
 
 
 class _Row(msgspec.Struct, gc=False):
     token: str = ""
     logprob: float | None = None
     bytes: list[int] | None = None
+    top_logprobs: Raw = Raw()
 
 
 class _Rows(msgspec.Struct, gc=False):
     content: list[_Row] | None = None
     tokens: list[str] | None = None
     token_logprobs: list[float | None] | None = None
+    top_logprobs: Raw = Raw()
 
 
 class Choice(msgspec.Struct):
@@ -85,12 +88,21 @@ class Head(msgspec.Struct):
 HEAD = msgspec.json.Decoder(Head)
 CHOICE = msgspec.json.Decoder(Choice)
 _SHORT_ROWS = msgspec.json.Decoder(list[Row])
+_RAWS = msgspec.json.Decoder(list[Raw])
 _LONG_ROWS = msgspec.json.Decoder(list[_Row])
 
 
 def given(raw: Raw) -> Raw | None:
     """None for a field that is absent or null."""
     return raw if raw and raw != _NULL else None
+
+
+def _list_of(raw: Raw) -> list[Raw]:
+    """Empty where it is no list: nothing else of an answer depends on it."""
+    try:
+        return _RAWS.decode(raw)
+    except UNREADABLE:
+        return []
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,6 +125,8 @@ class Draft:
     """Of each row's text, in bytes."""
     nameless: bool = False
     """A row does not say its text."""
+    alternatives: list[bytes] = field(default_factory=list)
+    """JSON of each row's ``top_logprobs`` up to the last that has any: an agent asked for them."""
     message: Message | None = None
     text: StringIO | None = None
     routes: bytes | None = None
@@ -130,7 +144,7 @@ class Draft:
         texts = self.message.size_chars if self.message is not None else 0
         texts += self.text.tell() if self.text is not None else 0
         parts = (self.prompt_ids, self.ids, self.token_bytes, self.routes, self.response)
-        arrays = 4 * (len(self.logprobs) + len(self.lengths))
+        arrays = 4 * (len(self.logprobs) + len(self.lengths)) + sum(map(len, self.alternatives))
         return texts + arrays + sum(len(part) for part in parts if part is not None)
 
     @property
@@ -223,9 +237,11 @@ class Draft:
         if rows.content is not None:
             values = [row.logprob for row in rows.content]
             texts = token_texts((row.token, row.bytes) for row in rows.content)
+            self._add_alternatives([row.top_logprobs for row in rows.content])
         elif rows.tokens is not None and rows.token_logprobs is not None:
             values = rows.token_logprobs
             texts = token_texts((token, None) for token in rows.tokens)
+            self._add_alternatives(_list_of(rows.top_logprobs))
         else:
             return
         self.rows = True
@@ -235,3 +251,11 @@ class Draft:
         for text in texts:
             self.token_bytes += text or b""
             self.lengths.append(len(text or b""))
+
+    def _add_alternatives(self, rows: Sequence[Raw]) -> None:
+        """Of the rows that are about to be added."""
+        first = len(self.logprobs)
+        for number, raw in enumerate(rows, first):
+            if (said := bytes(raw)) not in _NO_ALTERNATIVES:
+                self.alternatives += [b"[]"] * (number - len(self.alternatives))
+                self.alternatives.append(said)

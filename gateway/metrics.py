@@ -106,6 +106,15 @@ class Metrics:
             registry=registry,
         )
 
+        # A counter's first event is an increase only where the counter stood at 0 before it.
+        for counter, values in (
+            (self.held_back, ("released", "gave_up")),
+            (self.traces, ("complete", "partial")),
+            (self.lost, ("intent", "trace", "outcome", "owed")),
+        ):
+            for value in values:
+                counter.labels(value)
+
     def count_poll_errors(self, errors: Callable[[], int]) -> None:
         """Show ``errors()`` as the failed looks for new scores."""
         self._registry.register(_PollErrors(errors))

@@ -10,9 +10,11 @@ from driftgate.gateway.answers import Answers
 from driftgate.gateway.api_live import POINTS, LiveAnswers
 from driftgate.gateway.api_tree import read_tree
 from driftgate.gateway.explanations import Explanations
+from driftgate.gateway.loading import expert_load
+from driftgate.gateway.pairing import CellName
 from driftgate.gateway.verdicts import Verdicts
 from driftgate.judgements import TrajectoryVerdicts
-from driftgate.live_views import Overview, Series, StepRoutes
+from driftgate.live_views import ExpertLoad, Overview, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.storage import Reader
 from driftgate.tree import Tree
@@ -37,6 +39,7 @@ class Source(Protocol):
 
     async def overview(self) -> Overview: ...
     async def cells(self) -> Cells: ...
+    async def expert_load(self, cell: str) -> ExpertLoad: ...
     async def series(self, *, points: int | None = None) -> Series: ...
     async def trajectories(
         self, *, limit: int = 50, before: str | None = None
@@ -76,6 +79,10 @@ class StoreSource:
     async def cells(self) -> Cells:
         """As ``GET /api/cells``."""
         return self._answers.cells()
+
+    async def expert_load(self, cell: str) -> ExpertLoad:
+        """As ``GET /api/cells/load``."""
+        return expert_load(self._reader, CellName(*cell.split("/", 2)))
 
     async def series(self, *, points: int | None = None) -> Series:
         """As ``GET /api/series``."""

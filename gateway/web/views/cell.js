@@ -4,8 +4,9 @@ import { paths, useAnswer } from "../api.js";
 import { Replay } from "../replay.js";
 import { count, floorLabel, floorName, num, plural, side, sideDetail } from "../format.js";
 import {
-  Empty, InContext, LogRatio, Metric, Partial, Reasons, routeTo, Scroll, Section, Show, Title, Verdict,
+  Basis, Empty, InContext, lagWords, LogRatio, Metric, Partial, Reasons, routeTo, Scroll, Section, Show, Title, Verdict,
 } from "../parts.js";
+import { ExpertLoad } from "./load.js";
 import { Layers } from "./matrix.js";
 
 export function Cell({ parts }) {
@@ -30,12 +31,13 @@ function Whole({ cell, glossary }) {
       <p class="headline">
         <span class="big"><${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${cell.measures ?? cell.all_measures} moe=${moe} /></span>
         <${Verdict} verdict=${cell.verdict} />
-        <span>${count(cell.n_tokens)} tokens, ${plural(cell.n_seqs, "answer")}, ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? ": fewer than 30, so intervals come out too narrow" : ""}</span>
+        <span>k3, <${Basis} cell=${cell} metric="kl_k3_rollout_train" />, ${plural(cell.n_seqs, "answer")}</span>
       </p>
       <dl class="pairs">
         <dt>engine</dt><dd>${side(cell.engine)} · ${sideDetail(cell.engine, cell.engine_digest)}</dd>
         <dt>trainer</dt><dd>${side(cell.trainer)} · ${sideDetail(cell.trainer, cell.trainer_digest)}</dd>
         <dt>scored</dt><dd>${count(cell.scored)} of ${count(cell.captured)} captured${cell.partial && html` <${Partial} cell=${cell} />`}: ${count(cell.comparable.yes ?? 0)} comparable, ${count(cell.comparable.converted ?? 0)} converted, ${count(cell.comparable.no ?? 0)} not</dd>
+        ${cell.lag && html`<dt>weights</dt><dd>${lagWords(cell.lag)}${cell.lag.reason && html` <span class="muted">${cell.lag.reason}</span>`}</dd>`}
         ${cell.worst &&
         html`<dt>worst token</dt>
           <dd>
@@ -47,16 +49,17 @@ function Whole({ cell, glossary }) {
       </dl>
       <p><a href=${routeTo.compare(`c:${routeTo.cell(cell).slice(7)}`, null)}>Compare with another cell</a></p>
     </section>
-    <${Replay} of=${cell} raw=${paths.cells} />
     <${Why} cell=${cell} />
+    <${Metrics} cell=${cell} glossary=${glossary} moe=${moe} />
+    <${Replay} of=${cell} raw=${paths.cells} />
     <${Layers} cells=${moe ? [cell] : []} />
-    <${ByPosition} cell=${cell} />
-    <${Metrics} cell=${cell} glossary=${glossary} moe=${moe} />`;
+    <${ExpertLoad} cells=${moe && cell.kind === "drift" ? [cell] : []} />
+    <${ByPosition} cell=${cell} />`;
 }
 
 function Why({ cell }) {
   if (!cell.reasons.length && !cell.findings.length) return null;
-  return html`<${Section} id="why" title="Reasons">
+  return html`<${Section} id="why" title="Reasons" raw=${paths.cells}>
     ${cell.findings.length > 0 && html`<h3>Of the scores taken together</h3><${Reasons} reasons=${cell.findings} />`}
     ${cell.reasons.length > 0 &&
     html`<${Scroll} label="Reasons of single scores">
@@ -71,7 +74,7 @@ function Why({ cell }) {
 function ByPosition({ cell }) {
   const rates = cell.router?.metrics.router_set_disagree_rate_by_position;
   if (!rates?.length) return null;
-  return html`<${Section} id="by-position" title="Route disagreement along the response">
+  return html`<${Section} id="by-position" title="Route disagreement along the response" raw=${paths.cells}>
     <${Scroll} label="Route disagreement by position in the response">
       <table class="heat">
         <thead><tr><th scope="col">tokens</th>${rates.map((_, b) => html`<th scope="col" class="n">${2 ** b - 1}–${2 ** (b + 1) - 2}</th>`)}</tr></thead>
