@@ -245,6 +245,7 @@ async def test_an_engine_that_takes_no_ids_is_found_out_by_its_answer(
     engine.takes_ids = False
     for _ in range(3):
         await talk.ask()
+        await talk.agent.flush()  # it is found out when the answer is folded
     _, second, third = await talk.agent.traces()
     for trace in (second, third):
         assert trace.meta.continuation is not None
