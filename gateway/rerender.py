@@ -121,7 +121,7 @@ class Asked(NamedTuple):
 
 def asked(fields: Fields, known: Known, varying: Mapping[str, bytes]) -> Asked:
     """The requests; ``varying``: as they are now."""
-    position, (first, second, _) = known.position, PLACEHOLDERS
+    position, (first, second, third) = known.position, PLACEHOLDERS
     plain = before = None
     messages = _MESSAGES.decode(fields["messages"])
     message = _MESSAGE.decode(messages[position])
@@ -131,8 +131,13 @@ def asked(fields: Fields, known: Known, varying: Mapping[str, bytes]) -> Asked:
         plain = body(without, position, first), body(without, position, second)
     if varying != known.sampled.varying:
         before = body(fields, position, first, known.sampled.varying)
-    own = (body(fields, position, placeholder) for placeholder in PLACEHOLDERS)
-    return Asked(*own, plain, before)
+    return Asked(
+        first=body(fields, position, first),
+        second=body(fields, position, second),
+        third=body(fields, position, third),
+        plain=plain,
+        before=before,
+    )
 
 
 def tail(first: I32, second: I32) -> I32:
@@ -160,7 +165,8 @@ def behind(rendered: Sequence[I32], last_id: int) -> list[int] | str:
         return HIDDEN
     if any(len(tail(first, other)) > len(ids) for other in others):
         return "the tokenizer joins the end of a turn with the text before it"
-    return ids[1:].tolist() if ids[0] == last_id else ids.tolist()
+    whole: list[int] = ids.tolist()
+    return whole[1:] if whole[0] == last_id else whole
 
 
 def ends_turns(plain: Sequence[I32], last_id: int) -> bool:
@@ -172,7 +178,5 @@ def ends_turns(plain: Sequence[I32], last_id: int) -> bool:
 def behind_calls(rendered: Sequence[I32], last_id: int) -> list[int] | str:
     """As ``behind``, where the answer calls tools: the template closes brackets behind the
     arguments before it ends the turn, which is with ``last_id``."""
-    ids = tail(*rendered).tolist()
-    if last_id not in ids:
-        return HIDDEN
-    return list[int](ids[ids.index(last_id) + 1 :])
+    ids: list[int] = tail(*rendered).tolist()
+    return ids[ids.index(last_id) + 1 :] if last_id in ids else HIDDEN
