@@ -37,7 +37,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "dense": ("--dtype", "float32"),
     "moe": (),
     "processed": ("--dtype", "float32", "--logprobs-mode", "processed_logprobs"),
-    "thinking": ("--dtype", "float32", "--reasoning-parser", "qwen3"),
+    "thinking": ("--reasoning-parser", "qwen3"),
 }
 EXTRA = ("processed", "thinking")
 """Engines that few tests need."""
@@ -72,12 +72,12 @@ def launched(
     running: dict[str, EngineProcess] = {}
     try:
         for name in (*DTYPES, *(name for name in EXTRA if f"{name}_engine" in asked)):
-            model = "moe" if name == "moe" else "dense"
+            model = "moe" if name in ("moe", "thinking") else "dense"
             running[name] = launch_vllm(
                 checkpoints[model],
                 name=model,
                 log=logs / f"{name}.log",
-                routes=name == "moe",
+                routes=model == "moe",
                 extra=FLAGS[name],
             )
         yield running
@@ -107,7 +107,7 @@ def processed_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
 
 @pytest.fixture(scope="session")
 def thinking_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
-    """The dense model by an engine that gives reasoning in a field of its own."""
+    """The MoE by an engine that gives reasoning in a field of its own."""
     return ready(launched["thinking"])
 
 
