@@ -4,7 +4,8 @@ scored, and the table in the README is what this run gave."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,27 +46,40 @@ class Outcome:
     """By client, one for each run."""
     direct: dict[str, Played]
     """Run 0 of a client that speaks the engine's API, on the engine itself."""
+    found: dict[tuple[str, int], str | None]
+    """The trajectory of each run."""
     rows: dict[str, TrajectoryRow]
     trees: dict[str, Tree]
-    store: Path
 
-    def trajectories(self, client: Client) -> list[list[str]]:
-        """Of each run, the trajectories that hold just what it said."""
-        return [[n for n in self.rows if self._said(n) == p.said] for p in self.played[client.name]]
+    def trajectories(self, client: Client) -> list[str | None]:
+        """Of each run, the trajectory that holds just what it said, or None."""
+        return [self.found[client.name, number] for number in range(RUNS)]
 
     def row(self, client: Client) -> Row:
         """What the tables say of it."""
         played, direct = self.played[client.name][0], self.direct.get(client.name)
-        names = dict.fromkeys(name for names in self.trajectories(client) for name in names)
         return Row(
             client,
             played.versions,
-            [self.rows[name] for name in names],
+            [self.rows[name] for name in self.trajectories(client) if name is not None],
             None if direct is None else direct.said == played.said,
         )
 
-    def _said(self, trajectory: str) -> list[dict[str, object]]:
-        return [stored(trace) for trace in stored_traces(self.store, trajectory)]
+
+def matched(
+    played: dict[str, list[Played]], store: Path, names: Iterable[str]
+) -> dict[tuple[str, int], str | None]:
+    """A trajectory of its own for each run, by what was said in it: two runs may have said the
+    same."""
+    left: dict[str, list[str]] = {}
+    for name in names:
+        said = [stored(trace) for trace in stored_traces(store, name)]
+        left.setdefault(json.dumps(said), []).append(name)
+    return {
+        (client, number): left[key].pop() if left.get(key := json.dumps(run.said)) else None
+        for client, runs in played.items()
+        for number, run in enumerate(runs)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +111,9 @@ async def _all(engine: EngineProcess, checkpoint: Path, store: Path) -> Outcome:
         async with Api(proxied.url) as api:
             trees = {name: await api.tree(name) for name in rows}
     pairs = list(zip(CLIENTS, found, strict=True))
-    return Outcome(
-        {client.name: runs[:RUNS] for client, runs in pairs},
-        {client.name: runs[RUNS] for client, runs in pairs if client.api == "chat"},
-        rows,
-        trees,
-        store,
-    )
+    played = {client.name: runs[:RUNS] for client, runs in pairs}
+    direct = {client.name: runs[RUNS] for client, runs in pairs if client.api == "chat"}
+    return Outcome(played, direct, matched(played, store, rows), rows, trees)
 
 
 async def _run(proxied: Proxied, client: Client, number: int) -> Played:
@@ -121,10 +131,8 @@ def client(request: pytest.FixtureRequest) -> Client:
 
 
 def test_each_run_is_one_whole_trajectory_of_what_it_said(outcome: Outcome, client: Client) -> None:
-    found = outcome.trajectories(client)
-    assert [len(names) for names in found] == [1] * RUNS
-    assert len({name for names in found for name in names}) == RUNS
-    for (name,), played in zip(found, outcome.played[client.name], strict=True):
+    for name, played in zip(outcome.trajectories(client), outcome.played[client.name], strict=True):
+        assert name is not None, "no trajectory holds what the client was told, call by call"
         row = outcome.rows[name]
         assert (row.gaps, row.complete, row.failed_calls) == ([], True, 0)
         assert row.steps == row.captured == row.scored == len(played.said)
@@ -147,7 +155,8 @@ def test_a_handoff_and_a_helper_stand_in_the_tree(outcome: Outcome) -> None:
 
 def _kinds(outcome: Outcome, variant: str) -> list[str]:
     (client,) = (c for c in CLIENTS if (c.program, c.variant) == ("openai_agents", variant))
-    (name,) = outcome.trajectories(client)[0]
+    name = outcome.trajectories(client)[0]
+    assert name is not None
     return [node.kind for node in outcome.trees[name].nodes]
 
 
