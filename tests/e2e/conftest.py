@@ -43,6 +43,10 @@ EXTRA = ("processed", "thinking")
 """Engines that few tests need."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write", action="store_true", help="put the tables of clients into the docs")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The machine is shared, and one thread makes runs equal to the last bit."""
