@@ -93,8 +93,6 @@ def main() -> int:
     print(f"\n{markdown(rows)}\n")
     failed = [row for row in rows if not row.holds]
     _say(f"{len(rows)} rows in {time.monotonic() - started:.0f} s")
-    for row in failed:
-        _say(f"does not hold: {row.part}: {row.what}")
     if options.write:
         DOCUMENT.write_text(section(rows))
     return 1 if failed else 0
@@ -103,9 +101,11 @@ def main() -> int:
 def _timed(part: str, rows: Callable[[str], Iterator[Row]]) -> list[Row]:
     started = time.monotonic()
     found = list(rows(part))
-    failed = sum(not row.holds for row in found)
+    failed = [row for row in found if not row.holds]
     took = time.monotonic() - started
-    _say(f"{part}: {len(found)} rows, {failed} do not hold, {took:.1f} s")
+    _say(f"{part}: {len(found)} rows, {len(failed)} do not hold, {took:.1f} s")
+    for row in failed:
+        _say(f"  does not hold: {' | '.join(row.cells())}")
     return found
 
 

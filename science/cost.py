@@ -20,6 +20,7 @@ from driftgate.teacher.batches import Batching, groups
 from driftgate.teacher.config import BATCH_TOKENS
 from driftgate.teacher.sequences import assemble
 from driftgate.testing.checkpoints import make_checkpoint
+from science.launched import TIMEOUT_S
 from science.table import Row, at_least, at_most, exactly
 
 __all__ = ["costs"]
@@ -31,7 +32,6 @@ FACTORS = {5: 2.0, 20: 5.0, 50: 9.0}
 REPEATS = 3
 SHORT, LONG = 1024, 4096
 """Half of the lengths of the benchmark, which takes minutes for them."""
-TIMEOUT_S = 900
 LARGEST = scaling.VOCABULARIES[-1]
 
 
