@@ -150,7 +150,9 @@ class Api(LiveHandlers):
         """A page of trajectories, newest first."""
         query = query_of(request, TrajectoriesQuery)
         options = msgspec.structs.asdict(query)
-        return await self.answer(lambda: self._answers.trajectories(**options))
+        return await self.answer(
+            lambda: self.live.with_drift(self._answers.trajectories(**options))
+        )
 
     async def mint_trajectory(self, request: web.Request) -> web.StreamResponse:
         """Mint a trajectory to run an agent in.

@@ -90,7 +90,7 @@ class StoreSource:
 
     async def trajectories(self, *, limit: int = 50, before: str | None = None) -> TrajectoryPage:
         """As ``GET /api/trajectories``."""
-        return self._answers.trajectories(limit=limit, before=before)
+        return self._live.with_drift(self._answers.trajectories(limit=limit, before=before))
 
     async def trajectory(self, trajectory: str) -> TrajectoryDetail:
         """As ``GET /api/trajectories/{trajectory}``."""
