@@ -67,7 +67,8 @@ science: setup
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
-# A million cases of each reader of foreign bytes, some ten minutes; `make test` runs a few thousand.
+# A million cases of each reader of foreign bytes; `make test` runs a few thousand. Each target alone:
+# python -m reliability.fuzz NAME --write
 fuzz: setup
 	$(BIN)/python -m reliability.fuzz --write
 

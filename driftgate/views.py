@@ -15,7 +15,6 @@ from typing import Any, Literal
 import msgspec
 
 from driftgate.judgements import PairVerdict
-from driftgate.lag import Lag
 from driftgate.listings import (
     ApiError,
     ErrorBody,
@@ -316,6 +315,18 @@ class FloorView(msgspec.Struct, frozen=True, kw_only=True):
     router: RouterMeasures | None = None
 
 
+class LagView(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a cell that was sampled so many weight versions before it was scored."""
+
+    label: str
+    """A number of versions; ``32 or more``; ``differs``: by nobody knows how much; ``unknown``."""
+    n_tokens: int
+    n_seqs: int
+    measures: Measures | None
+    """Null where only its routes could be compared."""
+    router: RouterMeasures | None = None
+
+
 class CellView(msgspec.Struct, frozen=True, kw_only=True):
     """Everything known about one pair (engine, trainer): no number mixes fingerprints."""
 
@@ -354,10 +365,9 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     replay: ReplayView | None = None
     """Over the scores behind ``measures`` that were scored under the rollout's routes too; null
     where there is none."""
+    by_lag: list[LagView] = []
+    """``measures`` and ``router`` by policy lag, which is no drift of the engine."""
     worst: WorstView | None = None
-    lag: Lag | None = None
-    """Between the weights that sampled and those that scored, the largest of all scores; null of a
-    noise floor."""
     intervals: dict[str, Interval] = {}
     """Of ``measures``, by metric; empty where there are too few trajectories to tell."""
     floors: list[FloorView] = []

@@ -50,6 +50,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     driftgate's engine plugin. ``synthesise``: the engine is asked without streaming and the stream
     is written here. ``off``: not at all. ``auto``: the first of these that the engine can do and
     needs."""
+    continuation: Literal["rendered", "exact"] = "rendered"
+    """What stands in a prompt for earlier answers of a run. ``rendered``: what the engine's
+    template makes of the messages, as without driftgate. ``exact``: the ids that were sampled, so
+    that each prompt begins with all tokens of the call before it (docs/tree.md)."""
     logprobs_mode: LogprobsMode = "unknown"
     """Declare which logprobs the engine returns where the probe cannot tell (METRICS 4)."""
     weight_version: str = "unknown"

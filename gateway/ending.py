@@ -21,6 +21,7 @@ from driftgate.gateway.breakage import broken_body
 from driftgate.gateway.capture import Folded
 from driftgate.gateway.conversation import Turn
 from driftgate.gateway.dialect import Dialect
+from driftgate.gateway.exact import Onward
 from driftgate.gateway.history import History
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.prompts import End
@@ -58,6 +59,8 @@ class Asked:
     dialect: Dialect | None
     """How the agent is answered, where that is not as the engine answers."""
     history: History
+    onward: Onward | None
+    """Where exact continuation is asked for."""
     started_ns: int
     expect_routes: bool | None
     max_answer_bytes: int
@@ -180,6 +183,7 @@ class Ending:
             streamed=self.streamed,
             cancelled=self.outcome == "cancelled",
             served=self._asked.served,
+            onward=self._asked.onward,
         )
         return self._recorder.close(self._asked.call, self._asked.plan, answer)
 

@@ -120,6 +120,8 @@ class Exchange:
         # On the loop at any size: the parser holds the GIL, a thread would only add its switch.
         body, messages, pieces = strip_answer(raw, asked.plan)
         turns = turns_of_answer(asked.history, asked.plan, raw, messages)
+        if asked.onward is not None:
+            asked.onward.answered(asked.call.call_id, raw, messages, pieces)
         if self._teller is not None:
             body = end.response = self._teller.answer(body)
         fold = partial(
@@ -203,6 +205,8 @@ class Exchange:
         if self._end.known:
             return
         turns = turns_of_stream(self._asked.history, self._tape)
+        if self._asked.onward is not None:
+            self._asked.onward.streamed(self._asked.call.call_id, self._tape)
         if self._teller is not None:
             self._last = self._teller.end() if self._tape.done else []
             self._end.response = self._teller.body()

@@ -60,6 +60,13 @@ class Metrics:
             "Calls that several trajectories could have led to",
             registry=registry,
         )
+        self.continued = Counter(
+            "driftgate_continued_traces",
+            "Traces that go on from an earlier answer, by how: with the ids that were sampled "
+            "(exact) or as the engine renders the messages (ordinary)",
+            ["way"],
+            registry=registry,
+        )
         self.in_flight = Gauge("driftgate_calls_in_flight", "Calls under way", registry=registry)
         self.first_byte = Histogram(
             "driftgate_first_byte_seconds",

@@ -29,11 +29,13 @@ from driftgate.gateway.conversation import MAX_SEEN, Seen
 from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.earlier import Earlier, kept_of
 from driftgate.gateway.ending import Asked
+from driftgate.gateway.exact import Exact
 from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import continues
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.model_list import united
 from driftgate.gateway.openai import Api, Plan
+from driftgate.gateway.outcomes import intent_of
 from driftgate.gateway.reading import Read, read_own, translate, write
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
@@ -45,7 +47,6 @@ from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.upstreams import Upstreams
 from driftgate.storage import Neighbours, Reader
 from driftgate.trace import Api as AgentApi
-from driftgate.trace import CallIntent
 
 __all__ = ["Proxy"]
 
@@ -98,6 +99,8 @@ class Proxy:
         self._metrics = metrics
         self._session: aiohttp.ClientSession
         self._earlier = Earlier(reader, config.redact)
+        exact = config.continuation == "exact"
+        self._exact = Exact(reader, lambda: self._session) if exact else None
         self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
         self.restored = asyncio.Event()
         """What the store knows of earlier trajectories is in ``sessions``."""
@@ -191,20 +194,30 @@ class Proxy:
         started_ns = time.time_ns()
         body = await request.read()
         read = await self._read(request, api, body)
-        place = await self._placed(request, read)
         model = openai.read(read.fields, "model", str) or ""
-        upstream = await self._upstreams.choose(place.trajectory, model)
-        sent, plan = await _aside(body, partial(write, api, body, read, upstream))
-        call = self._sessions.begin(
-            place,
-            call_id=f"c-{uuid.uuid4().hex}",
-            body_sha256=read.digest,
-            sdk_retry=_retry_count(request),
-            step=await self._shared_step(place, read.digest, _retry_count(request)),
-        )
+        headers = http.request_headers(request.headers, self._config)
+        place, onward = None, None
+        try:
+            place = await self._placed(request, read)
+            upstream = await self._upstreams.choose(place.trajectory, model)
+            sent, plan = await _aside(body, partial(write, api, body, read, upstream))
+            if self._exact is not None:
+                aside = partial(_aside, body)
+                onward = await self._exact.onward(
+                    read.fields, plan, place, upstream, headers, aside
+                )
+            step = await self._shared_step(place, request, read)
+        except asyncio.CancelledError:
+            place = place or await self._resumed(self._place(request, read))
+            left = self._begin(place, request, read, await self._shared_step(place, request, read))
+            self._sessions.failed(left)
+            self._recorder.left(intent_of(left, api, model, started_ns))
+            raise
+        call = self._begin(place, request, read, step)
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
-        headers = http.request_headers(request.headers, self._config)
+        if onward is not None:
+            sent = onward.written(sent, upstream.adapter.prompt_ids_field)
         if self.spans is not None:
             engine = upstream.name, upstream.url
             self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
@@ -224,12 +237,22 @@ class Proxy:
             body=self._config.redacted(body),
             dialect=self._dialect(call, plan, read),
             history=read.history,
+            onward=onward,
             started_ns=started_ns,
             expect_routes=upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,
             hide_key=lambda said: http.without_key(said, self._config.upstream_key),
         )
         return await self._serve(request, asked)
+
+    def _begin(self, place: Place, request: web.Request, read: Read, step: int | None) -> Call:
+        return self._sessions.begin(
+            place,
+            call_id=f"c-{uuid.uuid4().hex}",
+            body_sha256=read.digest,
+            sdk_retry=_retry_count(request),
+            step=step,
+        )
 
     async def _serve(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         exchange = Exchange(
@@ -292,6 +315,10 @@ class Proxy:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
             place = self._place(request, read)
+        return await self._resumed(place)
+
+    async def _resumed(self, place: Place) -> Place:
+        """The place, with its trajectory's next step known."""
         if not self._sessions.is_known(place):
             next_step = await asyncio.to_thread(self._next_step, place.trajectory)
             self._sessions.resume(place.trajectory, next_step)
@@ -306,13 +333,14 @@ class Proxy:
             previous=read.previous,
         )
 
-    async def _shared_step(self, place: Place, digest: str, retry: int) -> int | None:
+    async def _shared_step(self, place: Place, request: web.Request, read: Read) -> int | None:
         """The call's step where other gateways may serve its trajectory too; None: number it here.
 
         A trajectory that begins here has a name that nobody else knows yet."""
         if self._neighbours is None or place.attribution == "new" or not self._neighbours.any():
             return None
-        step = self._sessions.next_step(place, body_sha256=digest, sdk_retry=retry)
+        retry = _retry_count(request)
+        step = self._sessions.next_step(place, body_sha256=read.digest, sdk_retry=retry)
         if step is None:
             return None
         try:
@@ -328,19 +356,8 @@ class Proxy:
         return max((call.step + 1 for call in self._reader.calls(trajectory)), default=0)
 
     async def _open(self, call: Call, plan: Plan, started_ns: int) -> None:
-        intent = CallIntent(
-            call_id=call.call_id,
-            trajectory=call.place.trajectory,
-            step=call.step,
-            attribution=call.place.attribution,
-            api=plan.spoken,
-            model=plan.model,
-            body_sha256=call.body_sha256,
-            retry=call.retry,
-            started_ns=started_ns,
-        )
         try:
-            await self._recorder.open(intent)
+            await self._recorder.open(intent_of(call, plan.spoken, plan.model, started_ns))
         except asyncio.CancelledError:
             self._sessions.failed(call)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import httpx
@@ -96,6 +97,41 @@ async def leaves(engine: Engine, gateway: Gateway, tries: int) -> Row:
         reader.close()
     row.worst, row.saw = slowest_s * 1000, "engine let go"
     return row
+
+
+async def leaves_early(folder: Path, tries: int) -> Row:
+    """While the gateway still waits for an engine that accepts and says nothing."""
+    row = Row("client leaves while the gateway looks for the engine")
+    server = await asyncio.start_server(_silence, "127.0.0.1", 0)
+    url = "http://{}:{}".format(*server.sockets[0].getsockname())
+    async with server, running(url, folder / "early", ready="/healthz") as gateway:
+        for number in range(tries):
+            name = f"early.{number}"
+            body = request("well", name, stream=bool(number % 2))
+            seen = await ask(gateway.url, body, path=path_of(name), patience_s=0.2)
+            call = Call(say(name, asked=True), name, body, seen)
+            row.tries, row.saw = row.tries + 1, seen.words
+            if await until(lambda call=call: bool(_reasons(gateway, call)), timeout_s=5):  # type: ignore[misc]
+                row.says(_reasons(gateway, call), "the client left")
+            else:
+                row.lose(f"{name}: no record says why it has no answer")
+    return row
+
+
+def _reasons(gateway: Gateway, call: Call) -> list[str]:
+    """What the store says now of a call that has no answer and is not open any more."""
+    reader = Reader(gateway.store)
+    stored = read_call(reader, call)
+    reader.close()
+    return [] if stored.still_open else stored.reasons
+
+
+async def _silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Until the other side has gone."""
+    with contextlib.suppress(ConnectionError):
+        while await reader.read(1 << 16):
+            pass
+    writer.close()
 
 
 async def _left(engine: Engine, name: str, since: float) -> float:
@@ -250,6 +286,7 @@ async def run(folder: Path, *, full: bool) -> list[Row]:
                 await finished_early(engine, gateway, tries),
                 await names(gateway),
             ]
+        rows.insert(1, await leaves_early(folder, tries))
         command = ("-c", CLOCK)
         async with running(engine.url, folder / "clock", command=command) as gateway:
             rows.append(await clock(engine, gateway, 10 * tries))

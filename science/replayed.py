@@ -25,7 +25,7 @@ from driftgate.adapters.export_base import read_export
 from driftgate.samples import Sample
 from science.launched import EP, SP, TP, torchrun
 from science.rollouts import Rollouts
-from science.table import Row, exactly, worst
+from science.table import Row, exactly, near, worst
 
 __all__ = ["replayed"]
 
@@ -87,13 +87,18 @@ def _compared(
     told: Mapping[str, F64],
     tolerance: float,
 ) -> Iterator[Row]:
-    apart, tokens = 0.0, 0
+    apart, ours, wanted = 0.0, list[F64](), list[F64]()
     for sample in samples:
         for span in sample.meta.spans:
             theirs = found[sample.meta.sample_id][span.start - 1 : span.end - 1]
             apart = max(apart, float(np.abs(theirs - told[span.trace_id]).max()))
-            tokens += len(theirs)
+            rollout = sample.logprobs[span.start : span.end].astype(np.float64)
+            ours.append(theirs - rollout)
+            wanted.append(told[span.trace_id] - rollout)
+    tokens = sum(map(len, ours))
     yield worst(part, f"{name}: {tokens} tokens", apart, tolerance, "logprobs_replay as stored")
+    mean = [float(np.abs(np.concatenate(one)).mean()) for one in (ours, wanted)]
+    yield near(part, f"{name}: mean|D_replay|", *mean, rel=HUGGING_FACE)
 
 
 def _by_hugging_face(

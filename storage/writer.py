@@ -20,6 +20,7 @@ from typing import Literal
 
 from driftgate.errors import StorageError
 from driftgate.storage.append import Appender, Submission
+from driftgate.storage.backlog import Backlog
 from driftgate.storage.delta import trace_bytes
 from driftgate.storage.index import INDEX_NAME, open_index
 from driftgate.storage.records import Record
@@ -102,6 +103,7 @@ class Writer:
         self._written = threading.Condition(self._lock)
         self._resolved = threading.Condition(self._lock)
         self._queue: deque[Submission] = deque()
+        self._backlog = Backlog()
         self._submitted = self._done = 0
         self._unsynced_records = self._unsynced_bytes = 0
         self._wanted = 0
@@ -169,10 +171,16 @@ class Writer:
             stats.queued_records += 1
             stats.queued_bytes += size_hint
             self._submitted += 1
+            self._backlog.add(size_hint)
             self._queue.append(Submission(make, size_hint, future))
             if len(self._queue) == 1:
                 self._queued.notify()
         return future
+
+    def behind_s(self, more: int = 0, more_bytes: int = 0) -> float:
+        """How long what is submitted after ``more`` further records of ``more_bytes`` would be lost
+        by a kill of this process, about; 0 where all was handed to the operating system."""
+        return self._backlog.seconds(more, more_bytes)
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until everything submitted so far is resolved; StorageError after ``timeout_s``."""
@@ -215,12 +223,14 @@ class Writer:
 
     def _write(self, submissions: list[Submission]) -> None:
         for submission in submissions:
+            started = time.perf_counter()
             try:
                 submission.records = submission.make()
             except Exception as error:  # the caller's code, at the edge of one submission
                 submission.error = error
             submission.make = _made  # it may hold a whole answer
             self._appender.write(submission)
+            self._backlog.written(submission.size_bytes, time.perf_counter() - started)
         with self._lock:
             self._unsynced_records += len(submissions)
             self._unsynced_bytes += sum(one.size_bytes for one in submissions)

@@ -37,7 +37,10 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "dense": ("--dtype", "float32"),
     "moe": (),
     "processed": ("--dtype", "float32", "--logprobs-mode", "processed_logprobs"),
+    "thinking": ("--dtype", "float32", "--reasoning-parser", "qwen3"),
 }
+EXTRA = ("processed", "thinking")
+"""Engines that few tests need."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,7 +71,7 @@ def launched(
     asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     running: dict[str, EngineProcess] = {}
     try:
-        for name in ("dense", "moe", *(["processed"] if "processed_engine" in asked else [])):
+        for name in (*DTYPES, *(name for name in EXTRA if f"{name}_engine" in asked)):
             model = "moe" if name == "moe" else "dense"
             running[name] = launch_vllm(
                 checkpoints[model],
@@ -100,6 +103,12 @@ def engines(launched: dict[str, EngineProcess]) -> dict[str, EngineProcess]:
 def processed_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
     """The dense model again, by an engine whose logprobs are taken after the temperature."""
     return ready(launched["processed"])
+
+
+@pytest.fixture(scope="session")
+def thinking_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
+    """The dense model by an engine that gives reasoning in a field of its own."""
+    return ready(launched["thinking"])
 
 
 @pytest.fixture(scope="session")

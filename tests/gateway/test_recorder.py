@@ -39,12 +39,16 @@ class Sink:
 
     def __init__(self) -> None:
         self.stats = WriterStats()
+        self.behind = 0.0
         self.waiting: list[tuple[Future[None], Callable[[], Sequence[Record]]]] = []
         self.full = False
         self.records: list[Record] = []
 
     def submit(self, record: Record) -> Future[None]:
         return self.submit_lazy(lambda: (record,), size_hint=0)
+
+    def behind_s(self, more: int = 0, more_bytes: int = 0) -> float:
+        return self.behind
 
     def submit_lazy(self, make: Callable[[], Sequence[Record]], *, size_hint: int) -> Future[None]:
         if self.full:
@@ -237,16 +241,50 @@ async def test_an_answer_larger_than_the_queue_waits_for_an_empty_one() -> None:
     await late
 
 
-async def test_a_client_that_leaves_the_wait_leaves_no_record() -> None:
+async def test_ends_wait_in_order_while_the_writer_is_behind() -> None:
+    recording = Recording()
+    recorder, sink = recording.recorder, recording.sink
+    assert await recorder.claim(1) == 1  # nothing waits: nothing is held back
+    sink.behind = pressure.BEHIND_S * 1.1
+    ends: list[str] = []
+
+    async def end(name: str) -> None:
+        await recorder.claim(1)
+        ends.append(name)
+
+    held = [asyncio.create_task(end(name)) for name in "abc"]
+    await settle_down()
+    assert ends == []
+    sink.behind = pressure.BEHIND_S
+    await asyncio.gather(*held)
+    assert ends == ["a", "b", "c"]
+    assert recording.count('driftgate_calls_held_back_total{end="released"}') == 3
+
+
+async def test_no_end_waits_for_a_writer_that_is_stuck() -> None:
+    recording = Recording()
+    recording.sink.behind = pressure.PRESSURE_WAIT_S * 1.1
+    await recording.recorder.claim(1)
+
+
+async def test_strict_does_not_wait_twice() -> None:
+    recording = Recording("strict")
+    recording.sink.behind = 1.0
+    await recording.recorder.claim(1)
+
+
+async def test_a_client_that_leaves_the_wait_leaves_an_outcome() -> None:
     recording = Recording()
     recording.sink.stats.queued_bytes = QUEUE_BYTES
     held = asyncio.create_task(recording.recorder.open(intent("a")))
     await settle_down()
     held.cancel()
     await asyncio.gather(held, return_exceptions=True)
-    recording.sink.stats.queued_bytes = 0
-    await recording.open("b")
-    assert [r.call_id for r in recording.sink.records if isinstance(r, CallIntent)] == ["b"]
+    recording.sink.settle()
+    asked, ended = recording.sink.records
+    assert isinstance(asked, CallIntent)
+    assert isinstance(ended, CallOutcome)
+    assert (asked.call_id, ended.call_id, ended.status) == ("a", "a", "cancelled")
 
 
 async def test_a_busy_gateway_slows_down_and_loses_nothing(
