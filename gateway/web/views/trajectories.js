@@ -54,21 +54,21 @@ function Rows({ rows }) {
   return html`<${Scroll} label="Trajectories">
     <table class="rows">
       <thead>
-        <tr><th scope="col">trajectory</th><th scope="col">started</th><th scope="col" class="n">took</th><th scope="col">model</th><th scope="col" class="n">mean |D|</th><th scope="col" class="n">max |D|</th><th scope="col" class="n">steps</th><th scope="col" class="n">captured</th><th scope="col" class="n">scored</th><th scope="col">capture</th><th scope="col" class="n">reward</th></tr>
+        <tr><th scope="col">trajectory</th><th scope="col" class="n">mean |D|</th><th scope="col" class="n">max |D|</th><th scope="col">started</th><th scope="col" class="n">took</th><th scope="col">model</th><th scope="col" class="n">steps</th><th scope="col" class="n">captured</th><th scope="col" class="n">scored</th><th scope="col">capture</th><th scope="col" class="n">reward</th></tr>
       </thead>
       <tbody>
         ${rows.map(
           (t) => html`<tr>
             <th scope="row"><a href=${routeTo.trajectory(t.trajectory)}>${t.trajectory}</a></th>
+            <td class="n nowrap"><${MeanD} of=${t.drift} glossary=${glossary} /></td>
+            <td class="n nowrap">${t.drift ? html`${num(t.drift.abs_log_ratio_max)} <span class="unit">nats</span>` : "–"}</td>
             <td class="nowrap"><${Time} ns=${t.started_ns} seconds /></td>
             <td class="n nowrap">${duration((t.ended_ns - t.started_ns) / 1e9)}</td>
             <td class="nowrap">${t.models.join(", ")}</td>
-            <td class="n nowrap"><${MeanD} of=${t.drift} glossary=${glossary} /></td>
-            <td class="n nowrap">${t.drift ? html`${num(t.drift.abs_log_ratio_max)} <span class="unit">nats</span>` : "–"}</td>
             <td class="n">${count(t.steps)}</td>
             <td class="n nowrap">${count(t.captured)} of ${count(t.choices)}</td>
             <td class="n nowrap">${count(t.scored)} of ${count(t.scorable)}</td>
-            <td><${Capture} row=${t} /></td>
+            <td class="nowrap"><${Capture} row=${t} /></td>
             <td class="n">${round(t.reward)}</td>
           </tr>`,
         )}
