@@ -136,4 +136,5 @@ def test_a_list_of_runs_has_the_drift_of_the_furthest_pair() -> None:
 def _log_ratios(trace: Trace, score: Score) -> npt.NDArray[np.float64]:
     assert trace.logprobs is not None
     good = score.logprobs <= 1e-6  # others are no log-probabilities
-    return (score.logprobs.astype(float) - trace.logprobs.astype(float))[good]
+    ratios: npt.NDArray[np.float64] = score.logprobs.astype(float) - trace.logprobs.astype(float)
+    return ratios[good]
