@@ -56,7 +56,15 @@ Api = Literal["chat", "completions", "responses", "messages"]
 """What the agent spoke. Responses and Anthropic's Messages reach the engine as chat completions."""
 
 Attribution = Literal[
-    "url", "header", "key", "session_header", "metadata", "previous_response", "prefix", "new"
+    "url",
+    "header",
+    "key",
+    "session_header",
+    "metadata",
+    "previous_response",
+    "prefix",
+    "tool_call",
+    "new",
 ]
 """Which rule of DESIGN 7 named the trajectory of a call."""
 

@@ -44,6 +44,12 @@ off."""
 _SPELLED = ("role", "content", "tool_calls", "reasoning", "reasoning_content")
 """Of an assistant's message: read by themselves, or not compared."""
 
+_RANDOM = re.compile(r"(?=[A-Za-z]*[0-9])[0-9A-Za-z]{16,}")
+"""In the ids of tool calls that engines and APIs draw at random (``chatcmpl-tool-`` and ``call_``
+with 16 characters or more). Others count (``functions.ls:0``), and are the same in every run."""
+
+_NONE: frozenset[str] = frozenset()
+
 _MOVING = ("cache_control",)
 """Marks that agents move from message to message."""
 
@@ -54,6 +60,8 @@ class Turn(NamedTuple):
     digest: bytes
     tool_ids: frozenset[str]
     """Of all its tool calls."""
+    told: frozenset[str] = frozenset()
+    """Of those, the ones of the last message, where no other call can have them by chance."""
 
     @property
     def key(self) -> bytes:
@@ -75,7 +83,7 @@ class Conversation(NamedTuple):
         seen = _read({**message, "role": "assistant"})
         # A union with nothing would be a new set of 216 bytes, kept for each of 100,000 turns.
         ids = self.tool_ids | seen.tool_ids if seen.tool_ids else self.tool_ids
-        return Turn(_digest(self.digest + seen.digest), ids)
+        return Turn(_digest(self.digest + seen.digest), ids, _unique(seen.tool_ids))
 
 
 class Seen(NamedTuple):
@@ -104,8 +112,12 @@ def read_conversation(
         digest = _digest(digest + message.digest)
         if message.tool_ids is not None:
             ids = ids | message.tool_ids if message.tool_ids else ids
-            turns.append(Turn(digest, ids))
+            turns.append(Turn(digest, ids, _unique(message.tool_ids)))
     return Conversation(digest, ids, tuple(turns))
+
+
+def _unique(tool_ids: frozenset[str] | None) -> frozenset[str]:
+    return frozenset(filter(_RANDOM.search, tool_ids)) if tool_ids else _NONE
 
 
 def _seen(raw: bytes, known: Recent[bytes, Seen] | None) -> Seen:
