@@ -79,8 +79,8 @@ class TrajectoryRow(msgspec.Struct, frozen=True, kw_only=True):
     gaps: list[str]
     """In words, each reason why it is not complete."""
     drift: RunDrift | None = None
-    """Only in a list: null where nothing comparable is scored, and in runs that are not among the
-    20,000 scored last."""
+    """Only in a list, where it is asked for: null where nothing comparable is scored, and in runs
+    that are not among the 20,000 scored last."""
 
 
 class TrajectoryPage(msgspec.Struct, frozen=True, kw_only=True):

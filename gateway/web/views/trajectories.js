@@ -9,7 +9,7 @@ const PAGE = 50;
 
 export function Trajectories({ query, go }) {
   const filters = Object.fromEntries(["model", "complete", "scored"].map((k) => [k, query.get(k) ?? ""]));
-  const asked = { limit: PAGE, ...Object.fromEntries(Object.entries(filters).filter(([, v]) => v)) };
+  const asked = { limit: PAGE, drift: true, ...Object.fromEntries(Object.entries(filters).filter(([, v]) => v)) };
   const path = paths.trajectories(asked);
   const first = useAnswer(path, 10);
   const [more, setMore] = useState({ items: [], next: undefined, error: null });
