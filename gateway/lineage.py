@@ -18,8 +18,9 @@ from driftgate.trace import I32
 
 __all__ = ["Lineage", "Parent"]
 
-MAX_BYTES = 12 << 20
-"""Of all trajectories: 350 of 8k tokens, 90 of 32k. A forgotten one is read from the store."""
+MAX_BYTES = 10 << 20
+"""Of all trajectories: 300 of 8k tokens, 80 of 32k; most of these ids are in the writer's bases as
+well. A forgotten one is read from the store."""
 
 MAX_TRAJECTORIES = 512
 """As many as the writer keeps bases of: where prompts are short, so many agents are thought of as
