@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, UpstreamError
-from driftgate.gateway.digits import read_all_ids, read_ids
+from driftgate.gateway.digits import ids_of, read_all_ids
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import Message
 from driftgate.gateway.openai import Plan
@@ -24,8 +24,6 @@ from driftgate.gateway.texts import text_matches
 from driftgate.trace import F32, I32, Proof, Routes, RoutesVia, WeightSpan
 
 __all__ = ["Folded", "Sample", "fold_answer", "fold_stream"]
-
-MAX_TOKEN_ID = 2**31 - 1
 
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
@@ -229,7 +227,7 @@ class _Folder:
                 missing.append(f"{name}: the engine sent none")
             return None
         try:
-            return _int32(given)
+            return ids_of(given)
         except (*UNREADABLE, ValueError, OverflowError) as error:
             missing.append(f"{name}: {error}")
             return None
@@ -331,15 +329,3 @@ class _Folder:
             body["text"] = "" if draft.text is None else draft.text.getvalue()
         body |= {"finish_reason": draft.finish_reason, "stop_reason": draft.stop_reason}
         return msgspec.json.encode(body)
-
-
-def _int32(ids: bytes) -> I32:
-    """A JSON array of token ids as an array. ValueError, OverflowError or what a decoder raises
-    where they are none."""
-    read = read_ids(ids)
-    if read is not None:
-        return read
-    array = np.array(msgspec.json.decode(ids, type=list[int]), dtype=np.int64)
-    if len(array) and (array.min() < 0 or array.max() > MAX_TOKEN_ID):
-        raise ValueError(f"{array.min()} .. {array.max()} are no token ids")
-    return array.astype(np.int32)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import numpy as np
 
 from driftgate.trace import I32
 
-__all__ = ["read_all_ids", "read_ids"]
+__all__ = ["ids_of", "read_all_ids", "read_ids"]
+
+MAX_TOKEN_ID = 2**31 - 1
 
 _PLACES = 8
 """Digits that one 64-bit word holds: vocabularies have six."""
@@ -51,3 +54,15 @@ def read_all_ids(*arrays: bytes) -> list[I32] | None:
             value &= mask
     # Where each array begins, one comma after another: whose numbers these are.
     return np.split(value.astype(np.int32), np.searchsorted(gaps, starts[1:-1]))
+
+
+def ids_of(array: bytes) -> I32:
+    """The ids of a JSON array in any spelling. ValueError, OverflowError or what a decoder raises
+    where they are none."""
+    read = read_ids(array)
+    if read is not None:
+        return read
+    ids = np.array(msgspec.json.decode(array, type=list[int]), dtype=np.int64)
+    if len(ids) and (ids.min() < 0 or ids.max() > MAX_TOKEN_ID):
+        raise ValueError(f"{ids.min()} .. {ids.max()} are no token ids")
+    return ids.astype(np.int32)
