@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -194,20 +194,19 @@ class Ending:
 
 async def chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The body as it comes. UpstreamError where the engine breaks it off."""
-    _end_with_its_connection(answer)
     try:
-        async for chunk in answer.content.iter_any():
-            yield chunk
+        with _ends_with_its_connection(answer):
+            async for chunk in answer.content.iter_any():
+                yield chunk
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise UpstreamError(f"the engine broke off its answer: {broken_body(error)}") from error
 
 
-def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
+@contextmanager
+def _ends_with_its_connection(answer: aiohttp.ClientResponse) -> Iterator[None]:
     """aiohttp 3.14 closes the connection at a chunk that is none and leaves the body's reader
     waiting for ever."""
     connection, body = answer.connection, answer.content
-    if connection is None or connection.protocol is None:
-        return  # the body is here as a whole
 
     def gone(closed: asyncio.Future[None] | None) -> None:
         if closed is not None and not closed.cancelled():
@@ -216,11 +215,17 @@ def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
             why = "its connection ended in the middle of the body, or carried what is no HTTP"
             body.set_exception(aiohttp.ClientPayloadError(why))
 
-    closed = connection.protocol.closed
-    if closed is None:
+    if connection is None or connection.protocol is None:
+        yield  # the body is here as a whole
+    elif (closed := connection.protocol.closed) is None:
         gone(None)  # it has ended already
+        yield
     else:
         closed.add_done_callback(gone)
+        try:
+            yield
+        finally:
+            closed.remove_done_callback(gone)  # the connection lives on, and would keep the body
 
 
 async def read_whole(answer: aiohttp.ClientResponse, asked: Asked) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from yarl import URL
 
 from driftgate.errors import StorageError
@@ -100,6 +102,29 @@ async def test_an_error_inside_a_stream_is_passed_and_its_call_can_be_retried(
     reader = agent.gateway.reader
     assert reader is not None
     assert [row.complete for row in reader.trajectories()] == [True]
+
+
+async def test_a_kept_connection_keeps_no_answer(
+    agent: Agent, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stream(request: web.Request, events: list[bytes], _: Any) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for event in events:
+            await response.write(event)
+            await asyncio.sleep(0)  # the head comes before the body
+        return response
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, aiohttp.StreamReader) for thing in gc.get_objects())
+
+    monkeypatch.setattr(engine, "stream", stream)
+    await agent.send(STREAM)
+    before = alive()
+    for _ in range(10):
+        await agent.send(STREAM)
+    assert alive() < before + 10
 
 
 async def test_an_engine_that_dies_in_a_json_answer_is_a_502(
