@@ -180,6 +180,7 @@ class _Folder:
             missing.append(f"end: {self._end or 'no finish_reason came'}")
         if self._plan.uncaptured is not None:
             missing.append(f"tokens: {self._plan.uncaptured}")
+        missing += [f"sampling: {name} cannot be read" for name in self._plan.unread]
         prompt_ids = self._ids("prompt_ids", draft.prompt_ids, missing)
         response_ids = self._ids("response_ids", draft.ids_array(), missing)
         logprobs = self._logprobs(draft, response_ids, missing)

@@ -8,6 +8,7 @@ not captured."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -58,6 +59,27 @@ _ENCODER = msgspec.json.Encoder()
 _TAKEN_TOP, _TAKEN_CHOICE = {"prompt_token_ids"}, {"logprobs", "token_ids"}
 """Fields that ``take_apart`` takes out, which must then be hidden."""
 
+_SAMPLING: dict[str, Any] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "seed": int,
+    "n": int,
+    "max_completion_tokens": int,
+    "max_tokens": int,
+    "min_tokens": int,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "repetition_penalty": float,
+    "logit_bias": dict[str, float],
+    "bad_words": list[str],
+    "allowed_token_ids": list[int],
+    "use_beam_search": bool,
+}
+"""Settings that shape what is sampled, by type."""
+_TRUTH_NUMBERS = {b"true": Raw(b"1"), b"false": Raw(b"0")}
+
 _EMPTY_DELTA = re.compile(rb"\{\s*\}")
 _STRING_OR_NOT_JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)\b')
 _QUOTED = b"driftgate:no-json:"
@@ -78,6 +100,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     prompts: int = 1
     """Prompts of a completions call; each gets ``n`` choices."""
     sampling: Sampling = Sampling()
+    unread: tuple[str, ...] = ()
+    """Sampling settings that were sent and cannot be read: ``sampling`` does not hold them."""
     usage_asked: bool = False
     """The agent's stream ends with a usage chunk."""
     logprobs_asked: bool = False
@@ -219,12 +243,14 @@ def _uncapturable(api: Api, fields: Fields, adapter: EngineAdapter) -> str | Non
     for name in (adapter.ask_ids, "stream"):
         if not _absent(fields, name) and read(fields, name, bool) is None:
             return f"{name} is not true, false or null"
-    if read(fields, "use_beam_search", bool):
+    if not _absent(fields, "use_beam_search") and (
+        _read_lax(fields["use_beam_search"], bool) is not False
+    ):
         return "beam search returns sequences that were not sampled"
     if api == "completions":
         if not _absent(fields, "logprobs") and read(fields, "logprobs", int) is None:
             return "logprobs is not a number"
-        if read(fields, "echo", bool):
+        if not _absent(fields, "echo") and _read_lax(fields["echo"], bool) is not False:
             return "echo: asking for token ids would change the echoed text"
         return None
     if "messages" not in fields:
@@ -246,7 +272,8 @@ def _absent(fields: Fields, name: str) -> bool:
 def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
     stream = bool(read(fields, "stream", bool))
     options = read(fields, "stream_options", dict[str, Any]) or {}
-    n = max(1, read(fields, "n", int) or 1)
+    sent = _sampled(fields)
+    n = max(1, sent.get("n") or 1)
     return Plan(
         api=api,
         model=read(fields, "model", str) or "",
@@ -254,9 +281,10 @@ def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
         mode=mode if stream else "plain",
         n=n,
         prompts=_prompts(fields) if api == "completions" else 1,
-        sampling=_sampling(fields, n),
+        sampling=_sampling(fields, sent, n),
+        unread=tuple(name for name, value in sent.items() if value is None),
         usage_asked=bool(options.get("include_usage")),
-        echo=bool(read(fields, "echo", bool)),
+        echo=not _absent(fields, "echo") and bool(_read_lax(fields["echo"], bool)),
         hides_reasoning=read(fields, "include_reasoning", bool) is False,
     )
 
@@ -268,25 +296,46 @@ def _prompts(fields: Fields) -> int:
     return len(read(fields, "prompt", list[Raw]) or [_NULL])
 
 
-def _sampling(fields: Fields, n: int) -> Sampling:
-    max_tokens = read(fields, "max_completion_tokens", int)
+def _sampled(fields: Fields) -> dict[str, Any]:
+    """The settings that were sent, by name; None for one that cannot be read."""
+    return {
+        name: _read_lax(fields[name], type_)
+        for name, type_ in _SAMPLING.items()
+        if not _absent(fields, name)
+    }
+
+
+def _read_lax(raw: Raw, type_: Any) -> Any:
+    """A value as the engines' parser (pydantic) takes it: "0.25", 50.0, "7" and true are numbers,
+    "true" and 1 are truth values. None for what cannot be read."""
+    if type_ is not bool and bytes(raw) in _TRUTH_NUMBERS:
+        raw = _TRUTH_NUMBERS[bytes(raw)]
+    try:
+        value = msgspec.json.decode(raw, type=type_, strict=False)
+    except UNREADABLE:
+        return None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _sampling(fields: Fields, sent: Mapping[str, Any], n: int) -> Sampling:
+    get = sent.get
     return Sampling(
-        temperature=read(fields, "temperature", float),
-        top_p=read(fields, "top_p", float),
-        top_k=read(fields, "top_k", int),
-        min_p=read(fields, "min_p", float),
-        seed=read(fields, "seed", int),
+        temperature=get("temperature"),
+        top_p=get("top_p"),
+        top_k=get("top_k"),
+        min_p=get("min_p"),
+        seed=get("seed"),
         n=n,
-        max_tokens=max_tokens if max_tokens is not None else read(fields, "max_tokens", int),
-        min_tokens=read(fields, "min_tokens", int),
-        presence_penalty=read(fields, "presence_penalty", float),
-        frequency_penalty=read(fields, "frequency_penalty", float),
-        repetition_penalty=read(fields, "repetition_penalty", float),
-        logit_bias=bool(read(fields, "logit_bias", dict[str, float])),
-        bad_words=bool(read(fields, "bad_words", list[str])),
-        allowed_token_ids=bool(read(fields, "allowed_token_ids", list[int])),
+        max_tokens=get("max_completion_tokens", get("max_tokens")),
+        min_tokens=get("min_tokens"),
+        presence_penalty=get("presence_penalty"),
+        frequency_penalty=get("frequency_penalty"),
+        repetition_penalty=get("repetition_penalty"),
+        logit_bias=bool(get("logit_bias")),
+        bad_words=bool(get("bad_words")),
+        allowed_token_ids=bool(get("allowed_token_ids")),
         structured=_structured(fields),
-        beam_search=bool(read(fields, "use_beam_search", bool)),
+        beam_search=bool(get("use_beam_search")),
     )
 
 
