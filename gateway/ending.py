@@ -171,11 +171,14 @@ class Ending:
     ) -> Future[None] | None:
         self._recorded = True
         self._release()
+        response, dialect = self.response, self._asked.dialect
+        if response is not None and dialect is not None:
+            response = dialect.teller.stored_body(response)
         answer = Answer(
             fold=fold,
-            size_bytes=size_bytes + len(self._asked.body) + len(self.response or b""),
+            size_bytes=size_bytes + len(self._asked.body) + len(response or b""),
             request=self._asked.body,
-            response=self.response,
+            response=response,
             started_ns=self._asked.started_ns,
             first_byte_ns=self.first_byte_ns,
             ended_ns=time.time_ns(),

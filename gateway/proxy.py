@@ -36,7 +36,7 @@ from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.model_list import united
 from driftgate.gateway.openai import Api, Plan
 from driftgate.gateway.outcomes import intent_of
-from driftgate.gateway.reading import Read, read_own, translate, write
+from driftgate.gateway.reading import Read, Stored, read_own, storable, translate, write
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.responses_answer import response_id
@@ -201,6 +201,7 @@ class Proxy:
             place = await self._placed(request, read)
             upstream = await self._upstreams.choose(place.trajectory, model)
             sent, plan = await _aside(body, partial(write, api, body, read, upstream))
+            stored = await _aside(body, partial(storable, body, self._config))
             if self._exact is not None:
                 aside = partial(_aside, body)
                 onward = await self._exact.onward(
@@ -234,8 +235,8 @@ class Proxy:
             served=served,
             call=call,
             plan=plan,
-            body=self._config.redacted(body),
-            dialect=self._dialect(call, plan, read),
+            body=stored.body,
+            dialect=self._dialect(call, plan, read, stored),
             history=read.history,
             onward=onward,
             started_ns=started_ns,
@@ -296,7 +297,7 @@ class Proxy:
         read = await _aside(body, partial(translate, api, body, fields, earlier, known))
         return read._replace(previous=previous)
 
-    def _dialect(self, call: Call, plan: Plan, read: Read) -> Dialect | None:
+    def _dialect(self, call: Call, plan: Plan, read: Read, stored: Stored) -> Dialect | None:
         if plan.translated is None:
             return None
 
@@ -305,7 +306,7 @@ class Proxy:
             if kept is not None:
                 self._earlier.remember(response_id(call.call_id), kept)
 
-        return dialects.dialect(plan.translated, read.agents, call.call_id, remember)
+        return dialects.dialect(plan.translated, read.agents, call.call_id, remember, stored.fields)
 
     async def _placed(self, request: web.Request, read: Read) -> Place:
         """The call's trajectory, once all that could be it is known."""
