@@ -81,6 +81,8 @@ class Ending:
         """All of the answer has come."""
         self.released = False
         """The end of the answer is on its way to the agent: what breaks now is no failed try."""
+        self.sent = False
+        """The end of the answer was written to the agent: that it leaves now says nothing."""
         self.response: bytes | None = None
         """What the agent got, in its own API, as far as it has come."""
         self._request = request
@@ -136,6 +138,8 @@ class Ending:
 
     def fail(self, outcome: Outcome, reason: str, http_status: int | None = None) -> None:
         """There is no answer to record, or it did not reach the agent."""
+        if self._recorded and self.sent:
+            return  # it is over: only the rest of the transfer broke
         self.outcome = outcome
         self.failed_try()
         if self._recorded:

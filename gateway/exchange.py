@@ -186,6 +186,7 @@ class Exchange:
             if passed is not None:
                 out += self._told(event, passed)
         await self._write(response, out)
+        self._end.sent = tape.done
 
     def _told(self, event: bytes, passed: bytes) -> list[bytes]:
         """An event as the agent's API has it. A teller reads what the engine sent: it counts the
@@ -219,6 +220,8 @@ class Exchange:
     def _end_stream(self, end: str | None, *, left: bool) -> None:
         if self._teller is not None:
             self._end.response = self._teller.body()
+        if left and self._end.sent:  # at [DONE], as SDKs do, and not at the end of the transfer
+            end, left = None, False
         if end is not None:
             self._end.failed_try()
             self._end.outcome = "cancelled" if left else "cut"

@@ -98,19 +98,18 @@ class Written:
         if self._teller is not None:
             last = self._teller.end()
             self._end.response = self._teller.body()
-        delivered = False
         try:
             await self._write(response, b"".join(events))
             await self._end.before_end(turns, fold, len(raw))
             await self._write(response, b"".join(last))
+            self._end.sent = True
             await response.write_eof()
-            delivered = True
         except ConnectionError:
             pass
         except StorageError:
             self._end.abort()
         finally:  # whole as the answer is, it is kept also when the agent does not wait for it
-            self._end.over(fold, len(raw), delivered=delivered)
+            self._end.over(fold, len(raw), delivered=self._end.sent)
         return response
 
     async def _error(

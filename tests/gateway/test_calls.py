@@ -104,6 +104,32 @@ async def test_an_error_inside_a_stream_is_passed_and_its_call_can_be_retried(
     assert [row.complete for row in reader.trajectories()] == [True]
 
 
+@pytest.mark.parametrize("durability", ["group", "strict"])
+async def test_an_agent_that_leaves_at_done_has_its_answer(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch, durability: str
+) -> None:
+    agent = await connect(durability=durability)
+    plain = engine.stream
+
+    async def stream(request: web.Request, events: list[bytes], hold: Any) -> web.StreamResponse:
+        await plain(request, events, hold)
+        await asyncio.Event().wait()  # the body's end is yet to come
+        raise AssertionError
+
+    monkeypatch.setattr(engine, "stream", stream)
+    async with agent.http.post(agent.url + "/v1/chat/completions", json=STREAM) as answer:
+        async for line in answer.content:
+            if line.startswith(b"data: [DONE]"):
+                break
+        answer.close()
+    await engine.left.wait()
+    (trace,) = await agent.traces()
+    assert (trace.meta.delivery, trace.meta.status) == ("delivered", "complete")
+    assert await agent.outcomes() == []
+    assert b'outcome="answered"' in agent.gateway.metrics.render()
+    assert b'outcome="cancelled"' not in agent.gateway.metrics.render()
+
+
 async def test_a_kept_connection_keeps_no_answer(
     agent: Agent, engine: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
