@@ -44,7 +44,7 @@ from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Place, Sessions
 from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
-from driftgate.gateway.upstreams import Upstreams
+from driftgate.gateway.upstreams import Entry, Upstreams
 from driftgate.storage import Neighbours, Reader
 from driftgate.trace import Api as AgentApi
 
@@ -191,6 +191,10 @@ class Proxy:
 
     async def call(self, request: web.Request, api: AgentApi) -> web.StreamResponse:
         """One model call, captured."""
+        with self._upstreams.entry() as entry:
+            return await self._call(request, api, entry)
+
+    async def _call(self, request: web.Request, api: AgentApi, entry: Entry) -> web.StreamResponse:
         started_ns = time.time_ns()
         body = await request.read()
         read = await self._read(request, api, body)
@@ -199,7 +203,7 @@ class Proxy:
         place, onward = None, None
         try:
             place = await self._placed(request, read)
-            upstream = await self._upstreams.choose(place.trajectory, model)
+            upstream = await self._upstreams.choose(place.trajectory, model, entry)
             sent, plan = await _aside(body, partial(write, api, body, read, upstream))
             stored = await _aside(body, partial(storable, body, self._config))
             if self._exact is not None:
@@ -231,7 +235,7 @@ class Proxy:
             )
 
         asked = Asked(
-            send=lambda: self._upstreams.send(served, place.trajectory, model, post),
+            send=lambda: self._upstreams.send(served, entry, place.trajectory, model, post),
             served=served,
             call=call,
             plan=plan,

@@ -209,6 +209,28 @@ async def test_while_paused_new_calls_are_answered_429(connect: Connect, engine:
     assert b"driftgate_calls_paused_total 1.0" in agent.gateway.metrics.render()
 
 
+async def test_a_call_that_was_let_in_before_a_pause_is_counted(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent: Agent = await connect()
+    await agent.send(CHAT)
+    engine.came.clear()
+    opening, opened = asyncio.Event(), asyncio.Event()
+
+    async def open_(intent: Any) -> None:
+        opening.set()
+        await opened.wait()  # as a slow disk in strict
+
+    monkeypatch.setattr(agent.gateway.recorder, "open", open_)
+    calling = asyncio.create_task(agent.send(CHAT))
+    await opening.wait()
+    _, body = await tell(agent, pause=True)
+    assert (body["engines"][0]["in_flight"], engine.came.is_set()) == (1, False)
+    opened.set()
+    assert (await calling)[0] == 200
+    assert agent.gateway.upstreams.all[0].in_flight == 0
+
+
 async def test_the_client_speaks_for_a_trainer(agent: Agent) -> None:
     await agent.gateway.upstreams.all[0].ready()
     async with Client(agent.url) as client:
