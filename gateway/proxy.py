@@ -218,6 +218,11 @@ class Proxy:
             self._sessions.failed(left)
             self._recorder.left(intent_of(left, api, model, started_ns))
             raise
+        except (UpstreamError, StorageError):
+            if place is not None:  # what is asked again is this call, and no other with its body
+                step = await self._shared_step(place, request, read)
+                self._sessions.failed(self._begin(place, request, read, step))
+            raise
         call = self._begin(place, request, read, step)
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
