@@ -90,6 +90,13 @@ class Exchange:
             storage = isinstance(error, StorageError)
             self._end.fail("not_recorded" if storage else "cut", str(error))
             raise
+        except Exception as error:  # a bug: the call must not stay open in the store for that
+            self._end.fail("not_recorded", f"{type(error).__name__} inside the gateway")
+            raise
+
+    def unsent(self, outcome: Outcome) -> None:
+        """The call ends before the engine was asked, and is recorded as far as it can be."""
+        self._end.outcome = outcome
 
     # An answer in one piece.
 

@@ -274,7 +274,7 @@ class Proxy:
         )
         try:
             with self._metrics.in_flight.track_inprogress():
-                await self._open(asked.call, asked.plan, asked.started_ns)
+                await self._open(asked, exchange)
                 return await exchange.run()
         except UpstreamError:
             asked.served.upstream.lost()
@@ -365,14 +365,17 @@ class Proxy:
             return 0
         return max((call.step + 1 for call in self._reader.calls(trajectory)), default=0)
 
-    async def _open(self, call: Call, plan: Plan, started_ns: int) -> None:
+    async def _open(self, asked: Asked, exchange: Exchange) -> None:
+        call, plan = asked.call, asked.plan
         try:
-            await self._recorder.open(intent_of(call, plan.spoken, plan.model, started_ns))
+            await self._recorder.open(intent_of(call, plan.spoken, plan.model, asked.started_ns))
         except asyncio.CancelledError:
             self._sessions.failed(call)
+            exchange.unsent("cancelled")
             raise
         except StorageError as error:
             self._sessions.failed(call)
+            exchange.unsent("not_recorded")
             raise StorageError(
                 f"the call was not sent to the engine, because it could not be recorded "
                 f"(on_capture_failure is refuse): {error}"

@@ -16,7 +16,7 @@ from aiohttp import web
 from yarl import URL
 
 from driftgate.errors import StorageError
-from driftgate.gateway import written
+from driftgate.gateway import exchange, written
 from driftgate.gateway.ending import UNDELIVERED
 from driftgate.storage import Record, WriterStats
 from driftgate.trace import CallIntent, CallOutcome, Trace
@@ -102,6 +102,27 @@ async def test_an_error_inside_a_stream_is_passed_and_its_call_can_be_retried(
     reader = agent.gateway.reader
     assert reader is not None
     assert [row.complete for row in reader.trajectories()] == [True]
+
+
+async def test_a_bug_of_ours_leaves_no_call_open(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: Any) -> None:
+        raise ValueError("of ours")
+
+    monkeypatch.setattr(exchange, "turns_of_answer", bug)
+    assert (await agent.send(CHAT))[0] == 500
+    (outcome,) = await agent.outcomes()
+    assert (outcome.status, outcome.reason) == ("failed", "ValueError inside the gateway")
+    assert b'outcome="not_recorded",streamed="false"} 1.0' in agent.gateway.metrics.render()
+
+
+async def test_a_call_that_was_refused_is_not_counted_as_answered(connect: Connect) -> None:
+    sink = Sink()
+    sink.full = True
+    agent = await connect(sink=sink, on_capture_failure="refuse")
+    assert (await agent.send(CHAT))[0] == 503
+    assert b'outcome="not_recorded",streamed="false"} 1.0' in agent.gateway.metrics.render()
 
 
 @pytest.mark.parametrize("durability", ["group", "strict"])
