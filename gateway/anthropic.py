@@ -190,7 +190,12 @@ def _messages(message: _Message) -> Iterator[dict[str, Any]]:
         return
     if message.role == "assistant":
         _refuse_others(message.content, {"text", "thinking", "redacted_thinking", "tool_use"})
-        yield of_blocks(message.content)
+        try:
+            yield of_blocks(message.content)
+        except UNREADABLE as error:
+            raise RequestError(
+                f"messages: the input of a tool_use is no object: {error}"
+            ) from error
         return
     _refuse_others(message.content, {"text", "image", "tool_result"})
     rest = []
