@@ -17,6 +17,7 @@ from driftgate.errors import UpstreamError
 from driftgate.gateway.breakage import breakage
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
+from driftgate.gateway.post import EngineAnswer
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import MAX_TRAJECTORIES
@@ -44,7 +45,7 @@ class Entry:
         for engine, change in ((self._at, -1), (upstream, 1)):
             if engine is not None:
                 engine.in_flight += change
-                gauge = self._metrics.upstream_in_flight.labels(engine.url)
+                gauge = self._metrics.child(self._metrics.upstream_in_flight, engine.url)
                 gauge.set(engine.in_flight)
         self._at = upstream
 
@@ -112,8 +113,8 @@ class Upstreams:
         entry: Entry,
         trajectory: str,
         model: str,
-        post: Callable[[str], Awaitable[aiohttp.ClientResponse]],
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        post: Callable[[str], Awaitable[EngineAnswer]],
+    ) -> AsyncIterator[EngineAnswer]:
         """``post(base URL)`` to the engine of ``served``, or to another where it gives no answer.
 
         What ``post`` raises where none is left.
@@ -123,7 +124,7 @@ class Upstreams:
             upstream = served.upstream
             other = self._other(upstream, model, tried)
             answer = await self._ask(upstream, post, is_last=other is None)
-            if isinstance(answer, aiohttp.ClientResponse):
+            if isinstance(answer, EngineAnswer):
                 try:
                     async with answer:
                         yield answer
@@ -141,10 +142,10 @@ class Upstreams:
     async def _ask(
         self,
         upstream: Upstream,
-        post: Callable[[str], Awaitable[aiohttp.ClientResponse]],
+        post: Callable[[str], Awaitable[EngineAnswer]],
         *,
         is_last: bool,
-    ) -> aiohttp.ClientResponse | str:
+    ) -> EngineAnswer | str:
         """The answer, or in words why there is none and another engine is to be asked."""
         try:
             answer = await post(upstream.url)
@@ -160,7 +161,7 @@ class Upstreams:
             upstream.health.failed(f"it answered a call with {answer.status}")
             answer.close()
             return f"it answered {answer.status}"
-        self._metrics.upstream_calls.labels(upstream.url, "answer").inc()
+        self._metrics.child(self._metrics.upstream_calls, upstream.url, "answer").inc()
         return answer
 
     def _other(
