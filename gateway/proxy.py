@@ -166,9 +166,8 @@ class Proxy:
     async def count_tokens(self, request: web.Request) -> web.StreamResponse:
         """``POST /v1/messages/count_tokens``: the prompt's tokens, as the engine renders it."""
         body = await request.read()
-        fields = openai.read_request(body)
-        sent = msgspec.json.encode(anthropic.count_request(body, fields))
-        upstream = self._that_serve(openai.read(fields, "model", str))[0]
+        model, sent = await _aside(body, partial(_to_count, body))
+        upstream = self._that_serve(model)[0]
         url = URL(f"{upstream.url}/tokenize", encoded=True)
         headers = http.request_headers(request.headers, self._config)
         try:
@@ -387,6 +386,13 @@ class Proxy:
 async def _aside(body: bytes, work: Callable[[], T]) -> T:
     """``work()``, on a thread where its body is large."""
     return await asyncio.to_thread(work) if _is_large(body) else work()
+
+
+def _to_count(body: bytes) -> tuple[str | None, bytes]:
+    """The model, and the engine's request for an agent's ``count_tokens``."""
+    fields = openai.read_request(body)
+    sent = msgspec.json.encode(anthropic.count_request(body, fields))
+    return openai.read(fields, "model", str), sent
 
 
 def _is_large(body: bytes) -> bool:
