@@ -18,6 +18,7 @@ from yarl import URL
 from driftgate.errors import StorageError
 from driftgate.gateway import exchange, written
 from driftgate.gateway.ending import UNDELIVERED
+from driftgate.gateway.recorder import CLIENT_LEFT
 from driftgate.storage import Record, WriterStats
 from driftgate.trace import CallIntent, CallOutcome, Trace
 
@@ -107,6 +108,25 @@ async def test_an_error_inside_a_stream_is_passed_and_its_call_can_be_retried(
     reader = agent.gateway.reader
     assert reader is not None
     assert [row.complete for row in reader.trajectories()] == [True]
+
+
+async def test_an_agent_that_leaves_a_written_stream_is_not_the_engines_fault(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def write(*_: Any) -> None:
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    engine.routes = True
+    agent = await connect(streaming_routes="synthesise")
+    await agent.send(CHAT)
+    blamed = list[bool]()
+    monkeypatch.setattr(agent.gateway.upstreams.all[0], "lost", lambda: blamed.append(True))
+    monkeypatch.setattr(written, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(web.StreamResponse, "write", write)
+    engine.hold = asyncio.Event()
+    await agent.send(STREAM)
+    (outcome,) = await agent.outcomes()
+    assert (outcome.status, outcome.reason, blamed) == ("cancelled", CLIENT_LEFT, [])
 
 
 async def test_a_bug_of_ours_leaves_no_call_open(
