@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -40,7 +40,7 @@ Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[EngineAnswer]]
 Outcome: TypeAlias = Literal[
     "answered", "engine_error", "unreachable", "cut", "cancelled", "not_recorded"
 ]
-Fetched: TypeAlias = tuple[int, Mapping[str, str], bytes]
+Fetched: TypeAlias = tuple[int, MutableMapping[str, str], bytes]
 """Status, headers and body of an answer in one piece."""
 
 

@@ -5,7 +5,7 @@ Comments keep the connection alive meanwhile."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -140,14 +140,16 @@ class Written:
         self,
         response: web.StreamResponse | None,
         status: int,
-        headers: Mapping[str, str],
+        headers: MutableMapping[str, str],
         raw: bytes,
     ) -> web.StreamResponse:
         self._end.fail("engine_error", said(raw), status)
         dialect = self._asked.dialect
         if response is None:
-            body = raw if dialect is None else dialect.engine_error(status, raw)
-            return web.Response(status=status, body=body, headers=headers)
+            if dialect is not None:
+                raw = dialect.engine_error(status, raw)
+                headers["Content-Type"] = "application/json"
+            return web.Response(status=status, body=raw, headers=headers)
         events = self._told([synthesis.error_event(raw)])
         last = [synthesis.DONE_EVENT] if self._teller is None else self._teller.end()
         with suppress(_AgentGone):
