@@ -134,6 +134,8 @@ class Proxy:
         if len(answers) < 2:
             return answers[0] if answers else await self._get(asked[0], path, request)
         lists = [a.body for a in answers if a.status == 200 and isinstance(a.body, bytes)]
+        if not lists:
+            return answers[0]
         return web.Response(body=united(lists), content_type="application/json")
 
     async def _get(self, upstream: Upstream, path: str, request: web.Request) -> web.Response:
