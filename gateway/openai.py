@@ -50,6 +50,7 @@ T = TypeVar("T")
 
 _NULL = Raw(b"null")
 _TRUE = Raw(b"true")
+_FALSE = Raw(b"false")
 _ZERO = Raw(b"0")
 
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
@@ -216,7 +217,7 @@ def refuse_forbidden(fields: Mapping[str, Any], adapter: EngineAdapter) -> None:
     """RequestError where a field that must not reach the engine is set, however it is spelled:
     engines take "7" and 7.0 for 7. ``fields``: raw JSON or decoded values."""
     for name, why in adapter.refused_fields.items():
-        if fields.get(name) not in (None, 0, _NULL, _ZERO):
+        if fields.get(name) not in (None, 0, _NULL, _ZERO, _FALSE):
             raise RequestError(f"{name} is not allowed: {why}; leave the field out")
 
 
