@@ -8,10 +8,9 @@ not captured."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import Raw
@@ -20,7 +19,9 @@ from driftgate import trace
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import sse
+from driftgate.gateway.fields import Fields, is_absent, read, read_lax
 from driftgate.gateway.pieces import Pieces, take_apart
+from driftgate.gateway.sampling import sampling_of, settings_sent
 from driftgate.trace import Sampling
 
 __all__ = [
@@ -41,12 +42,9 @@ Api: TypeAlias = Literal["chat", "completions"]
 """What the engine is asked."""
 Translated: TypeAlias = Literal["responses", "messages"]
 """What agents speak and the engine is asked as chat."""
-Fields: TypeAlias = dict[str, Raw]
 StreamMode: TypeAlias = Literal["plain", "plugin", "synthesise"]
 """How a stream's routes are got: not at all, by the plugin's chunk, or by asking for JSON
 instead."""
-
-T = TypeVar("T")
 
 _NULL = Raw(b"null")
 _TRUE = Raw(b"true")
@@ -59,27 +57,6 @@ _ENCODER = msgspec.json.Encoder()
 
 _TAKEN_TOP, _TAKEN_CHOICE = {"prompt_token_ids"}, {"logprobs", "token_ids"}
 """Fields that ``take_apart`` takes out, which must then be hidden."""
-
-_SAMPLING: dict[str, Any] = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "seed": int,
-    "n": int,
-    "max_completion_tokens": int,
-    "max_tokens": int,
-    "min_tokens": int,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "repetition_penalty": float,
-    "logit_bias": dict[str, float],
-    "bad_words": list[str],
-    "allowed_token_ids": list[int],
-    "use_beam_search": bool,
-}
-"""Settings that shape what is sampled, by type."""
-_TRUTH_NUMBERS = {b"true": Raw(b"1"), b"false": Raw(b"0")}
 
 _EMPTY_DELTA = re.compile(rb"\{\s*\}")
 _STRING_OR_NOT_JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)\b')
@@ -151,17 +128,6 @@ def read_request(body: bytes) -> Fields:
         raise RequestError(f"the request body is not a JSON object: {error}") from error
 
 
-def read(fields: Fields, name: str, type_: type[T]) -> T | None:
-    """A field as ``type_``; None where it is absent, null or something else."""
-    raw = fields.get(name)
-    if raw is None:
-        return None
-    try:
-        return msgspec.json.decode(raw, type=type_)
-    except UNREADABLE:
-        return None
-
-
 def rewrite(
     api: Api,
     fields: Fields,
@@ -224,7 +190,7 @@ def refuse_forbidden(fields: Mapping[str, Any], adapter: EngineAdapter) -> None:
 def _ask_logprobs(api: Api, fields: Fields, out: Fields) -> bool:
     """Set the logprobs fields in ``out``; True where the agent gets logprobs without us."""
     if api == "completions":
-        asked = not _absent(fields, "logprobs")
+        asked = not is_absent(fields, "logprobs")
         if not asked:
             out["logprobs"] = _ZERO
         return asked
@@ -232,48 +198,44 @@ def _ask_logprobs(api: Api, fields: Fields, out: Fields) -> bool:
     out["logprobs"] = _TRUE
     if "top_logprobs" not in fields:
         out["top_logprobs"] = _ZERO
-    elif _absent(fields, "top_logprobs"):
+    elif is_absent(fields, "top_logprobs"):
         out["top_logprobs"] = _ZERO
         # An explicit null gets null logprobs from vLLM, unless single tokens were named.
-        asked = asked and not _absent(fields, "logprob_token_ids")
+        asked = asked and not is_absent(fields, "logprob_token_ids")
     return asked
 
 
 def _uncapturable(api: Api, fields: Fields, adapter: EngineAdapter) -> str | None:
     """Why this request must reach the engine as it is; None when it can be captured."""
     for name in (adapter.ask_ids, "stream"):
-        if not _absent(fields, name) and read(fields, name, bool) is None:
+        if not is_absent(fields, name) and read(fields, name, bool) is None:
             return f"{name} is not true, false or null"
-    if not _absent(fields, "use_beam_search") and (
-        _read_lax(fields["use_beam_search"], bool) is not False
+    if not is_absent(fields, "use_beam_search") and (
+        read_lax(fields["use_beam_search"], bool) is not False
     ):
         return "beam search returns sequences that were not sampled"
     if api == "completions":
-        if not _absent(fields, "logprobs") and read(fields, "logprobs", int) is None:
+        if not is_absent(fields, "logprobs") and read(fields, "logprobs", int) is None:
             return "logprobs is not a number"
-        if not _absent(fields, "echo") and _read_lax(fields["echo"], bool) is not False:
+        if not is_absent(fields, "echo") and read_lax(fields["echo"], bool) is not False:
             return "echo: asking for token ids would change the echoed text"
         return None
     if "messages" not in fields:
         return "messages are missing: the engine's refusal repeats the whole request"
-    if not _absent(fields, "logprobs") and read(fields, "logprobs", bool) is None:
+    if not is_absent(fields, "logprobs") and read(fields, "logprobs", bool) is None:
         return "logprobs is not true, false or null"
     top = read(fields, "top_logprobs", int)
-    if not _absent(fields, "top_logprobs") and top is None:
+    if not is_absent(fields, "top_logprobs") and top is None:
         return "top_logprobs is not a number"
-    if not read(fields, "logprobs", bool) and (top or not _absent(fields, "logprob_token_ids")):
+    if not read(fields, "logprobs", bool) and (top or not is_absent(fields, "logprob_token_ids")):
         return "top_logprobs or logprob_token_ids without logprobs: the engine refuses it"
     return None
-
-
-def _absent(fields: Fields, name: str) -> bool:
-    return bytes(fields.get(name, _NULL)) == b"null"
 
 
 def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
     stream = bool(read(fields, "stream", bool))
     options = read(fields, "stream_options", dict[str, Any]) or {}
-    sent = _sampled(fields)
+    sent = settings_sent(fields)
     n = max(1, sent.get("n") or 1)
     return Plan(
         api=api,
@@ -282,10 +244,10 @@ def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
         mode=mode if stream else "plain",
         n=n,
         prompts=_prompts(fields) if api == "completions" else 1,
-        sampling=_sampling(fields, sent, n),
+        sampling=sampling_of(fields, sent, n),
         unread=tuple(name for name, value in sent.items() if value is None),
         usage_asked=bool(options.get("include_usage")),
-        echo=not _absent(fields, "echo") and bool(_read_lax(fields["echo"], bool)),
+        echo=not is_absent(fields, "echo") and bool(read_lax(fields["echo"], bool)),
         hides_reasoning=read(fields, "include_reasoning", bool) is False,
     )
 
@@ -295,64 +257,6 @@ def _prompts(fields: Fields) -> int:
     if _LIST_OF_PROMPTS.match(bytes(fields.get("prompt", _NULL))) is None:
         return 1
     return len(read(fields, "prompt", list[Raw]) or [_NULL])
-
-
-def _sampled(fields: Fields) -> dict[str, Any]:
-    """The settings that were sent, by name; None for one that cannot be read."""
-    return {
-        name: _read_lax(fields[name], type_)
-        for name, type_ in _SAMPLING.items()
-        if not _absent(fields, name)
-    }
-
-
-def _read_lax(raw: Raw, type_: Any) -> Any:
-    """A value as the engines' parser (pydantic) takes it: "0.25", 50.0, "7" and true are numbers,
-    "true" and 1 are truth values. None for what cannot be read."""
-    if type_ is not bool and bytes(raw) in _TRUTH_NUMBERS:
-        raw = _TRUTH_NUMBERS[bytes(raw)]
-    try:
-        value = msgspec.json.decode(raw, type=type_, strict=False)
-    except UNREADABLE:
-        return None
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _sampling(fields: Fields, sent: Mapping[str, Any], n: int) -> Sampling:
-    get = sent.get
-    return Sampling(
-        temperature=get("temperature"),
-        top_p=get("top_p"),
-        top_k=get("top_k"),
-        min_p=get("min_p"),
-        seed=get("seed"),
-        n=n,
-        max_tokens=get("max_completion_tokens", get("max_tokens")),
-        min_tokens=get("min_tokens"),
-        presence_penalty=get("presence_penalty"),
-        frequency_penalty=get("frequency_penalty"),
-        repetition_penalty=get("repetition_penalty"),
-        logit_bias=bool(get("logit_bias")),
-        bad_words=bool(get("bad_words")),
-        allowed_token_ids=bool(get("allowed_token_ids")),
-        structured=_structured(fields),
-        beam_search=bool(get("use_beam_search")),
-    )
-
-
-def _structured(fields: Fields) -> str | None:
-    """What forced tokens, in words."""
-    forced = []
-    kind = (read(fields, "response_format", dict[str, Any]) or {}).get("type", "text")
-    if kind != "text":
-        forced.append(f"response_format={kind}")
-    named = read(fields, "tool_choice", dict[str, Any])
-    choice = "named" if named else read(fields, "tool_choice", str)
-    if choice in ("required", "named"):
-        forced.append(f"tool_choice={choice}")
-    names = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    forced += [name for name in names if not _absent(fields, name)]
-    return ", ".join(forced) or None
 
 
 def strip_answer(body: bytes, plan: Plan) -> Stripped:
