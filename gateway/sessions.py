@@ -21,7 +21,7 @@ from driftgate.errors import RequestError
 from driftgate.gateway.agents import read_agent
 from driftgate.gateway.conversation import Conversation, Turn
 from driftgate.gateway.history import History
-from driftgate.gateway.keys import TrajectoryKeys, minted_key
+from driftgate.gateway.keys import TrajectoryKeys, minted_keys
 from driftgate.gateway.names import check_trajectory, is_trajectory, new_trajectory
 from driftgate.gateway.prompts import End, Kind, Prompt
 from driftgate.gateway.recent import Recent
@@ -145,9 +145,18 @@ class Sessions:
         return name, self._keys.make(name)
 
     def owner(self, headers: Mapping[str, str]) -> str | None:
-        """The only trajectory that the request's key opens; None where it opens all."""
-        key = minted_key(headers)
-        return None if key is None else self._keys.trajectory_of(key)
+        """The only trajectory that the request's key opens; None where it carries none of a
+        trajectory, and opens all. RequestError where it carries such keys and none is known."""
+        keys = minted_keys(headers)
+        for key in keys:  # the guard asks for one good key among them, not for the first
+            if (trajectory := self._keys.trajectory_of(key)) is not None:
+                return trajectory
+        if keys:
+            raise RequestError(
+                "this driftgate key is not known: keys end with the gateway's process unless "
+                "it has a signing_key; mint a new one with POST /api/trajectories"
+            )
+        return None
 
     def place(
         self,
@@ -179,13 +188,7 @@ class Sessions:
             return Place(check_trajectory(url), "url")
         if (named := headers.get(TRAJECTORY_HEADER)) is not None:
             return Place(check_trajectory(named), "header")
-        if (key := minted_key(headers)) is not None:
-            trajectory = self._keys.trajectory_of(key)
-            if trajectory is None:
-                raise RequestError(
-                    "this driftgate key is not known: keys end with the gateway's process unless "
-                    "it has a signing_key; mint a new one with POST /api/trajectories"
-                )
+        if (trajectory := self.owner(headers)) is not None:
             return Place(trajectory, "key")
         for name in SESSION_HEADERS:
             if is_trajectory(headers.get(name)):
