@@ -3,7 +3,8 @@
 ``Appender.write`` hands a submission's records to the operating system, so that they survive the
 process. ``Appender.commit`` syncs and indexes all that was written meanwhile, on another thread: a
 slow sync holds up no write. A batch is durable as a whole or taken back as a whole; then each of
-its submissions is tried alone, so that a bad one fails alone.
+its submissions is tried alone, so that a bad one fails alone. An index that another process keeps
+locked takes nothing back: what is on disk waits for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from driftgate.errors import StorageError
 from driftgate.storage.codec import pack_record
 from driftgate.storage.encoder import AddRow, Encoder
-from driftgate.storage.index import transaction
+from driftgate.storage.index import BUSY_TIMEOUT_S, transaction
 from driftgate.storage.inserts import Place, add_score, has_score, next_seq, set_indexed
 from driftgate.storage.records import Kind, Record, ScoreHead, Small, encode_score
 from driftgate.storage.segments import FIRST_SERIAL, SegmentFile
@@ -191,7 +192,7 @@ class Appender:
 
     def _commit(self, batch: _Batch) -> None:
         if any(submission.scores for submission in batch.submissions):
-            with transaction(self._connection):
+            with transaction(self._connection, on_busy=_say_locked):
                 with self._lock:
                     self._take(batch)  # lies before the scores in the segment
                     for submission in batch.submissions:
@@ -202,7 +203,7 @@ class Appender:
                 self._index(batch)
         elif batch.ends:
             self._sync(batch)
-            with transaction(self._connection):
+            with transaction(self._connection, on_busy=_say_locked):
                 self._index(batch)
         with self._lock:
             self._settle(batch)
@@ -343,6 +344,14 @@ class Appender:
         submission.written_records += 1
         submission.written_bytes += len(data)
         return Place(segment.name, offset, len(data))
+
+
+def _say_locked() -> None:
+    log.warning(
+        "another process keeps the index locked for longer than %.0f s: records are on disk and "
+        "wait for it; look for a stopped `driftgate teach` or `serve` on this store",
+        BUSY_TIMEOUT_S,
+    )
 
 
 def _not_written(error: Exception) -> StorageError:

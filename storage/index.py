@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,9 @@ INDEX_VERSION = 4
 BUSY_TIMEOUT_S = 30.0
 """How long a writer waits for another: a score batch holds the lock for one fsync, a recovery for a
 second or two."""
+
+PRIMARY_CODE = 0xFF
+"""Of SQLite's error codes: above are bits that say more."""
 
 _SCHEMA = """
 CREATE TABLE segments (
@@ -204,16 +207,37 @@ class Connections:
 
 
 @contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Take the index's write lock; commit at the end, roll back on any error."""
-    connection.execute("BEGIN IMMEDIATE")
+def transaction(
+    connection: sqlite3.Connection, *, on_busy: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Take the index's write lock; commit at the end, roll back on any error.
+
+    Where another holds the lock for longer than BUSY_TIMEOUT_S: sqlite3.OperationalError, or, with
+    ``on_busy``, a call of that and another BUSY_TIMEOUT_S, for as long as it takes.
+    """
+    _locking(connection, "BEGIN IMMEDIATE", on_busy)
     try:
         yield
-        connection.execute("COMMIT")
+        _locking(connection, "COMMIT", on_busy)
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _locking(
+    connection: sqlite3.Connection, statement: str, on_busy: Callable[[], None] | None
+) -> None:
+    """Execute a statement that may find the lock taken and leaves all as it was then."""
+    while True:
+        try:
+            connection.execute(statement)
+        except sqlite3.OperationalError as error:
+            if on_busy is None or error.sqlite_errorcode & PRIMARY_CODE != sqlite3.SQLITE_BUSY:
+                raise
+            on_busy()
+        else:
+            return
 
 
 def _create(connection: sqlite3.Connection) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -373,6 +373,34 @@ def test_an_index_that_fails_takes_the_batch_back(
     writer.submit(make_trace()).result(WAIT_S)
     writer.close()
     assert Reader(tmp_path).counts().traces == 1
+
+
+@pytest.mark.parametrize("kind", ["trace", "score"])
+def test_a_locked_index_is_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    """A teacher that was suspended in its transaction costs no record, however long it takes."""
+    monkeypatch.setattr("driftgate.storage.index.BUSY_TIMEOUT_S", 0.01)
+    writer = Writer(tmp_path)
+    first, second = make_trajectory(steps=2)
+    writer.submit(first).result(WAIT_S)
+    with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        future = writer.submit(second if kind == "trace" else make_score(first))
+        deadline = time.monotonic() + WAIT_S
+        while caplog.text.count("keeps the index locked") < 2:
+            assert not future.done()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        other.execute("ROLLBACK")
+    future.result(WAIT_S)
+    writer.close()
+    counts = Reader(tmp_path).counts()
+    assert (counts.traces, counts.scores) == ((2, 0) if kind == "trace" else (1, 1))
+    assert (writer.stats.failed_records, writer.stats.written_records) == (0, 2)
 
 
 def test_segments_rotate_between_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
