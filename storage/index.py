@@ -21,7 +21,7 @@ __all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
 
 INDEX_NAME = "index.sqlite"
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 """``PRAGMA user_version``. An index of another version is rebuilt, not migrated: it is derived."""
 
 BUSY_TIMEOUT_S = 30.0
@@ -68,6 +68,11 @@ CREATE INDEX calls_by_trajectory ON calls (trajectory, step, retry, started_ns);
 CREATE INDEX calls_by_model ON calls (model, trajectory);
 CREATE INDEX calls_open ON calls (trajectory) WHERE captured = 0 AND status IS NULL;
 CREATE INDEX calls_gap ON calls (trajectory) WHERE gap;
+
+CREATE TABLE early_outcomes (                   -- of calls of which nothing else is here yet
+    call_id TEXT PRIMARY KEY,
+    outcome TEXT NOT NULL                       -- JSON CallOutcome
+) STRICT;
 
 CREATE TABLE traces (
     trace_id TEXT PRIMARY KEY,

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_a_rebuilt_index_has_the_same_content(tmp_path: Path, dump_index: Dump) 
         "segments": 2,
         "trajectories": 2,
         "calls": 10,
+        "early_outcomes": 0,
         "traces": 6,
         "scores": 6,
         "rewards": 2,
@@ -91,6 +93,23 @@ def test_calls_of_a_dead_writer_are_ended_and_those_of_a_living_one_are_not(
     assert first.outcome is not None
     assert "the gateway ended before the call did" in first.outcome.reason
     living.close()
+
+
+def test_an_outcome_that_was_written_before_its_intent_counts(
+    tmp_path: Path, dump_index: Dump
+) -> None:
+    """Storage refused the intent at first."""
+    trace = make_trace()
+    outcome = CallOutcome(call_id=trace.meta.call_id, status="failed", reason="500", ended_ns=9)
+    writer = Writer(tmp_path)
+    writer.submit(outcome).result(WAIT_S)
+    writer.submit(make_intent(trace)).result(WAIT_S)
+    writer.close()
+    with closing(Reader(tmp_path)) as reader:
+        assert [(call.state, call.outcome) for call in reader.calls("t1")] == [("failed", outcome)]
+    before = dump_index(tmp_path)
+    rebuild_index(tmp_path)
+    assert dump_index(tmp_path) == before
 
 
 def test_a_missing_index_comes_back_when_a_writer_starts(tmp_path: Path, dump_index: Dump) -> None:
