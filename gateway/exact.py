@@ -22,11 +22,11 @@ import numpy as np
 from msgspec import Raw
 from yarl import URL
 
-from driftgate.errors import UNREADABLE, DriftgateError
+from driftgate.errors import UNREADABLE, DriftgateError, UpstreamError
 from driftgate.gateway import openai, rerender
 from driftgate.gateway.breakage import breakage
 from driftgate.gateway.dialects import chat_fields, previous_of
-from driftgate.gateway.digits import read_ids
+from driftgate.gateway.digits import ids_of
 from driftgate.gateway.draft import given
 from driftgate.gateway.openai import Fields, Plan
 from driftgate.gateway.pieces import Pieces
@@ -80,7 +80,7 @@ class _Rendered(msgspec.Struct):
     token_ids: Raw
 
 
-_ID_BYTES = b"0123456789,[]"
+_ID_BYTES = b"0123456789,[] "
 _ANSWER = msgspec.json.Decoder(_Answer)
 _RENDERED = msgspec.json.Decoder(_Rendered)
 
@@ -177,6 +177,8 @@ class Exact:
         self._memory = Memory()
         self._reader = reader
         self._session = session
+        self._ends: dict[tuple[str, str | None], set[int]] = {}
+        """Ids that end a turn, by engine and tokenizer, as far as that was proven."""
         self._met: Recent[str, bool] = Recent(MAX_TRAJECTORIES)
         """Trajectories whose answers are here, as far as there is room."""
 
@@ -203,18 +205,14 @@ class Exact:
                 self._restore(await asyncio.to_thread(self._read, place.trajectory))
         if not chain.answers:
             return onward
-        known, why = self._memory.find(chain, place.trajectory)
         why_not = plan.uncaptured or _cannot(upstream)
-        if why_not is None and known is not None:
-            why_not = await aside(lambda: rerender.obstacle(fields, upstream.adapter))
+        why_not = why_not or await aside(lambda: rerender.obstacle(fields, upstream.adapter))
+        known, why = self._memory.find(chain, place.trajectory)
         if known is None or why_not is not None:
             onward.continuation = Continuation(way="ordinary", reason=why_not or why)
             return onward
         asked = await aside(lambda: rerender.asked(fields, known, chain.varying))
-        try:
-            behind = await self._behind(asked, known.sampled.last_id, upstream, headers)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            behind = f"rendering failed: {breakage(error).what}"
+        behind = await self._behind(asked, known.sampled.last_id, upstream, headers)
         if not isinstance(behind, str):
             behind = _too_long(known.sampled, behind, fields, upstream, plan.model) or behind
         if isinstance(behind, str):
@@ -231,39 +229,43 @@ class Exact:
     ) -> list[int] | str:
         """The ids behind the answer, as the engine renders them; in words why they are not
         known."""
-        bodies = [asked.first, asked.second, *([asked.before] if asked.before else [])]
-        answers = await asyncio.gather(*(self._render(upstream, b, headers) for b in bodies))
-        rendered = list[I32]()
-        for answer in answers:
-            if isinstance(answer, str):
-                return answer
-            rendered.append(answer)
-        if asked.before is not None and not np.array_equal(rendered.pop(), rendered[0]):
-            return "tool_choice or response_format changed, and the template shows it"
-        if rerender.needs_third(rendered, last_id, calls=asked.calls):
-            third = await self._render(upstream, asked.third, headers)
-            if isinstance(third, str):
-                return third
-            rendered.append(third)
-        return rerender.behind(rendered, last_id, calls=asked.calls)
 
-    async def _render(
-        self, upstream: Upstream, body: bytes, headers: Mapping[str, str]
-    ) -> I32 | str:
-        """The prompt's ids, or why there are none."""
+        async def render(*bodies: bytes) -> list[I32]:
+            return await asyncio.gather(*(self._render(upstream, b, headers) for b in bodies))
+
+        try:
+            rendered = await render(*filter(None, (asked.first, asked.second, asked.before)))
+            if asked.before is not None and not np.array_equal(rendered.pop(), rendered[0]):
+                return "tool_choice or response_format changed, and the template shows it"
+            if asked.plain is not None:
+                ends = self._ends.setdefault((upstream.url, upstream.tokenizer), set())
+                if last_id not in ends:
+                    if not rerender.ends_turns(await render(*asked.plain), last_id):
+                        return "a tool call was cut, or did not end as the template ends turns"
+                    ends.add(last_id)
+                return rerender.behind_calls(rendered, last_id)
+            if rerender.needs_third(rendered, last_id):
+                rendered += await render(asked.third)
+            return rerender.behind(rendered, last_id)
+        except UpstreamError as error:
+            return str(error)
+
+    async def _render(self, upstream: Upstream, body: bytes, headers: Mapping[str, str]) -> I32:
+        """The prompt's ids. UpstreamError where there are none."""
         url = URL(f"{upstream.url}{upstream.adapter.render_path}", encoded=True)
         timeout = aiohttp.ClientTimeout(total=RENDER_TIMEOUT_S)
-        async with self._session().post(
-            url, data=body, headers=headers, allow_redirects=False, timeout=timeout
-        ) as answer:
-            said = await answer.read()
-        if answer.status != 200:
-            return f"rendering failed: the engine answered {answer.status}"
         try:
-            ids = read_ids(bytes(_RENDERED.decode(said).token_ids))
-        except (*UNREADABLE, ValueError) as error:
-            return f"rendering failed: {error}"
-        return "rendering failed: token_ids are no list of ids" if ids is None else ids
+            async with self._session().post(
+                url, data=body, headers=headers, allow_redirects=False, timeout=timeout
+            ) as answer:
+                said = await answer.read()
+            if answer.status != 200:
+                raise UpstreamError(f"rendering failed: the engine answered {answer.status}")
+            return ids_of(bytes(_RENDERED.decode(said).token_ids))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise UpstreamError(f"rendering failed: {breakage(error).what}") from error
+        except (*UNREADABLE, ValueError, OverflowError) as error:
+            raise UpstreamError(f"rendering failed: {error}") from error
 
     def _read(self, trajectory: str) -> list[Trace]:
         """The latest traces of a trajectory that was begun before the gateway was."""
@@ -337,8 +339,7 @@ def proven(
     """How the call went on, by the ids of its prompt as they came back. Any thread."""
     if onward is None or onward.ids is None:
         return None if onward is None else onward.continuation
-    asked = read_ids(onward.ids)
-    if prompt_ids is not None and asked is not None and np.array_equal(asked, prompt_ids):
+    if prompt_ids is not None and np.array_equal(ids_of(onward.ids), prompt_ids):
         return onward.continuation
     if prompt_ids is None:
         return Continuation(way="ordinary", reason="the engine did not say the prompt's ids")

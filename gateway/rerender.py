@@ -7,7 +7,8 @@ begins. That is put behind the ids that were sampled.
 A turn's end is nearly always a control token, which no text merges with. Where the sampled ids do
 not end with it (an answer cut at ``max_tokens``, a stop string) nothing else proves that none of it
 was merged into the placeholder's last token, so one more placeholder, of another kind of character,
-has to give the same.
+has to give the same. Behind a tool call's arguments brackets are closed before the turn ends, so
+its ids must end with the token that ends turns: that of a rendering with a text in its place.
 """
 
 from __future__ import annotations
@@ -24,11 +25,21 @@ from driftgate.gateway.openai import Fields
 from driftgate.gateway.sampled import SAMPLING, VARYING, Known
 from driftgate.trace import I32
 
-__all__ = ["Asked", "asked", "behind", "needs_third", "obstacle", "tail"]
+__all__ = [
+    "Asked",
+    "asked",
+    "behind",
+    "behind_calls",
+    "ends_turns",
+    "needs_third",
+    "obstacle",
+]
 
 PLACEHOLDERS = ("driftgate x", "driftgate 7", "driftgate.")
 """They end with a letter, a digit and a mark: a tokenizer joins what follows with one of these at
 most."""
+
+HIDDEN = "the template does not show that answer, or nothing behind it"
 
 _MESSAGES = msgspec.json.Decoder(list[Raw])
 _MESSAGE = msgspec.json.Decoder(dict[str, Any])
@@ -102,56 +113,70 @@ class Asked(NamedTuple):
     second: bytes
     third: bytes
     """Where ``needs_third``."""
+    plain: tuple[bytes, bytes] | None
+    """The first two with a text in place of the tool calls; None where the answer has none."""
     before: bytes | None
     """The first with ``VARYING`` fields as they were; None where they are the same."""
-    calls: bool
-    """The answer calls tools."""
 
 
 def asked(fields: Fields, known: Known, varying: Mapping[str, bytes]) -> Asked:
     """The requests; ``varying``: as they are now."""
-    bodies = [body(fields, known.position, placeholder) for placeholder in PLACEHOLDERS]
-    before = None
+    position, (first, second, third) = known.position, PLACEHOLDERS
+    plain = before = None
+    messages = _MESSAGES.decode(fields["messages"])
+    message = _MESSAGE.decode(messages[position])
+    if message.pop("tool_calls", None):
+        messages[position] = Raw(_ENCODER.encode(message))
+        without = fields | {"messages": Raw(_ENCODER.encode(messages))}
+        plain = body(without, position, first), body(without, position, second)
     if varying != known.sampled.varying:
-        before = body(fields, known.position, PLACEHOLDERS[0], known.sampled.varying)
-    return Asked(*bodies, before, has_calls(fields, known.position))
+        before = body(fields, position, first, known.sampled.varying)
+    return Asked(
+        first=body(fields, position, first),
+        second=body(fields, position, second),
+        third=body(fields, position, third),
+        plain=plain,
+        before=before,
+    )
 
 
-def has_calls(fields: Fields, position: int) -> bool:
-    """The answer at ``position`` calls tools."""
-    return bool(_messages(fields)[position].get("tool_calls"))
-
-
-def tail(first: I32, second: I32) -> int:
-    """How many ids two renderings end with alike."""
+def tail(first: I32, second: I32) -> I32:
+    """The ids that two renderings end with alike; none where they are one and the same."""
     size = min(len(first), len(second))
     same = first[len(first) - size :][::-1] == second[len(second) - size :][::-1]
-    return size if same.all() else int(same.argmin())
+    length = size if same.all() else int(same.argmin())
+    return first[len(first) - length :] if length < len(first) else first[:0]
 
 
-def needs_third(rendered: Sequence[I32], last_id: int, *, calls: bool) -> bool:
+def needs_third(rendered: Sequence[I32], last_id: int) -> bool:
     """The end of the turn is not the token that the answer ended with."""
-    first, second = rendered
-    length = tail(first, second)
-    return not calls and 0 < length < len(first) and int(first[-length]) != last_id
+    ids = tail(*rendered)
+    return len(ids) > 0 and int(ids[0]) != last_id
 
 
-def behind(rendered: Sequence[I32], last_id: int, *, calls: bool) -> list[int] | str:
+def behind(rendered: Sequence[I32], last_id: int) -> list[int] | str:
     """The ids behind an answer whose sampled ids end with ``last_id``; in words why there are none.
 
-    ``rendered``: with different placeholders, at least two; ``calls``: the answer has tool calls,
-    behind whose arguments the template closes brackets before it ends the turn.
+    ``rendered``: with different placeholders, at least two.
     """
     first, *others = rendered
-    lengths = {tail(first, other) for other in others}
-    length = min(lengths)
-    if length == len(first) or not length:
-        return "the template does not show that answer, or nothing behind it"
-    if len(lengths) > 1:
+    ids = min((tail(first, other) for other in others), key=len)
+    if not len(ids):
+        return HIDDEN
+    if any(len(tail(first, other)) > len(ids) for other in others):
         return "the tokenizer joins the end of a turn with the text before it"
-    ids: list[int] = first[-length:].tolist()
-    if calls:
-        if last_id not in ids:
-            return "a tool call was cut: where the template ends its turn is not known"
-        return ids[ids.index(last_id) + 1 :]
-    return ids[1:] if ids[0] == last_id else ids
+    whole: list[int] = ids.tolist()
+    return whole[1:] if whole[0] == last_id else whole
+
+
+def ends_turns(plain: Sequence[I32], last_id: int) -> bool:
+    """``last_id`` is what the template ends a turn with. ``plain``: with different texts."""
+    ids = tail(*plain)
+    return len(ids) > 0 and int(ids[0]) == last_id
+
+
+def behind_calls(rendered: Sequence[I32], last_id: int) -> list[int] | str:
+    """As ``behind``, where the answer calls tools: the template closes brackets behind the
+    arguments before it ends the turn, which is with ``last_id``."""
+    ids: list[int] = tail(*rendered).tolist()
+    return ids[ids.index(last_id) + 1 :] if last_id in ids else HIDDEN

@@ -30,6 +30,20 @@ FORCED = {"type": "function", "function": {"name": FUNCTION["name"]}}
 SYSTEM = {"role": "system", "content": "You are a guide."}
 
 
+def whole(chunks: list[Any]) -> dict[str, Any]:
+    """A stream of one choice; into how many chunks a busy engine cuts it is no matter."""
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    calls = [c["function"] for one in choices for c in one["delta"].get("tool_calls") or ()]
+    return {
+        "keys": [sorted(chunks[0]), sorted(chunks[-1])],
+        "content": "".join(choice["delta"].get("content") or "" for choice in choices),
+        "names": [call["name"] for call in calls if call.get("name")],
+        "arguments": "".join(call.get("arguments") or "" for call in calls),
+        "finish_reasons": [c["finish_reason"] for c in choices if c["finish_reason"]],
+        "usage": chunks[-1].get("usage"),
+    }
+
+
 async def unbroken(proxied: Proxied) -> list[Any]:
     """Every form of an answer, in a run whose history re-tokenises to what was sampled."""
     messages: list[Any] = [SYSTEM]
@@ -40,7 +54,7 @@ async def unbroken(proxied: Proxied) -> list[Any]:
         asked = {"model": proxied.engine.model, "messages": messages, "seed": len(answers)}
         asked |= {"tools": [TOOL], "tool_choice": "none", "max_tokens": 24} | fields
         answer = await proxied.call("run", asked)
-        answers.append(without_identity(answer))
+        answers.append(whole(answer) if "stream" in fields else without_identity(answer))
         return answer
 
     def keep(content: str) -> None:
@@ -48,8 +62,7 @@ async def unbroken(proxied: Proxied) -> list[Any]:
 
     keep((await ask("Where to?"))["choices"][0]["message"]["content"])
     chunks = await ask("And then?", stream=True, stream_options={"include_usage": True})
-    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
-    keep("".join(delta.get("content") or "" for delta in deltas))
+    keep(whole(chunks)["content"])
     both = await ask("Which one?", n=2, logprobs=True, top_logprobs=2)
     keep(both["choices"][1]["message"]["content"])
     tools = {"tool_choice": FORCED, "max_tokens": 96}
@@ -78,7 +91,7 @@ async def test_with_nothing_broken_both_ways_are_one(
 
 
 def how(trace: Trace) -> str | None:
-    return trace.meta.continuation and trace.meta.continuation.way
+    return None if trace.meta.continuation is None else trace.meta.continuation.way
 
 
 def extends(before: Trace, after: Trace) -> None:
@@ -97,10 +110,10 @@ async def forgetful(url: str, model: str) -> None:
     async with AsyncOpenAI(base_url=url, api_key="none") as client:
         for turn in range(8):
             messages.append({"role": "user", "content": f"What is next after {turn}?"})
+            tools: dict[str, Any] = {"tools": [TOOL], "tool_choice": FORCED if turn % 2 else "none"}
             answer = await client.chat.completions.create(
-                model=model, messages=messages, seed=turn, max_tokens=64, tools=[TOOL],  # type: ignore[list-item]
-                tool_choice=FORCED if turn % 2 else "none",  # type: ignore[arg-type]
-            )  # fmt: skip
+                model=model, messages=messages, seed=turn, max_tokens=64, **tools
+            )
             said = answer.choices[0].message
             kept: dict[str, Any] = {"role": "assistant", "content": said.content}
             calls = [call.model_dump() for call in said.tool_calls or ()]

@@ -29,6 +29,7 @@ from driftgate.trace import CallOutcome, Trace
 
 VOCABULARY = ["Hel", "lo", " wor", "ld", "!", " é", "…", " 1.50", '"', "\n"]
 FIRST_ID = 1000
+END = 10
 LAYERS, TOP_K = 2, 2
 
 
@@ -74,6 +75,8 @@ class StandIn:
         """For the prompt of a chat call, as vLLM 0.29."""
         self.retokenises = False
         """Its template gives other tokens than were sampled."""
+        self.ends = False
+        """Answers end with the token that its template ends turns with."""
         self.render_status = 200
         self.rendered = 0
         """How often it was asked to render only."""
@@ -91,7 +94,7 @@ class StandIn:
         for message in messages:
             text = str(message.get("content")) + str(message.get("tool_calls") or "")
             known = None if self.retokenises else self._sampled.get(text)
-            ids += [ord(message["role"][0]), *(known or text.encode()), 10]
+            ids += [ord(message["role"][0]), *(known or text.encode()), END]
         return [*ids, ord("a")]
 
     def prompt(self, body: dict[str, Any]) -> list[int]:
@@ -107,6 +110,8 @@ class StandIn:
         ]
         texts = [VOCABULARY[i] for i in picked]
         ids = [FIRST_ID + i for i in picked]
+        if self.ends:
+            ids, texts, picked = [*ids, END], [*texts, ""], [*picked, END]
         self._sampled["".join(texts)] = ids
         return ids, texts, [-source.random() * 3 for _ in picked]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from driftgate.trace import Trace
+from tests.gateway.conftest import END
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,7 @@ def ids(trace: Trace) -> list[int]:
 
 def prompt(trace: Trace) -> list[int]:
     assert trace.prompt_ids is not None
-    return trace.prompt_ids.tolist()
+    return [*trace.prompt_ids.tolist()]
 
 
 class Talk:
@@ -59,10 +60,12 @@ async def talk(connect: Callable[..., Any], engine: StandIn) -> Talk:
     return Talk(await connect(continuation="exact"))
 
 
+@pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"tools": [{"type": "function"}]}])
 async def test_each_prompt_begins_with_all_that_was_sampled(
-    talk: Talk, fields: dict[str, Any]
+    talk: Talk, engine: StandIn, fields: dict[str, Any], ends: bool
 ) -> None:
+    engine.ends = ends or "tools" in fields
     for _ in range(3):
         await talk.ask(**fields)
     first, second, third = await talk.agent.traces()
@@ -76,14 +79,25 @@ async def test_each_prompt_begins_with_all_that_was_sampled(
         assert after.meta.continuation.kept == len(ids(before))
 
 
+@pytest.mark.parametrize("ends", [True, False])
 async def test_behind_the_sampled_ids_stands_what_the_engine_renders(
-    talk: Talk, engine: StandIn
+    talk: Talk, engine: StandIn, ends: bool
 ) -> None:
+    engine.ends = ends
     await talk.ask()
     await talk.ask()
     first, second = await talk.agent.traces()
-    end_of_turn_and_next = [10, ord("u"), *NEXT["content"].encode(), 10, ord("a")]
-    assert prompt(second) == ids(first) + end_of_turn_and_next
+    following = [ord("u"), *NEXT["content"].encode(), END, ord("a")]
+    assert prompt(second) == [*ids(first), *([] if ends else [END]), *following]
+
+
+async def test_a_tool_call_that_was_cut_goes_the_ordinary_way(talk: Talk) -> None:
+    for _ in range(2):
+        await talk.ask(tools=[{"type": "function"}])
+    _, second = await talk.agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+    assert (second.meta.continuation.reason or "").startswith("a tool call was cut")
 
 
 async def test_off_by_default(connect: Callable[..., Any], engine: StandIn) -> None:
@@ -98,7 +112,7 @@ async def test_off_by_default(connect: Callable[..., Any], engine: StandIn) -> N
 
 
 def cut(message: dict[str, Any]) -> dict[str, Any]:
-    return message | {"content": message["content"][1:]}
+    return message | {"content": message["content"].strip()[1:]}
 
 
 def think(message: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +173,7 @@ async def test_an_edit_before_an_answer_counts_as_well(talk: Talk, before: dict[
     [("tools", [{"type": "function"}]), ("chat_template_kwargs", {"x": 1}), ("unheard_of", 1)],
 )
 async def test_what_a_template_may_show_must_be_the_same(
-    talk: Talk, field: str, value: object
+    talk: Talk, field: str, value: Any
 ) -> None:
     await talk.ask()
     await talk.ask(**{field: value})
@@ -231,6 +245,7 @@ async def test_an_engine_that_takes_no_ids_is_found_out_by_its_answer(
     engine.takes_ids = False
     for _ in range(3):
         await talk.ask()
+        await talk.agent.flush()  # it is found out when the answer is folded
     _, second, third = await talk.agent.traces()
     for trace in (second, third):
         assert trace.meta.continuation is not None

@@ -59,9 +59,13 @@ def behind(
         return run.render(json.loads(body)["messages"], tools)
 
     rendered = [rendering(asked.first), rendering(asked.second)]
-    if rerender.needs_third(rendered, last_id, calls=asked.calls):
+    if asked.plain is not None:
+        if not rerender.ends_turns([rendering(body) for body in asked.plain], last_id):
+            return "cut"
+        return rerender.behind_calls(rendered, last_id)
+    if rerender.needs_third(rendered, last_id):
         rendered.append(rendering(asked.third))
-    return rerender.behind(rendered, last_id, calls=asked.calls)
+    return rerender.behind(rendered, last_id)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -125,7 +129,7 @@ def test_results_of_tools_and_later_answers_are_behind_it_as_rendered(
 @pytest.mark.parametrize(
     ("template", "sampled", "why"),
     [
-        (CHAT_TEMPLATE, '<tool_call>\n{"name": "read", "arguments": {}}\n</tool_call>', "was cut"),
+        (CHAT_TEMPLATE, '<tool_call>\n{"name": "read", "arguments": {}}\n</tool_call>', "cut"),
         (PLAIN, " forty", "joins the end of a turn"),
         (ONLY_USER, " forty<|im_end|>", "does not show that answer"),
     ],
