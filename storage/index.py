@@ -202,6 +202,17 @@ class Connections:
         current: sqlite3.Connection = self._local.connection
         return current
 
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """``get`` for the length of the block; StorageError where SQLite or the disk fails."""
+        try:
+            yield self.get()
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(
+                f"the store of {self._path} cannot be read ({error}); where it is damaged, "
+                "run `driftgate index rebuild`"
+            ) from error
+
     def close(self) -> None:
         """Close the connections of all threads, which must be done with them."""
         with self._lock:
