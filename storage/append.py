@@ -282,18 +282,33 @@ class Appender:
             size = SEGMENT_BYTES if self._segment is None else self._segment.size
             if size < SEGMENT_BYTES // 2 or self._spare is not None:
                 return
-            self._serial += 1
-            serial = self._serial
-        try:
-            spare = self._create(serial)
-        except OSError as error:
-            log.info("no segment could be created ahead: %s", error)
-            return
+            if self._serial < FIRST_SERIAL:
+                self._spare = self._ahead()  # under the lock: no other one may be the first
+                return
+        spare = self._ahead()
         with self._lock:
             self._spare = spare
 
-    def _create(self, serial: int) -> SegmentFile:
-        return SegmentFile(self._root, name=self._name, serial=serial, start_ns=self._start_ns)
+    def _ahead(self) -> SegmentFile | None:
+        try:
+            return self._create()
+        except OSError as error:
+            log.info("no segment could be created ahead: %s", error)
+            return None
+
+    def _create(self) -> SegmentFile:
+        """The next of the series. One that cannot be made uses up no number: by the first one's
+        lock others know that this writer lives."""
+        with self._lock:
+            self._serial += 1
+            serial = self._serial
+        try:
+            return SegmentFile(self._root, name=self._name, serial=serial, start_ns=self._start_ns)
+        except OSError:
+            with self._lock:
+                if self._serial == serial:
+                    self._serial -= 1
+            raise
 
     def _writable_segment(self) -> SegmentFile:
         """The open segment; the next one after a full one."""
@@ -302,8 +317,7 @@ class Appender:
         if self._segment is None and self._spare is not None:
             self._segment, self._spare = self._spare, None
         if self._segment is None:
-            self._serial += 1
-            self._segment = self._create(self._serial)
+            self._segment = self._create()
         self._first_segment = self._first_segment or self._segment
         return self._segment
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
@@ -10,12 +11,12 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from driftgate.errors import FormatError, NotFoundError, StorageError
-from driftgate.storage import Leases, Reader, Writer, read_segment, rebuild_index
+from driftgate.storage import Leases, Reader, Writer, append, read_segment, rebuild_index
 from driftgate.storage.codec import pack_payload, pack_record
 from driftgate.storage.records import Kind, encode_score
 from driftgate.testing.traces import (
@@ -92,6 +93,22 @@ def test_calls_of_a_dead_writer_are_ended_and_those_of_a_living_one_are_not(
     assert (first.state, second.state) == ("failed", "open")
     assert first.outcome is not None
     assert "the gateway ended before the call did" in first.outcome.reason
+    living.close()
+
+
+def test_a_writer_whose_first_segment_came_late_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(append, "SegmentFile", full)
+        living = Writer(tmp_path)
+    living.submit(make_intent(make_trace())).result(WAIT_S)
+    Writer(tmp_path, name="another").close()
+    with closing(Reader(tmp_path)) as reader:
+        assert [call.state for call in reader.calls("t1")] == ["open"]
     living.close()
 
 
