@@ -18,7 +18,8 @@ import pytest
 from driftgate.errors import FormatError, NotFoundError, StorageError
 from driftgate.storage import Leases, Reader, Writer, append, read_segment, rebuild_index
 from driftgate.storage.codec import pack_payload, pack_record
-from driftgate.storage.records import Kind, encode_score
+from driftgate.storage.records import Kind, encode_score, encode_small
+from driftgate.storage.segments import MAGIC
 from driftgate.testing.traces import (
     assert_same_trace,
     make_intent,
@@ -233,6 +234,24 @@ def test_a_file_that_is_no_segment_stops_nothing(tmp_path: Path) -> None:
     report = rebuild_index(tmp_path)
     assert len(report.unreadable) == 2
     assert Reader(tmp_path).counts().traces == 3
+
+
+def test_a_segment_that_cannot_be_read_yet_keeps_what_is_not_indexed(tmp_path: Path) -> None:
+    """One of a newer version, and a damaged header, are no reason to cut."""
+    fill(tmp_path, trajectories=1)
+    (segment,) = tmp_path.glob("segments/gateway-*.dgs")
+    later = encode_small(Reward(trajectory="t0", value=2.0, given_ns=9))
+    whole = segment.read_bytes() + pack_record(*later, time_ns=0)
+    newer = bytearray(whole)
+    newer[len(MAGIC)] = 2
+    segment.write_bytes(newer)
+    Writer(tmp_path).close()
+    assert segment.read_bytes() == newer
+    segment.write_bytes(whole)  # upgraded
+    Writer(tmp_path).close()
+    reward = Reader(tmp_path).reward("t0")
+    assert reward is not None
+    assert reward.value == 2.0
 
 
 def test_a_record_whose_content_breaks_the_format_is_skipped_and_named(tmp_path: Path) -> None:
