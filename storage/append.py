@@ -145,7 +145,8 @@ class Appender:
 
     def _write(self, submission: Submission) -> None:
         """With the lock held."""
-        before = self._segment, self._segment.size if self._segment else 0
+        segment, left = self._segment, len(self._left)
+        size = segment.size if segment else 0
         try:
             for record in submission.records:
                 if isinstance(record, Score):
@@ -155,18 +156,14 @@ class Appender:
         except Exception as error:  # one submission's edge: OSError, sqlite3.Error or our own bug
             submission.error = _not_written(error)
             self._forget(submission)
-            self._cut(*before)
+            for one in filter(None, (*self._left[left:], self._segment)):  # all that it wrote to
+                keep = size if one is segment else one.start
+                if one.size > keep:
+                    self._truncate(one, keep)
 
     def _forget(self, submission: Submission) -> None:
         self._encoder.lost(submission.traces)
         submission.forget()
-
-    def _cut(self, segment: SegmentFile | None, size: int) -> None:
-        """Take back what was written since the open segment was ``segment`` with ``size`` bytes."""
-        if self._segment is not None and self._segment is not segment:
-            self._truncate(self._segment, self._segment.committed)
-        if segment is not None and segment.size > size:
-            self._truncate(segment, size)
 
     def _truncate(self, segment: SegmentFile, size: int) -> bool:
         """Where that fails, nothing more is written behind what could not be taken back."""

@@ -24,6 +24,8 @@ import zstandard
 
 from driftgate.errors import StorageError
 from driftgate.storage import Reader, Record, Writer, append, delta, encoder, read_segment
+from driftgate.storage.append import Appender, Submission
+from driftgate.storage.inserts import Place
 from driftgate.storage.segments import SegmentFile, segment_paths
 from driftgate.testing.traces import (
     assert_same_score,
@@ -264,6 +266,29 @@ def test_a_record_that_the_index_refuses_fails_alone(writer: Writer, reader: Rea
     writer.flush(WAIT_S)
     assert [future.exception() is None for future in futures] == [True, False, True]
     assert reader.counts().traces == 2
+
+
+def test_a_submission_over_several_segments_is_taken_back_from_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(tmp_path)
+    first, *rest = (make_intent(make_trace(step=step)) for step in range(4))
+    writer.submit(first).result(WAIT_S)
+    monkeypatch.setattr(append, "SEGMENT_BYTES", 10)  # each record fills one
+    put, tries = Appender._put, [True, True, False]
+
+    def disk_full(self: Appender, data: bytes, submission: Submission) -> Place:
+        if not tries.pop(0):
+            raise OSError(errno.ENOSPC, "no space left")
+        return put(self, data, submission)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Appender, "_put", disk_full)
+        failed = writer.submit_lazy(lambda: rest, size_hint=1)
+        with pytest.raises(StorageError, match="no space left"):
+            failed.result(WAIT_S)
+    writer.close()
+    assert sum(len(list(read_segment(path))) for path in segment_paths(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("operation", ["append", "sync", "truncate"])
