@@ -292,12 +292,14 @@ def _join(
     known = [array for _, array in parts if array is not None]
     if not known:
         return None, None
-    kinds = {(array.shape[1:], array.dtype) for array in known}
-    if len(kinds) > 1:
+    shapes = {array.shape[1:] for array in known}
+    if len(shapes) > 1:
         raise ValueError(
-            f"the line of trace {trace_id} has routes of several kinds: {sorted(map(str, kinds))}"
+            f"the line of trace {trace_id} has routes of several shapes: {sorted(shapes)}"
         )
-    (_, layers, k), dtype = known[0].shape, known[0].dtype
+    _, layers, k = known[0].shape
+    # Of an engine that sends int32 each answer has the narrowest type that its own ids fit into.
+    dtype = max((array.dtype for array in known), key=lambda one: one.itemsize)
     routes = np.zeros((sum(count for count, _ in parts), layers, k), dtype)
     valid = np.zeros(len(routes), np.bool_)
     for (start, end), (_, array) in zip(
