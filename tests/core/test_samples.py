@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
 
@@ -124,6 +125,18 @@ def test_routes_of_two_widths_join_in_the_wider_one() -> None:
     assert routes.dtype == np.uint16
     assert np.array_equal(routes[: len(one.routes)], one.routes)
     assert np.array_equal(routes[len(one.routes) :], wide[len(one.routes) :])
+
+
+def test_finding_lines_copies_no_prompts() -> None:
+    """A run's prompts are quadratic in its length."""
+    ids = np.arange(10_000, dtype=np.int32)
+    pairs = [(ids[: 100 * n + 50].copy(), ids[100 * n + 50 : 100 * n + 100]) for n in range(100)]
+    tracemalloc.start()
+    found = lines(pairs)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == [list(range(100))]
+    assert peak_bytes < sum(prompt.nbytes for prompt, _ in pairs) / 10
 
 
 def test_lines_that_do_not_join_are_refused() -> None:
