@@ -273,6 +273,7 @@ def paced(
     pace_ms: float,
     seconds: float,
     seen: Delays,
+    spread_s: float = SPREAD_S,
 ) -> int:
     """``streams`` parallel paced streams, one answer after the other; how many answers. ``seen``
     gets how late events are, in us."""
@@ -280,7 +281,7 @@ def paced(
     async def play() -> int:
         loop = _Loop(urls, agents, streams)
         loop.run.delays_us, loop.run.pace_us = seen, round(pace_ms * 1000)
-        await loop.open(SPREAD_S)
+        await loop.open(spread_s)
         await loop.go_on(seconds)
         await loop.finish()
         return loop.run.answered

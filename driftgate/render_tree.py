@@ -20,7 +20,7 @@ from driftgate.tree import Node, Tree
 
 __all__ = ["tree"]
 
-GOES_ON = ("extension", "broken", "compaction")
+GOES_ON = ("extension", "broken", "handoff", "compaction")
 """Kinds that stay in the column of the call that they follow."""
 
 MAX_INDENT = 12
@@ -36,12 +36,19 @@ NAMES = {
     "parallel": "parallel call",
     "choice": "choice",
     "broken": "BROKEN",
+    "handoff": "handoff",
     "sub_agent": "sub-agent",
     "compaction": "compaction",
     "retried": "retried, no sample",
     "no_tokens": "no tokens",
 }
-STYLES = {"broken": "bold red", "compaction": "yellow", "sub_agent": "cyan", "retried": "dim"}
+STYLES = {
+    "broken": "bold red",
+    "compaction": "yellow",
+    "handoff": "cyan",
+    "sub_agent": "cyan",
+    "retried": "dim",
+}
 
 
 def tree(found: Tree) -> RenderableType:

@@ -320,7 +320,6 @@ class Answers:
             replay=shape.replay(row.replay),
             by_lag=shape.lags(row.by_lag),
             worst=self.worst_token(row.worst),
-            lag=row.lag,
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),
         )

@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, UpstreamError
-from driftgate.gateway.digits import all_ids
+from driftgate.gateway.digits import ids_of, read_all_ids
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import Message
 from driftgate.gateway.openai import Plan
@@ -178,8 +178,7 @@ class _Folder:
             missing.append(f"end: {self._end or 'no finish_reason came'}")
         if self._plan.uncaptured is not None:
             missing.append(f"tokens: {self._plan.uncaptured}")
-        prompt_ids = self._ids("prompt_ids", draft.prompt_ids, missing)
-        response_ids = self._ids("response_ids", draft.ids_array(), missing)
+        prompt_ids, response_ids = self._all_ids(draft, missing)
         logprobs = self._logprobs(draft, response_ids, missing)
         token_bytes, token_offsets = self._texts(draft, response_ids, missing)
         routes = self._routes(draft, prompt_ids, response_ids, missing)
@@ -210,6 +209,16 @@ class _Folder:
             weight_spans=draft.weight_spans,
         )
 
+    def _all_ids(self, draft: Draft, missing: list[str]) -> tuple[I32 | None, I32 | None]:
+        """Of the prompt and of the response; read at once, where both can be."""
+        prompt, response = draft.prompt_ids, draft.ids_array()
+        if prompt is not None and response is not None:
+            read = read_all_ids(prompt, response)
+            if read is not None:
+                return read[0], read[1]
+        prompt_ids = self._ids("prompt_ids", prompt, missing)
+        return prompt_ids, self._ids("response_ids", response, missing)
+
     def _ids(self, name: str, given: bytes | None, missing: list[str]) -> I32 | None:
         if given is None:
             if self._plan.hides_reasoning and name == "response_ids":
@@ -218,7 +227,7 @@ class _Folder:
                 missing.append(f"{name}: the engine sent none")
             return None
         try:
-            return all_ids(given)
+            return ids_of(given)
         except (*UNREADABLE, ValueError, OverflowError) as error:
             missing.append(f"{name}: {error}")
             return None
@@ -242,7 +251,8 @@ class _Folder:
         if draft.nulls:
             missing.append(f"logprobs: {draft.nulls} of {rows} are null")
             return None
-        return np.array(draft.logprobs, dtype=np.float32) if ids is not None else None
+        # By its buffer: numpy reads an ``array`` number by number.
+        return np.frombuffer(draft.logprobs, np.float32).copy() if ids is not None else None
 
     def _texts(self, draft: Draft, ids: I32 | None, missing: list[str]) -> tuple[bytes, I32 | None]:
         if ids is None or not draft.row_count == len(draft.lengths) == len(ids):

@@ -39,9 +39,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     store: Path = Path("driftgate-store")
     """Directory of the store; made when it is not there."""
     durability: Literal["group", "strict"] = "group"
-    """``group``: never delays the agent; what came in the last 50 ms can be lost when the process
-    is killed, and when the machine stops also what a sync had not reached. ``strict``: the end of
-    an answer is withheld until its traces are on disk."""
+    """``group``: an answer ends when the operating system has its traces, some milliseconds; a kill
+    of the process loses none, and the machine's stop what a sync had not reached, 50 ms and two
+    syncs at most. ``strict``: an answer ends when its traces are on disk."""
     on_capture_failure: Literal["serve", "refuse"] = "serve"
     """What a call meets when it cannot be recorded: ``serve`` answers it, counts the loss and marks
     the trajectory; ``refuse`` answers 503."""

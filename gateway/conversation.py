@@ -41,6 +41,9 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 """Reasoning in the text itself, where the engine runs without a reasoning parser; agents cut it
 off."""
 
+_NO_IDS: frozenset[str] = frozenset()
+"""One for all: ``frozenset[str]()`` is a new one each time, of 216 bytes, kept for every turn."""
+
 _SPELLED = ("role", "content", "tool_calls", "reasoning", "reasoning_content")
 """Of an assistant's message: read by themselves, or not compared."""
 
@@ -95,7 +98,7 @@ class Seen(NamedTuple):
 
 
 def read_conversation(
-    messages: bytes, known: Recent[bytes, Seen] | None = None
+    messages: bytes | Raw, known: Recent[bytes, Seen] | None = None
 ) -> Conversation | None:
     """The chain of a request's ``messages`` (JSON); None where they are not a list of objects.
 
@@ -103,10 +106,10 @@ def read_conversation(
     again."""
     try:
         items = _MESSAGES.decode(messages)
-        seen = [_seen(bytes(item), known) for item in items]
+        seen = [_seen(item, known) for item in items]
     except UNREADABLE:
         return None
-    digest, ids = b"", frozenset[str]()
+    digest, ids = b"", _NO_IDS
     turns = []
     for message in seen:
         digest = _digest(digest + message.digest)
@@ -120,7 +123,7 @@ def _unique(tool_ids: frozenset[str] | None) -> frozenset[str]:
     return frozenset(filter(_RANDOM.search, tool_ids)) if tool_ids else _NONE
 
 
-def _seen(raw: bytes, known: Recent[bytes, Seen] | None) -> Seen:
+def _seen(raw: Raw, known: Recent[bytes, Seen] | None) -> Seen:
     if known is None:
         return _read(_MESSAGE.decode(raw))
     key = _digest(raw)
@@ -150,7 +153,7 @@ def _read(message: Mapping[str, Any]) -> Seen:
     return Seen(_digest(msgspec.json.encode(canonical, order="sorted")), ids)
 
 
-def _digest(data: bytes) -> bytes:
+def _digest(data: bytes | Raw) -> bytes:
     """SHA-256, which processors compute at twice the speed of BLAKE2b, cut short."""
     return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
 

@@ -127,6 +127,7 @@ class Draft:
     """A row does not say its text."""
     alternatives: list[bytes] = field(default_factory=list)
     """JSON of each row's ``top_logprobs`` up to the last that has any: an agent asked for them."""
+    alternatives_bytes: int = 0
     message: Message | None = None
     text: StringIO | None = None
     routes: bytes | None = None
@@ -144,7 +145,7 @@ class Draft:
         texts = self.message.size_chars if self.message is not None else 0
         texts += self.text.tell() if self.text is not None else 0
         parts = (self.prompt_ids, self.ids, self.token_bytes, self.routes, self.response)
-        arrays = 4 * (len(self.logprobs) + len(self.lengths)) + sum(map(len, self.alternatives))
+        arrays = 4 * (len(self.logprobs) + len(self.lengths)) + self.alternatives_bytes
         return texts + arrays + sum(len(part) for part in parts if part is not None)
 
     @property
@@ -183,7 +184,7 @@ class Draft:
     def add_pieces(self, pieces: Pieces) -> None:
         """What was taken out of the only choice of an answer."""
         self.prompt_ids, self.ids = pieces.prompt_token_ids, bytearray(pieces.token_ids[1:-1])
-        self.add_named(pieces.rows)
+        self.add_named(pieces.tokens, pieces.logprobs)
         if pieces.routed_experts is not None:
             self.add_routes(pieces.routed_experts)
 
@@ -203,22 +204,20 @@ class Draft:
     def add_rows(self, array: bytes) -> None:
         """Rows of chat logprobs, as JSON; one of ``UNREADABLE`` where they are none."""
         rows = _SHORT_ROWS.decode(array)
-        if says_bytes("".join([row.token for row in rows])):
-            self.add_named(rows)
+        tokens = [row.token for row in rows]
+        if says_bytes("".join(tokens)):
+            self.add_named(tokens, [row.logprob for row in rows])
         else:
             self._add_logprobs(_Rows(content=_LONG_ROWS.decode(array)))
 
-    def add_named(self, rows: Sequence[Row]) -> None:
-        """Rows whose texts say their bytes."""
+    def add_named(self, tokens: list[str], logprobs: list[float]) -> None:
+        """Rows whose texts say their bytes. ``fromlist`` takes half of the time of ``extend``."""
         self.rows = True
-        self.logprobs.extend([row.logprob for row in rows])
-        tokens = [row.token for row in rows]
+        self.logprobs.fromlist(logprobs)
         joined = "".join(tokens)
         self.token_bytes += joined.encode()
-        if joined.isascii():
-            self.lengths.extend(map(len, tokens))
-        else:
-            self.lengths.extend([len(token.encode()) for token in tokens])
+        encoded = tokens if joined.isascii() else [token.encode() for token in tokens]
+        self.lengths.fromlist(list(map(len, encoded)))
 
     def add_routes(self, raw: Raw) -> None:
         if given(raw) is None:
@@ -259,3 +258,4 @@ class Draft:
             if (said := bytes(raw)) not in _NO_ALTERNATIVES:
                 self.alternatives += [b"[]"] * (number - len(self.alternatives))
                 self.alternatives.append(said)
+                self.alternatives_bytes += len(said)

@@ -27,7 +27,7 @@ from driftgate.errors import UNREADABLE, DriftgateError, UpstreamError
 from driftgate.gateway import openai, rerender
 from driftgate.gateway.breakage import breakage
 from driftgate.gateway.dialects import chat_fields, previous_of
-from driftgate.gateway.digits import all_ids
+from driftgate.gateway.digits import ids_of
 from driftgate.gateway.draft import given
 from driftgate.gateway.openai import Fields, Plan
 from driftgate.gateway.pieces import Pieces
@@ -263,7 +263,7 @@ class Exact:
                 said = await answer.read()
             if answer.status != 200:
                 raise UpstreamError(f"rendering failed: the engine answered {answer.status}")
-            return all_ids(bytes(_RENDERED.decode(said).token_ids))
+            return ids_of(bytes(_RENDERED.decode(said).token_ids))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise UpstreamError(f"rendering failed: {breakage(error).what}") from error
         except (*UNREADABLE, ValueError, OverflowError) as error:
@@ -341,7 +341,7 @@ def proven(
     """How the call went on, by the ids of its prompt as they came back. Any thread."""
     if onward is None or onward.ids is None:
         return None if onward is None else onward.continuation
-    if prompt_ids is not None and np.array_equal(all_ids(onward.ids), prompt_ids):
+    if prompt_ids is not None and np.array_equal(ids_of(onward.ids), prompt_ids):
         return onward.continuation
     if prompt_ids is None:
         return Continuation(way="ordinary", reason="the engine did not say the prompt's ids")

@@ -3,9 +3,8 @@ answers.
 
 An engine that answers faster than the disk takes would fill the writer's queue, and what does not
 fit is lost. Calls therefore wait before the engine is asked, in the half of the queue that answers
-under way do not need, and an answer waits with its end until it has room, and until what came
-before it is as good as handed to the operating system: what a kill of the process may lose is
-bounded in time. Nobody waits for a disk that does not move."""
+under way do not need, and an answer waits with its end until it has room. Neither waits for a disk
+that does not move."""
 
 from __future__ import annotations
 
@@ -19,13 +18,6 @@ __all__ = ["PRESSURE_WAIT_S", "Pressure"]
 PRESSURE_WAIT_S = 2.0
 """Longest that anything is held back: a disk that takes longer is not busy but stuck."""
 
-BEHIND_S = 0.02
-"""An answer's end waits while its record would wait longer. The rest of the 50 ms that ``group``
-may lose is for the writer's look into its queue every 5 ms and for a guess too low by half."""
-
-LOOK_S = 0.002
-"""Between two looks of the one answer that is next."""
-
 SPARE_SHARE = 1 / 16
 """Of the queue, for intents and outcomes, which claim no room."""
 
@@ -34,25 +26,12 @@ class Pressure:
     """The queue's level and those who wait for it to fall. ``settled`` is called on any thread, the
     rest on the event loop."""
 
-    def __init__(
-        self,
-        queued_bytes: Callable[[], int],
-        limit_bytes: int,
-        metrics: Metrics,
-        *,
-        behind_s: Callable[[int, int], float] | None = None,
-    ) -> None:
-        """``queued_bytes`` is asked from any thread; ``limit_bytes`` is where the queue is full.
-
-        ``behind_s(more, more_bytes)``: how long what comes after so many answers more will wait to
-        be handed to the operating system; None where no answer's end goes out before that."""
+    def __init__(self, queued_bytes: Callable[[], int], limit_bytes: int, metrics: Metrics) -> None:
+        """``queued_bytes`` is asked from any thread; ``limit_bytes`` is where the queue is full."""
         self._queued_bytes = queued_bytes
         self._limit_bytes = limit_bytes
         self._metrics = metrics
-        self._behind_s = behind_s
-        self._next = asyncio.Lock()
-        """Held by the answer that looks; the others stand in line behind it."""
-        self._claims = self._claimed_bytes = 0
+        self._claimed_bytes = 0
         self._moved = asyncio.Event()
         self._waiting = 0
         self._stuck = False
@@ -64,18 +43,14 @@ class Pressure:
         return await self._until(lambda: self._taken() <= self._limit_bytes // 2)
 
     async def claim(self, size_bytes: int) -> int:
-        """Wait until the writer has caught up, and there is room for so much or none can be hoped
-        for; claim it."""
-        await self._catch_up()
+        """Wait until there is room for so much, or none can be hoped for, and claim it."""
         limit = self._limit_bytes * (1 - SPARE_SHARE)
         await self._until(lambda: self._taken() + size_bytes <= limit or not self._queued_bytes())
-        self._claims += size_bytes > 0
         self._claimed_bytes += size_bytes
         return size_bytes
 
     def release(self, claimed_bytes: int) -> None:
         """What was claimed is in the queue, or nowhere."""
-        self._claims -= claimed_bytes > 0
         self._claimed_bytes -= claimed_bytes
 
     def settled(self) -> None:
@@ -86,24 +61,6 @@ class Pressure:
 
     def _taken(self) -> int:
         return self._queued_bytes() + self._claimed_bytes
-
-    def _is_behind(self) -> bool:
-        """Neither on time nor so late that it is stuck."""
-        if self._behind_s is None:
-            return False
-        return BEHIND_S < self._behind_s(self._claims, self._claimed_bytes) <= PRESSURE_WAIT_S
-
-    async def _catch_up(self) -> None:
-        """Wait, in order of arrival, while the writer is behind.
-
-        Only one looks at a time, and who goes submits before the next one looks: so a burst is let
-        go piece by piece."""
-        if not (self._next.locked() or self._is_behind()):
-            return
-        async with self._next:
-            while self._is_behind():  # noqa: ASYNC110 - it ends by the clock as well
-                await asyncio.sleep(LOOK_S)
-        self._metrics.held_back.labels("released").inc()
 
     async def _until(self, fits: Callable[[], bool]) -> bool:
         if fits():

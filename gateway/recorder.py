@@ -11,14 +11,15 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 from driftgate.errors import StorageError
 from driftgate.gateway.capture import Folded, Sample
 from driftgate.gateway.exact import Onward, proven
+from driftgate.gateway.handover import HandOver, Ticket
 from driftgate.gateway.lineage import ROOT, Lineage
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Plan
@@ -26,11 +27,12 @@ from driftgate.gateway.outcomes import outcome_of, words_of
 from driftgate.gateway.pressure import PRESSURE_WAIT_S, Pressure
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call
-from driftgate.storage import Reader, Record, WriterStats
+from driftgate.gateway.sink import Sink
+from driftgate.storage import Reader, Record
 from driftgate.trace import I32, CallIntent, CallOutcome, Engine, Trace, TraceMeta
 from driftgate.weights import joined
 
-__all__ = ["CLIENT_LEFT", "STOPPED", "Answer", "Recorder", "Sink"]
+__all__ = ["CLIENT_LEFT", "STOPPED", "Answer", "Recorded", "Recorder"]
 
 CLIENT_LEFT = "the client left before the end of the answer"
 STOPPED = "the gateway was stopped"
@@ -44,24 +46,10 @@ LOADED_TRACES = 4
 MAX_TRIES = 3
 """Of one record: what fails more often while others are written is itself the problem."""
 
+Recorded: TypeAlias = tuple[Future[None], Ticket]
+"""Resolves when it is durable; when it is with the operating system."""
+
 log = logging.getLogger("driftgate.capture")
-
-
-class Sink(Protocol):
-    """What is used of ``driftgate.storage.Writer``."""
-
-    @property
-    def stats(self) -> WriterStats:
-        """Counters."""
-
-    def submit(self, record: Record) -> Future[None]:
-        """StorageError where the queue is full."""
-
-    def submit_lazy(self, make: Callable[[], Sequence[Record]], *, size_hint: int) -> Future[None]:
-        """The same; ``make`` runs on the writer thread."""
-
-    def behind_s(self, more: int = 0, more_bytes: int = 0) -> float:
-        """How long what comes after so much more would be lost by a kill of the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +107,8 @@ class Recorder:
         self._reader = reader
         self._metrics = metrics
         self._lineage = Lineage(self._load)
-        behind_s = None if self.strict else sink.behind_s
-        self._pressure = Pressure(
-            lambda: sink.stats.queued_bytes, queue_bytes, metrics, behind_s=behind_s
-        )
+        self._pressure = Pressure(lambda: sink.stats.queued_bytes, queue_bytes, metrics)
+        self._hand_over = HandOver(metrics)
         self._owed: deque[_Owed] = deque()
         self._owed_lock = threading.Lock()
         self._given_up = 0
@@ -179,20 +165,22 @@ class Recorder:
             raise StorageError(f"not recorded: {words_of(error)}") from error
 
     async def claim(self, size_bytes: int) -> int:
-        """Wait for room for an answer of which all has come, so that storage need not refuse it,
-        and in ``group`` until it would be handed over in time; what must be given to ``release``
-        when it is submitted or dropped."""
+        """Wait for room for an answer of which all has come, so that storage need not refuse it;
+        what must be given to ``release`` when it is submitted or dropped."""
         return await self._pressure.claim(size_bytes)
 
     def release(self, claimed_bytes: int) -> None:
         """Give back what ``claim`` gave."""
         self._pressure.release(claimed_bytes)
 
-    def close(self, call: Call, plan: Plan, answer: Answer) -> Future[None] | None:
-        """Record an answer. The future resolves when it is durable; None: it was refused."""
+    def close(self, call: Call, plan: Plan, answer: Answer) -> Recorded | None:
+        """Record an answer. None: it was refused."""
+        ticket = self._hand_over.ticket()
         try:
             future = self._sink.submit_lazy(
-                lambda: self._make(call, plan, answer), size_hint=answer.size_bytes
+                lambda: self._make(call, plan, answer),
+                size_hint=answer.size_bytes,
+                handed_over=lambda: self._hand_over.written(ticket),
             )
         except StorageError as error:
             self._trace_lost(call.call_id, error)
@@ -200,18 +188,18 @@ class Recorder:
         if call.span is not None:
             call.span.wait_for(future)
         self._watch(future, call.call_id, "trace", None)
-        return future
+        return future, ticket
 
-    async def closed(self, future: Future[None] | None) -> None:
-        """In ``strict``, wait until the answer's traces are durable.
+    async def closed(self, recorded: Recorded | None) -> None:
+        """Wait until the end of the answer may be sent: its traces are with the operating system,
+        or, in ``strict``, durable.
 
-        StorageError where they are not and failures refuse the call.
+        StorageError where they are not durable and failures refuse the call.
         """
-        if not self.strict:
-            return
-        if future is not None:
-            await self._durable(future)
-        elif self.refuses:
+        if recorded is not None:
+            future, ticket = recorded
+            await (self._durable(future) if self.strict else self._hand_over.wait(ticket))
+        elif self.strict and self.refuses:
             raise StorageError("the answer could not be recorded: storage refused its traces")
 
     def failed(
@@ -317,7 +305,7 @@ class Recorder:
         ]
         for record in records:
             assert isinstance(record, Trace)
-            self._metrics.traces.labels(record.meta.status).inc()
+            self._metrics.child(self._metrics.traces, record.meta.status).inc()
         if len(records) < plan.choices or folded.error is not None:
             status: Literal["cancelled", "failed"] = "cancelled" if answer.cancelled else "failed"
             detail = folded.error or "the engine answered with fewer choices"

@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import numpy as np
 
 from benchmarks.load import SPREAD_S, Agents, call, paced
-from benchmarks.payloads import PACED, SMALL, Episode
+from benchmarks.payloads import PACED, SMALL, Episode, Shape
 from benchmarks.report import Goal, Section, Table
 from benchmarks.stage import Cores, Stage, cpu_seconds, pinned, resident_bytes
 from benchmarks.targets import Gateway, start_gateway, start_standin
@@ -25,7 +25,7 @@ STREAMS, EVENTS_A_SECOND = 1000, 20
 GATEWAYS = 2
 """Processes on one store, each with its share of the streams: one Python process has one core."""
 
-SAMPLE_S = 2.0
+SAMPLE_S = 1.0
 LEAK_ROUND = 200
 CONNECTIONS = 16
 WARM_S = SPREAD_S + PACED.steps * PACED.response / EVENTS_A_SECOND
@@ -36,16 +36,32 @@ RSS_GROWTH = 1.10
 """From then to the end."""
 
 RSS_AT_S = (0, 60, 120, 240, 600)
-DIRECT_S = 20.0
 COLUMNS = ["way", "answers", "events", "failed", "p50 ms", "p99 ms", "cores"]
 SETTLED_S = 120.0
 """For what is queued at the end."""
 
-SETTLE_S = 5.0
+SETTLE_S = 4.0
 """Idle connections to the engine are closed after three."""
 
 BUCKET_US = 100
 BUCKETS = 600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a run."""
+
+    seconds: float
+    """Of streams through the gateways."""
+    leak_calls: int
+    direct_s: float = 20.0
+    streams: int = STREAMS
+    shape: Shape = PACED
+    spread_s: float = SPREAD_S
+
+
+FULL = Size(seconds=600.0, leak_calls=20_000)
+SHORT = Size(seconds=20.0, leak_calls=2_000)
 
 HOW = f"""\
 {GATEWAYS} `driftgate serve` on one store, capture on, group commit; a stand-in for the engine and
@@ -84,6 +100,7 @@ class Delays:
 class Load:
     """The streams, on a thread, and what was seen meanwhile."""
 
+    size: Size
     delays: Delays = field(default_factory=Delays)
     resident: list[tuple[float, int]] = field(default_factory=list)
     """Seconds since the start, bytes of all gateways."""
@@ -94,16 +111,17 @@ class Load:
 
     def send(self, urls: list[str], seconds: float) -> None:
         """On the thread."""
-        agents, before = Agents(Episode(PACED), stream=True), time.thread_time()
+        agents, before = Agents(Episode(self.size.shape), stream=True), time.thread_time()
         started = time.monotonic()
         try:
             self.answered = paced(
                 agents,
                 urls,
-                STREAMS,
+                self.size.streams,
                 pace_ms=1000 / EVENTS_A_SECOND,
                 seconds=seconds,
                 seen=self.delays,
+                spread_s=self.size.spread_s,
             )
         except (ConnectionError, TimeoutError) as error:
             self.failure = str(error)[:200] or type(error).__name__
@@ -196,12 +214,12 @@ def at(resident: list[tuple[float, int]], seconds: float) -> int | None:
     return next((size for when, size in resident if when >= seconds), None)
 
 
-def memory(resident: list[tuple[float, int]]) -> tuple[list[str], list[list[str]]]:
+def memory(resident: list[tuple[float, int]], streams: int) -> tuple[list[str], list[list[str]]]:
     """Columns and the row of the table: at some moments, and what a stream costs."""
     found = {f"{when} s": at(resident, when) for when in RSS_AT_S}
     most = max(size for _, size in resident)
     cells = ["" if size is None else f"{size / 1e6:.0f}" for size in found.values()]
-    each_kb = (most - resident[0][1]) / STREAMS / 1e3
+    each_kb = (most - resident[0][1]) / streams / 1e3
     return [*found, "most", "kB a stream"], [[*cells, f"{most / 1e6:.0f}", f"{each_kb:.0f}"]]
 
 
@@ -223,23 +241,29 @@ def row(way: str, load: Load) -> list[str]:
 
 
 def run(folder: Path, *, full: bool) -> Section:
+    """As long as the document says, or a minute."""
+    return measure(folder, FULL if full else SHORT)
+
+
+def measure(folder: Path, size: Size) -> Section:
     """Directly, through the gateways, then the leak test."""
-    seconds, everywhere = 600.0 if full else 20.0, os.sched_getaffinity(0)
+    everywhere = os.sched_getaffinity(0)
     cores = Cores(everywhere, everywhere)
     (folder / "streams").mkdir()
     (folder / "leaks").mkdir()
-    direct, ours = Load(), Load()
+    direct, ours = Load(size), Load(size)
     with Stage(folder / "streams") as stage:
-        upstream = start_standin(stage, PACED, cores, pace_ms=1000 / EVENTS_A_SECOND)
+        upstream = start_standin(stage, size.shape, cores, pace_ms=1000 / EVENTS_A_SECOND)
         pids = {"engine": stage.pid("standin")}
-        direct.run([upstream], pids, DIRECT_S)
+        direct.run([upstream], pids, size.direct_s)
         names = [f"gateway {number}" for number in range(GATEWAYS)]
         gateways = [start_gateway(stage, upstream, cores, name=name) for name in names]
         pids |= {name: stage.pid(name) for name in names}
-        ours.run([gateway.url for gateway in gateways], pids, seconds)
+        ours.run([gateway.url for gateway in gateways], pids, size.seconds)
         lost = unrecorded(gateways, ours.answered)
         lag_ms = max(lag_p99_ms(metrics(gateway)) for gateway in gateways)
-    first, last = leaks(folder / "leaks", Cores.here(), 20_000 if full else 2_000)
+    held = memory(ours.resident, size.streams)
+    first, last = leaks(folder / "leaks", Cores.here(), size.leak_calls)
     added_ms = ours.delays.percentile_ms(99) - direct.delays.percentile_ms(99)
     after = [
         [f"{one.calls:,}", f"{one.resident / 1e6:.0f}", str(one.files), str(one.tasks)]
@@ -251,7 +275,7 @@ def run(folder: Path, *, full: bool) -> Section:
         how=HOW,
         tables=[
             Table("Streams", COLUMNS, [row("direct", direct), row("driftgate", ours)]),
-            Table("Resident MB of the gateways under streams", *memory(ours.resident)),
+            Table("Resident MB of the gateways under streams", *held),
             Table("Left behind", ["calls", "resident MB", "files", "tasks"], after),
         ],
         goals=[
@@ -267,7 +291,7 @@ def run(folder: Path, *, full: bool) -> Section:
             reported("p99 added delay of an event", f"{added_ms:+.1f} ms"),
             reported("p99 loop lag", f"at most {lag_ms:.0f} ms"),
         ],
-        notes=[f"Streams for {seconds:.0f} s through the gateways, {DIRECT_S:.0f} s directly."],
+        notes=[f"Streams for {size.seconds:.0f} s, directly for {size.direct_s:.0f} s."],
     )
 
 

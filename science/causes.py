@@ -209,8 +209,9 @@ def anatomies(part: str) -> Iterator[Row]:
         ("first divergent token", first, beyond[0]),
         ("worst token", last, largest[1:]),
     ):
-        ours = None if place is None else f"{place.trace_id}, token {place.token_index}"
-        yield exactly(part, what, ours, f"{wanted[0]}, token {wanted[1]}")
+        assert place is not None
+        told = f"{place.trace_id}, token {place.token_index}"
+        yield exactly(part, what, told, f"{wanted[0]}, token {wanted[1]}")
 
 
 def _growth(part: str) -> Iterator[Row]:

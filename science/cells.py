@@ -129,9 +129,9 @@ def _cell(part: str, name: str, cell: CellView, runs: Sequence[Planted]) -> Iter
     for metric, (low, high) in drawn.items():
         told = cell.intervals[metric]
         apart = max(abs(told.low - low), abs(told.high - high))
-        words = [f"{a:.4g} .. {b:.4g}" for a, b in ((told.low, told.high), (low, high))]
+        mine, theirs = f"{told.low:.4g} .. {told.high:.4g}", f"{low:.4g} .. {high:.4g}"
         what = f"{name}: 95 % interval of {metric}"
-        yield Row(part, what, *words, apart, MONTE_CARLO * (high - low))
+        yield Row(part, what, mine, theirs, apart, MONTE_CARLO * (high - low))
 
 
 def _lags(part: str, name: str, cell: CellView, runs: Sequence[Planted]) -> Iterator[Row]:

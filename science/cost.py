@@ -20,6 +20,7 @@ from driftgate.teacher.batches import Batching, groups
 from driftgate.teacher.config import BATCH_TOKENS
 from driftgate.teacher.sequences import assemble
 from driftgate.testing.checkpoints import make_checkpoint
+from science.launched import TIMEOUT_S
 from science.table import Row, at_least, at_most, exactly
 
 __all__ = ["costs"]
@@ -29,7 +30,8 @@ SLOWEST = 0.7
 FACTORS = {5: 2.0, 20: 5.0, 50: 9.0}
 """Times that one pass must be faster than one pass a step; about half of what was measured."""
 REPEATS = 3
-SHORT, LONG = scaling.LENGTHS
+SHORT, LONG = 1024, 4096
+"""Half of the lengths of the benchmark, which takes minutes for them."""
 LARGEST = scaling.VOCABULARIES[-1]
 
 
@@ -116,7 +118,11 @@ def _memory(part: str, root: Path) -> Iterator[Row]:
         path = scaling.make_wide(root, vocabulary)
         code = f"from benchmarks.scaling import peak; peak({str(path)!r}, {tokens})"
         done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
         )
         found[vocabulary, tokens] = int(done.stdout) / 1e6
     whole = LARGEST * LONG * 4 / 1e6

@@ -20,7 +20,7 @@ from examples.temperature_trap import Said, trace
 from science.table import Row, exactly, worst
 from tests.teacher.families import CONFIGS, make_family
 
-__all__ = ["attached", "layouts", "torchrun"]
+__all__ = ["TIMEOUT_S", "attached", "driftgate", "layouts", "torchrun"]
 
 FP32 = 1e-5
 """Nats. A wrong mapping of weights is 75 times as far off or more."""
@@ -57,6 +57,17 @@ def torchrun(module: str, processes: int, *arguments: str) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"{module} failed:\n{done.stderr[-3000:]}")
+
+
+def driftgate(*arguments: str | Path) -> None:
+    """The command as a user runs it. Raises RuntimeError where it fails."""
+    command = [sys.executable, "-m", "driftgate.cli", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    if done.returncode:
+        raise RuntimeError(f"driftgate {arguments[0]} failed:\n{done.stderr[-3000:]}")
 
 
 def layouts(part: str, root: Path) -> Iterator[Row]:

@@ -9,8 +9,6 @@ Hugging Face with its routers' answers replaced, by an FSDP2 job, and by Megatro
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from driftgate.adapters import formats
 from driftgate.adapters.export_base import read_export
 from driftgate.samples import Sample
-from science.launched import EP, SP, TP, torchrun
+from science.launched import EP, SP, TP, driftgate, torchrun
 from science.rollouts import Rollouts
 from science.table import Row, exactly, near, worst
 
@@ -49,9 +47,7 @@ JOBS: dict[str, dict[str, Any]] = {
 def replayed(part: str, made: Rollouts, root: Path) -> Iterator[Row]:
     """Every sampled token of every exported sample."""
     out = root / "export"
-    command = [sys.executable, "-m", "driftgate.cli", "export", "--format", "megatron"]
-    command += ["--store", str(made.store), "--output", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    driftgate("export", "--format", "megatron", "--store", made.store, "--output", out)
     samples = read_export(out, formats.load("megatron"))
     whole = [one for one in samples if one.routes_valid is not None and one.routes_valid.all()]
     yield exactly(part, "exported samples with every route", len(whole), len(samples))

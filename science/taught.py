@@ -9,8 +9,6 @@ routing replay would remove against plain sums over the arrays.
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
@@ -24,7 +22,7 @@ from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.launch import launch
 from driftgate.trace import Score, Trainer
 from science.by_hand import F64
-from science.launched import EP, FP32, PP, SP, TP
+from science.launched import EP, FP32, PP, SP, TP, driftgate
 from science.replayed import HUGGING_FACE, MEGATRON
 from science.rollouts import TILING, Rollouts
 from science.table import Row, exactly, near, worst
@@ -84,10 +82,9 @@ def _teach(store: Path, checkpoint: Path, layout: Mapping[str, Any]) -> None:
         if status:
             raise RuntimeError(f"the Megatron teacher ended with {status}; its log is above")
         return
-    command = [sys.executable, "-m", "driftgate.cli", "teach", "--store", str(store)]
-    command += ["--model", str(checkpoint), "--dtype", "float32", "--weight-version"]
-    command += [WEIGHT_VERSION, "--backend", layout["backend"], "--nproc", str(layout["nproc"])]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    where = ("--store", store, "--model", checkpoint, "--dtype", "float32")
+    how = ("--backend", layout["backend"], "--nproc", str(layout["nproc"]))
+    driftgate("teach", *where, *how, "--weight-version", WEIGHT_VERSION)
 
 
 def _apart(ours: Score, wanted: Score, field: str) -> float:

@@ -8,19 +8,20 @@ survives the machine.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from driftgate.errors import StorageError
 from driftgate.storage.append import Appender, Submission
-from driftgate.storage.backlog import Backlog
 from driftgate.storage.delta import trace_bytes
 from driftgate.storage.index import INDEX_NAME, open_index
 from driftgate.storage.records import Record
@@ -53,9 +54,9 @@ RECORD_BYTES = 4096
 """Counted per queued record besides its arrays and bodies."""
 
 
-@dataclass(slots=True)
-class WriterStats:
-    """Counters since the writer started; queued ones are of now."""
+class WriterStats(msgspec.Struct):
+    """Counters since the writer started; queued ones are of now. Copied for every call, which a
+    Struct does in a twentieth of a dataclass's time."""
 
     queued_records: int = 0
     """Submissions not yet resolved."""
@@ -103,7 +104,6 @@ class Writer:
         self._written = threading.Condition(self._lock)
         self._resolved = threading.Condition(self._lock)
         self._queue: deque[Submission] = deque()
-        self._backlog = Backlog()
         self._submitted = self._done = 0
         self._unsynced_records = self._unsynced_bytes = 0
         self._wanted = 0
@@ -139,7 +139,7 @@ class Writer:
     def stats(self) -> WriterStats:
         """A copy of the counters."""
         with self._lock:
-            return replace(self._stats)
+            return copy.copy(self._stats)
 
     def submit(self, record: Record) -> Future[None]:
         """Queue a record. The future resolves when it is durable, and fails when it could not be
@@ -149,12 +149,19 @@ class Writer:
         """
         return self.submit_lazy(lambda: (record,), size_hint=_size(record))
 
-    def submit_lazy(self, make: Callable[[], Sequence[Record]], *, size_hint: int) -> Future[None]:
+    def submit_lazy(
+        self,
+        make: Callable[[], Sequence[Record]],
+        *,
+        size_hint: int,
+        handed_over: Callable[[], None] | None = None,
+    ) -> Future[None]:
         """Queue ``make``, which gives the records on the writer thread; ``size_hint`` is its memory
         in bytes.
 
         One future for all of them: it fails with the first error, whatever else could be written
-        is.
+        is. ``handed_over`` is called on the writer thread, long before that, when a kill of this
+        process can lose nothing of them any more, or they could not be written.
         """
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # a waiter that leaves does not take it along
@@ -171,16 +178,10 @@ class Writer:
             stats.queued_records += 1
             stats.queued_bytes += size_hint
             self._submitted += 1
-            self._backlog.add(size_hint)
-            self._queue.append(Submission(make, size_hint, future))
+            self._queue.append(Submission(make, size_hint, future, handed_over))
             if len(self._queue) == 1:
                 self._queued.notify()
         return future
-
-    def behind_s(self, more: int = 0, more_bytes: int = 0) -> float:
-        """How long what is submitted after ``more`` further records of ``more_bytes`` would be lost
-        by a kill of this process, about; 0 where all was handed to the operating system."""
-        return self._backlog.seconds(more, more_bytes)
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until everything submitted so far is resolved; StorageError after ``timeout_s``."""
@@ -223,14 +224,14 @@ class Writer:
 
     def _write(self, submissions: list[Submission]) -> None:
         for submission in submissions:
-            started = time.perf_counter()
             try:
                 submission.records = submission.make()
             except Exception as error:  # the caller's code, at the edge of one submission
                 submission.error = error
             submission.make = _made  # it may hold a whole answer
             self._appender.write(submission)
-            self._backlog.written(submission.size_bytes, time.perf_counter() - started)
+            if submission.handed_over is not None:
+                submission.handed_over()
         with self._lock:
             self._unsynced_records += len(submissions)
             self._unsynced_bytes += sum(one.size_bytes for one in submissions)
