@@ -26,7 +26,7 @@ FORCED: Any = {"type": "function", "function": {"name": "product"}}
 RESPONSES_TOOL: Any = {"type": "function", **TOOL["function"]}
 
 
-def asked(options: Any, messages: list[Any], *, forced: bool) -> dict[str, Any]:
+def asked(options: task.Options, messages: list[Any], *, forced: bool) -> dict[str, Any]:
     """A chat request."""
     return {
         "model": options.model,
@@ -68,7 +68,7 @@ class Chat:
             self.messages.append({"role": "user", "content": task.AGAIN})
 
 
-def sync(options: Any) -> list[Any]:
+def sync(options: task.Options) -> list[Any]:
     """``client.chat.completions.create``."""
     chat = Chat()
     with OpenAI() as client:
@@ -80,7 +80,7 @@ def sync(options: Any) -> list[Any]:
     return chat.transcript
 
 
-def asynchronous(options: Any) -> list[Any]:
+def asynchronous(options: task.Options) -> list[Any]:
     """The same by ``AsyncOpenAI``."""
 
     async def converse() -> list[Any]:
@@ -96,7 +96,7 @@ def asynchronous(options: Any) -> list[Any]:
     return asyncio.run(converse())
 
 
-def stream(options: Any) -> list[Any]:
+def stream(options: task.Options) -> list[Any]:
     """``client.chat.completions.stream``, which puts the answer together from typed events."""
     chat = Chat()
     with OpenAI() as client:
@@ -110,7 +110,7 @@ def stream(options: Any) -> list[Any]:
     return chat.transcript
 
 
-def parse(options: Any) -> list[Any]:
+def parse(options: task.Options) -> list[Any]:
     """``client.chat.completions.parse``: a tool call and two answers that are objects."""
     chat = Chat()
     with OpenAI() as client:
@@ -128,17 +128,17 @@ def parse(options: Any) -> list[Any]:
     return chat.transcript
 
 
-def responses(options: Any) -> list[Any]:
+def responses(options: task.Options) -> list[Any]:
     """``client.responses.create`` with the history, then ``parse`` by ``previous_response_id``."""
     return _respond(options, stream=False)
 
 
-def responses_stream(options: Any) -> list[Any]:
+def responses_stream(options: task.Options) -> list[Any]:
     """``client.responses.stream``, which checks and adds up the typed events."""
     return _respond(options, stream=True)
 
 
-def _respond(options: Any, *, stream: bool) -> list[Any]:
+def _respond(options: task.Options, *, stream: bool) -> list[Any]:
     items: list[Any] = [{"role": "user", "content": task.QUESTION}]
     transcript = []
     with OpenAI() as client:
@@ -189,5 +189,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    chosen = task.options(*VARIANTS)
-    task.report(("openai",), VARIANTS[chosen.variant](chosen))
+    task.main(("openai",), VARIANTS)

@@ -1,8 +1,8 @@
 """What every client here does: a question, a tool that really runs, an answer, one more question.
 
 The model behind the tests is tiny and random. It never decides to call a tool, so each client
-forces its first call by an ordinary setting of its own; all else is sampled freely. ``--run`` seeds
-the sampling, and is all that two runs differ in.
+forces its first call by an ordinary setting of its own; all else is sampled freely. A run's number
+seeds the sampling, and is all that two runs differ in.
 
 A client prints what its library says that the model said, one item a model call, as JSON.
 """
@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +27,11 @@ __all__ = [
     "SYSTEM",
     "TOKENS",
     "Factor",
+    "Options",
     "call",
     "list_files",
-    "options",
+    "main",
     "product",
-    "report",
     "said",
 ]
 
@@ -58,13 +61,31 @@ def list_files(suffix: Literal[".py", ".md", ""]) -> str:
     return "\n".join(name for name in names if name.endswith(suffix))[:200] or "no such file"
 
 
-def options(*variants: str) -> argparse.Namespace:
-    """``VARIANT --model NAME --run N``."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a run is told."""
+
+    variant: str
+    model: str
+    run: int
+    """Seeds the sampling."""
+
+
+def main(packages: tuple[str, ...], variants: Mapping[str, Callable[[Options], list[Any]]]) -> None:
+    """``VARIANT:RUN … --model NAME``: the runs of a variant side by side, one variant after
+    another; each prints a line with the client's packages and what was said."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("variant", choices=variants)
+    parser.add_argument("jobs", nargs="+", metavar="VARIANT:RUN", help=", ".join(variants))
     parser.add_argument("--model", required=True)
-    parser.add_argument("--run", type=int, default=0)
-    return parser.parse_args()
+    given = parser.parse_args()
+    client = " on ".join(f"{name} {version(name)}" for name in packages)
+    jobs = [job.partition(":") for job in given.jobs]
+    for variant, group in groupby(jobs, key=lambda job: job[0]):
+        chosen = [Options(variant, given.model, int(run or 0)) for _, _, run in group]
+        with ThreadPoolExecutor() as pool:
+            for options, said in zip(chosen, pool.map(variants[variant], chosen), strict=True):
+                done = {"variant": variant, "run": options.run, "client": client, "said": said}
+                print(json.dumps(done), flush=True)
 
 
 def call(name: str, arguments: Any) -> list[Any]:
@@ -75,9 +96,3 @@ def call(name: str, arguments: Any) -> list[Any]:
 def said(text: str | None, calls: Iterable[list[Any]] = ()) -> dict[str, Any]:
     """One answer in a transcript."""
     return {"text": text or "", "calls": list(calls)}
-
-
-def report(packages: tuple[str, ...], transcript: list[dict[str, Any]]) -> None:
-    """Print the client's packages with their versions, and the transcript, as the last line."""
-    versions = " on ".join(f"{name} {version(name)}" for name in packages)
-    print(json.dumps({"client": versions, "said": transcript}))
