@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Literal
 
 from agents import (
@@ -83,12 +82,7 @@ def with_helper(options: task.Options, inner: list[Any]) -> Any:
     )
 
 
-def run(options: task.Options) -> list[Any]:
-    """One run, on an event loop of its own."""
-    return asyncio.run(converse(options))
-
-
-async def converse(options: task.Options) -> list[Any]:
+async def run(options: task.Options) -> list[Any]:
     """One run; ``-stream``: by ``run_streamed``."""
     set_tracing_disabled(True)
     api, _, streamed = options.variant.partition("-")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAI, pydantic_function_tool
@@ -80,20 +79,16 @@ def sync(options: task.Options) -> list[Any]:
     return chat.transcript
 
 
-def asynchronous(options: task.Options) -> list[Any]:
+async def asynchronous(options: task.Options) -> list[Any]:
     """The same by ``AsyncOpenAI``."""
-
-    async def converse() -> list[Any]:
-        chat = Chat()
-        async with AsyncOpenAI() as client:
-            for step in range(3):
-                answer = await client.chat.completions.create(
-                    **asked(options, chat.messages, forced=step == 0)
-                )
-                chat.take(answer.choices[0].message)
-        return chat.transcript
-
-    return asyncio.run(converse())
+    chat = Chat()
+    async with AsyncOpenAI() as client:
+        for step in range(3):
+            answer = await client.chat.completions.create(
+                **asked(options, chat.messages, forced=step == 0)
+            )
+            chat.take(answer.choices[0].message)
+    return chat.transcript
 
 
 def stream(options: task.Options) -> list[Any]:
@@ -179,7 +174,7 @@ def _sent_back(item: Any) -> Any:
     return item.model_dump(exclude_none=True, mode="json", exclude={"parsed_arguments"})
 
 
-VARIANTS = {
+VARIANTS: dict[str, task.Variant] = {
     "sync": sync,
     "async": asynchronous,
     "stream": stream,

@@ -10,14 +10,14 @@ A client prints what its library says that the model said, one item a model call
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 __all__ = [
     "AGAIN",
@@ -61,6 +61,10 @@ def list_files(suffix: Literal[".py", ".md", ""]) -> str:
     return "\n".join(name for name in names if name.endswith(suffix))[:200] or "no such file"
 
 
+Variant: TypeAlias = "Callable[[Options], list[Any] | Coroutine[Any, Any, list[Any]]]"
+"""Runs to the end on a thread, or on the event loop that all runs of a program share."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What a run is told."""
@@ -71,7 +75,7 @@ class Options:
     """Seeds the sampling."""
 
 
-def main(packages: tuple[str, ...], variants: Mapping[str, Callable[[Options], list[Any]]]) -> None:
+def main(packages: tuple[str, ...], variants: Mapping[str, Variant]) -> None:
     """``VARIANT:RUN … --model NAME``: the runs of a variant side by side, one variant after
     another; each prints a line with the client's packages and what was said."""
     parser = argparse.ArgumentParser()
@@ -79,13 +83,26 @@ def main(packages: tuple[str, ...], variants: Mapping[str, Callable[[Options], l
     parser.add_argument("--model", required=True)
     given = parser.parse_args()
     client = " on ".join(f"{name} {version(name)}" for name in packages)
-    jobs = [job.partition(":") for job in given.jobs]
-    for variant, group in groupby(jobs, key=lambda job: job[0]):
-        chosen = [Options(variant, given.model, int(run or 0)) for _, _, run in group]
-        with ThreadPoolExecutor() as pool:
-            for options, said in zip(chosen, pool.map(variants[variant], chosen), strict=True):
-                done = {"variant": variant, "run": options.run, "client": client, "said": said}
-                print(json.dumps(done), flush=True)
+    named = [job.partition(":") for job in given.jobs]
+    jobs = [Options(variant, given.model, int(run or 0)) for variant, _, run in named]
+    asyncio.run(_run(jobs, client, variants))
+
+
+async def _run(jobs: list[Options], client: str, variants: Mapping[str, Variant]) -> None:
+    for variant, group in groupby(jobs, key=lambda job: job.variant):
+        chosen = list(group)
+        for options, said in zip(
+            chosen,
+            await asyncio.gather(*(_one(variants[variant], options) for options in chosen)),
+            strict=True,
+        ):
+            done = {"variant": variant, "run": options.run, "client": client, "said": said}
+            print(json.dumps(done), flush=True)
+
+
+async def _one(variant: Variant, options: Options) -> list[Any]:
+    found = await asyncio.to_thread(variant, options)
+    return found if isinstance(found, list) else await found
 
 
 def call(name: str, arguments: Any) -> list[Any]:
