@@ -16,10 +16,10 @@ from typing import Any
 from examples.clients import task
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-TASK = "calc.py adds wrongly: repair it so that check.py says nothing."
+TASK = "calc.py adds wrongly: repair it so that check.py says so."
 FILES = {
     "calc.py": "def add(a, b):\n    return a - b\n",
-    "check.py": "from calc import add\n\nassert add(2, 3) == 5, add(2, 3)\n",
+    "check.py": "from calc import add\n\nprint('right' if add(2, 3) == 5 else 'wrong')\n",
 }
 
 

@@ -147,7 +147,7 @@ class Row:
     versions: str
     trajectories: Sequence[TrajectoryRow]
     as_the_engine: bool | None
-    """Run 0 got what the engine says without us; None where the engine has no such API."""
+    """Run 0 got what the engine says without us; None where it is asked in another API."""
 
 
 SHORT = ("client", "speaks", "set", "runs", "trajectories", "steps", "complete", "scored")
@@ -166,7 +166,7 @@ def short_table(rows: Sequence[Row]) -> str:
 
 def long_table(rows: Sequence[Row]) -> str:
     """One line for each client and way of calling it."""
-    equal = {True: "the same", False: "NOT THE SAME", None: "no such API"}
+    equal = {True: "the same", False: "NOT THE SAME", None: "-"}
     return _markdown(
         LONG,
         [[row.versions, row.client.how, *_counts([row]), equal[row.as_the_engine]] for row in rows],

@@ -157,9 +157,10 @@ def test_the_agent_got_what_the_engine_says(outcome: Outcome) -> None:
 
 
 def test_a_handoff_and_a_helper_stand_in_the_tree(outcome: Outcome) -> None:
-    assert _kinds(outcome, "helper") == ["root", "sub_agent", "extension"]
+    # What follows a forced call breaks: it was sampled without the marks that templates put around.
+    assert _kinds(outcome, "helper") == ["root", "sub_agent", "broken"]
     for variant in ("chat", "chat-stream", "responses", "responses-stream"):
-        assert _kinds(outcome, variant) == ["root", "handoff", "extension"], variant
+        assert _kinds(outcome, variant) == ["root", "handoff", "broken"], variant
 
 
 def _kinds(outcome: Outcome, variant: str) -> list[str]:
