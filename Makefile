@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CLIENTS := $(VENV)-clients
 
 .PHONY: setup browser demo test foreign lint types contracts bench faults science clients soak fuzz requirements audit \
-	docs tutorial image-check web-vendor pictures clean
+	docs tutorial prometheus image-check web-vendor pictures clean
 
 setup: $(STAMP) $(CLIENTS)/.installed browser
 
@@ -65,8 +65,10 @@ contracts: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# ONLY="kills disk": these tables alone; with WRITE=1 each is kept when it is done, so that a long run can be
+# taken up again.
 faults: setup
-	$(BIN)/python -m reliability $(if $(FULL),--full) $(if $(WRITE),--write)
+	$(BIN)/python -m reliability $(ONLY) $(if $(FULL),--full) $(if $(WRITE),--write)
 
 # Every number of the trainer's side against its reference, on a real engine: some minutes.
 science: setup
@@ -79,9 +81,10 @@ clients: setup
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
-# A million cases of each reader of foreign bytes, some ten minutes; `make test` runs a few thousand.
+# A million cases of each reader of foreign bytes; `make test` runs a few thousand. ONLY="segment npy": these
+# targets alone.
 fuzz: setup
-	$(BIN)/python -m reliability.fuzz --write
+	$(BIN)/python -m reliability.fuzz $(ONLY) --write
 
 # In a virtual environment of its own: these tools would pull our pins about.
 TOOLS := $(VENV)-tools/bin
@@ -114,6 +117,11 @@ docs: setup
 # Runs docs/tutorial.md on a real engine and writes what its commands print.
 tutorial: setup
 	$(BIN)/python -m examples.tutorial
+
+# The alert rules and the dashboard in a real Prometheus that scrapes a real gateway.
+prometheus: setup
+	@command -v promtool > /dev/null || $(APT) install -y -qq --no-install-recommends prometheus
+	$(BIN)/python -m pytest tests/gateway/watching/real_prometheus.py
 
 # The steps of the gateway's image, without Docker.
 image-check: setup

@@ -12,9 +12,13 @@ from collections.abc import Iterable
 
 import msgspec
 
-__all__ = ["Lag", "policy_lag", "widest"]
+__all__ = ["DIFFERS", "FAR", "UNKNOWN", "Lag", "lag_label", "policy_lag", "widest"]
 
 UNKNOWN = "unknown"
+DIFFERS = "differs"
+"""Label of versions that differ by nobody knows how much."""
+FAR = 32
+"""Versions apart from which on all lags have one label: what is split by lag stays small."""
 
 NUMBERED = re.compile(r"([A-Za-z_./-]*?)([0-9]{1,18})", re.ASCII)
 """A word without digits, then the number: the digits of a commit or of ``1.2`` are no count."""
@@ -35,6 +39,14 @@ class Lag(msgspec.Struct, frozen=True, kw_only=True):
 def policy_lag(pairs: Iterable[tuple[str, str | None]]) -> Lag:
     """The largest distance over (version that sampled, version that scored) of each trace."""
     return widest(_lag(sampled, scored or UNKNOWN) for sampled, scored in pairs)
+
+
+def lag_label(sampled: str, scored: str | None) -> str:
+    """The lag of one trace as a key: its number of versions, up to `FAR`, or what is known."""
+    lag = _lag(sampled, scored or UNKNOWN)
+    if lag.steps is None:
+        return DIFFERS if lag.differs else UNKNOWN
+    return str(lag.steps) if lag.steps < FAR else f"{FAR} or more"
 
 
 def widest(lags: Iterable[Lag]) -> Lag:

@@ -8,8 +8,8 @@ drift, whatever each said by itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal
 
@@ -17,12 +17,23 @@ import msgspec
 
 from driftgate.codes import SEVERITY, SPOILS_ROUTES, reason
 from driftgate.comparable import judge_merged
+from driftgate.lag import lag_label
 from driftgate.mismatch import Bucket, Worst
 from driftgate.replay import ReplayPair
 from driftgate.router import RouterBucket
 from driftgate.trace import Engine, Reason, Sampling, ScoreMeta
 
-__all__ = ["MAX_POOLS", "OTHERS", "Findings", "Judged", "Pools", "pool_of", "refusals", "refutes"]
+__all__ = [
+    "MAX_POOLS",
+    "OTHERS",
+    "Findings",
+    "Judged",
+    "LagSums",
+    "Pools",
+    "pool_of",
+    "refusals",
+    "refutes",
+]
 
 MAX_POOLS = 32
 """Of one cell. Agents use a handful of settings; one that draws its temperature must not grow the
@@ -82,23 +93,35 @@ class _Pool:
 
     sampling: Sampling | None
     temperature: float
-    bucket: Bucket | None = None
-    """Over the scores whose own verdict is not ``no``; so are the next three."""
+    buckets: dict[str, Bucket] = field(default_factory=dict)
+    """By lag, over the scores whose own verdict is not ``no``; so are the next three."""
     at_requested: Bucket | None = None
     worst: Worst | None = None
     replay: ReplayPair | None = None
     """Over those of them that were scored under the rollout's routes too."""
     converted: bool = False
     """One of them is."""
-    router: RouterBucket | None = None
-    """Over the scores without a reason that spoils routes."""
+    routers: dict[str, RouterBucket] = field(default_factory=dict)
+    """By lag, over the scores without a reason that spoils routes."""
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """Over all lags."""
+        return reduce(Bucket.merge, self.buckets.values()) if self.buckets else None
+
+    @property
+    def router(self) -> RouterBucket | None:
+        """Over all lags."""
+        return reduce(RouterBucket.merge, self.routers.values()) if self.routers else None
 
     def add(self, meta: ScoreMeta) -> None:
+        lag = lag_label(meta.weight_version, meta.trainer_weight_version)
         if meta.router is not None and not refutes(meta.comparable.reasons, SPOILS_ROUTES):
-            self.router = meta.router if self.router is None else self.router.merge(meta.router)
+            known = self.routers.get(lag)
+            self.routers[lag] = meta.router if known is None else known.merge(meta.router)
         if meta.bucket is None or meta.comparable.verdict == "no":
             return
-        self.bucket = merged(self.bucket, meta.bucket)
+        self.buckets[lag] = merged(self.buckets.get(lag), meta.bucket)
         if meta.at_requested_temperature is not None:
             self.at_requested = merged(self.at_requested, meta.at_requested_temperature)
         self.worst = larger(self.worst, meta.worst)
@@ -117,6 +140,15 @@ class _Pool:
         )
 
 
+class LagSums(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a cell that was sampled so many weight versions before it was scored."""
+
+    label: str
+    """Of `driftgate.lag.lag_label`."""
+    bucket: Bucket | None
+    router: RouterBucket | None
+
+
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
     """What is left of a cell once its pools are judged."""
 
@@ -129,6 +161,8 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     worst: Worst | None
     replay: ReplayPair | None = None
     """Of the scores behind ``bucket`` that were scored under the rollout's routes too."""
+    by_lag: list[LagSums] = []
+    """``bucket`` and ``router`` by policy lag; their sums are those."""
 
 
 class Pools:
@@ -160,8 +194,8 @@ class Pools:
         routed = [
             pool for key, pool in self._pools.items() if not refutes(findings[key], SPOILS_ROUTES)
         ]
-        buckets = [pool.bucket for pool in sound if pool.bucket is not None]
-        routers = [pool.router for pool in routed if pool.router is not None]
+        buckets = [bucket for pool in sound if (bucket := pool.bucket) is not None]
+        routers = [router for pool in routed if (router := pool.router) is not None]
         pairs = [pool.replay for pool in sound if pool.replay is not None]
         converted = any(pool.converted for pool in sound)
         return Judged(
@@ -171,6 +205,21 @@ class Pools:
             router=reduce(RouterBucket.merge, routers) if routers else None,
             worst=reduce(larger, (pool.worst for pool in sound), None),
             replay=reduce(ReplayPair.merge, pairs) if pairs else None,
+            by_lag=list(_by_lag(sound, routed)),
+        )
+
+
+def _by_lag(sound: Sequence[_Pool], routed: Sequence[_Pool]) -> Iterator[LagSums]:
+    """In order of the lag; what is not a number comes last."""
+    labels = {label for pool in sound for label in pool.buckets}
+    labels |= {label for pool in routed for label in pool.routers}
+    for label in sorted(labels, key=lambda one: (not one.isdigit(), one.zfill(3))):
+        buckets = [pool.buckets[label] for pool in sound if label in pool.buckets]
+        routers = [pool.routers[label] for pool in routed if label in pool.routers]
+        yield LagSums(
+            label=label,
+            bucket=reduce(Bucket.merge, buckets) if buckets else None,
+            router=reduce(RouterBucket.merge, routers) if routers else None,
         )
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from driftgate.bands import MOE_FP8_SLACK, Colour, band
 from driftgate.codes import SEVERITY
 from driftgate.floor import label_of
-from driftgate.render_beside import beside, floor_name, progress, replay_measure
+from driftgate.render_beside import beside, by_lag, floor_name, progress, replay_measure
 from driftgate.terminal import MISSING, number, percent, plain, safe, signed
 from driftgate.trace import Engine, Reason, Trainer
 from driftgate.views import (
@@ -185,6 +185,8 @@ def _matrix_table(cells: Sequence[CellView]) -> Table:
     if any(cell.replay is not None for cell in cells):
         for label, name in REPLAY_ROWS:
             table.add_row(label, *(replay_measure(cell, name) for cell in cells))
+    if any(len(cell.by_lag) > 1 for cell in cells):
+        table.add_row("mean |D| by lag", *(by_lag(cell, "abs_log_ratio_mean") for cell in cells))
     table.add_row("worst token", *(_worst_cell(cell.worst) for cell in cells))
     return table
 

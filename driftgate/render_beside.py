@@ -10,7 +10,7 @@ from driftgate.floor import REPEAT
 from driftgate.terminal import MISSING, number, percent
 from driftgate.views import CellView, FloorView
 
-__all__ = ["beside", "floor_name", "progress", "replay_measure"]
+__all__ = ["beside", "by_lag", "floor_name", "progress", "replay_measure"]
 
 
 def progress(cell: CellView) -> Text:
@@ -29,6 +29,17 @@ def replay_measure(cell: CellView, name: str) -> Text:
     if interval := cell.intervals.get(share):
         text.append(f" [{percent(interval.low)}, {percent(interval.high)}]", "dim")
     return text
+
+
+def by_lag(cell: CellView, name: str) -> str:
+    """A metric by policy lag, a line each; one lag has nothing to be told apart from."""
+    if len(cell.by_lag) < 2:
+        return MISSING
+    return "\n".join(
+        f"{lag.label}: {number(lag.measures.metrics.get(name) if lag.measures else None)}"
+        f" ({lag.n_tokens:,} tokens)"
+        for lag in cell.by_lag
+    )
 
 
 def floor_name(floor: FloorView) -> str:

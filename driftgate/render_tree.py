@@ -70,7 +70,13 @@ def _head(found: Tree) -> Text:
     text = Text("tree: ", "bold").append(f"{found.samples} samples in {tokens.lines} lines ")
     text.append(f"({shapes})\n", "dim")
     text.append(f"tokens: {number(tokens.sent)} sent, {number(tokens.once)} scored once: ")
-    return text.append(f"{percent(tokens.merged_share)} merge", "bold")
+    text.append(f"{percent(tokens.merged_share)} merge", "bold")
+    ways = sorted(found.continuations.items(), key=lambda way: way[0] != "exact")
+    if ways:
+        text.append("\nexact continuation: ")
+        told = (f"{why if why == 'exact' else f'ordinary ({why})'} ×{n}" for why, n in ways)
+        text.append(safe(", ".join(told)))
+    return text
 
 
 def _fix(found: Tree, code: str) -> str:

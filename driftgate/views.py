@@ -24,6 +24,7 @@ from driftgate.listings import (
     TrajectoryPage,
     TrajectoryRow,
 )
+from driftgate.tops import Alternative
 from driftgate.trace import (
     CallIntent,
     CallOutcome,
@@ -208,6 +209,9 @@ class TraceView(msgspec.Struct, frozen=True, kw_only=True):
     """This choice as the agent got it."""
     prompt_ids: list[int] | None
     tokens: list[TokenView]
+    alternatives: list[list[Alternative]] | None = None
+    """[R] the engine's likeliest tokens in its order, vLLM's with the sampled one first; null where
+    the agent did not ask for any."""
     routes: RoutesView | None = None
     trainer_routes: RoutesView | None = None
     score: ScoreView | None = None
@@ -311,6 +315,18 @@ class FloorView(msgspec.Struct, frozen=True, kw_only=True):
     router: RouterMeasures | None = None
 
 
+class LagView(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a cell that was sampled so many weight versions before it was scored."""
+
+    label: str
+    """A number of versions; ``32 or more``; ``differs``: by nobody knows how much; ``unknown``."""
+    n_tokens: int
+    n_seqs: int
+    measures: Measures | None
+    """Null where only its routes could be compared."""
+    router: RouterMeasures | None = None
+
+
 class CellView(msgspec.Struct, frozen=True, kw_only=True):
     """Everything known about one pair (engine, trainer): no number mixes fingerprints."""
 
@@ -349,6 +365,8 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     replay: ReplayView | None = None
     """Over the scores behind ``measures`` that were scored under the rollout's routes too; null
     where there is none."""
+    by_lag: list[LagView] = []
+    """``measures`` and ``router`` by policy lag, which is no drift of the engine."""
     worst: WorstView | None = None
     intervals: dict[str, Interval] = {}
     """Of ``measures``, by metric; empty where there are too few trajectories to tell."""

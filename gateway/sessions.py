@@ -164,7 +164,8 @@ class Sessions:
         the call goes on from.
         """
         place = self._by_rules(url, headers, metadata, history, previous)
-        return replace(place, agent=read_agent(headers))
+        agent = read_agent(headers)
+        return place if agent is None else replace(place, agent=agent)
 
     def _by_rules(
         self,

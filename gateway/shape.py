@@ -5,17 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from driftgate.mismatch import Bucket, Worst
+from driftgate.pool import LagSums
 from driftgate.replay import ReplayPair
 from driftgate.router import RouterBucket
 from driftgate.storage import AnswerText
 from driftgate.trace import Routes, Score, Trace
 from driftgate.views import (
+    LagView,
     Measures,
     ReplayView,
     RouterMeasures,
@@ -24,7 +27,7 @@ from driftgate.views import (
     WorstView,
 )
 
-__all__ = ["measures", "placed", "raw", "replay", "router", "routes", "text", "tokens"]
+__all__ = ["lags", "measures", "placed", "raw", "replay", "router", "routes", "text", "tokens"]
 
 
 def measures(bucket: Bucket | None) -> Measures | None:
@@ -57,6 +60,20 @@ def replay(pair: ReplayPair | None, *, comparable: bool = True) -> ReplayView | 
         native=Measures(metrics=pair.native.metrics(), undefined=pair.native.undefined()),
         measures=Measures(metrics=pair.under.metrics(), undefined=pair.under.undefined()),
     )
+
+
+def lags(parts: Sequence[LagSums]) -> list[LagView]:
+    """A cell by policy lag."""
+    return [
+        LagView(
+            label=part.label,
+            n_tokens=part.bucket.n_tokens if part.bucket else 0,
+            n_seqs=part.bucket.n_seqs if part.bucket else 0,
+            measures=measures(part.bucket),
+            router=router(part.router),
+        )
+        for part in parts
+    ]
 
 
 def placed(worst: Worst, trace_id: str, step: int, choice: int) -> WorstView:

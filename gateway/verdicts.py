@@ -21,7 +21,7 @@ from driftgate.judgements import (
     TrajectoryVerdict,
     TrajectoryVerdicts,
 )
-from driftgate.lag import Lag, widest
+from driftgate.lag import policy_lag, widest
 from driftgate.mismatch import Bucket
 from driftgate.pool import merged, refusals
 from driftgate.profiles import PROFILES, Profile, ProfileName
@@ -170,7 +170,7 @@ def of_response(meta: ScoreMeta) -> Brief | None:
         refused=[refused] if codes else [],
         router=None if SPOILS_ROUTES.intersection(codes) else meta.router,
         router_reason=meta.router_reason,
-        lag=Lag(steps=None, reason="a score does not say under which version was sampled"),
+        lag=policy_lag([(meta.weight_version, meta.trainer_weight_version)]),
     )
     return brief(judge(subject, PROFILES["default"]))
 

@@ -22,6 +22,7 @@ from driftgate.adapters.jsonl import trace_of
 from driftgate.commands.export import FormatOption
 from driftgate.samples import Sample
 from driftgate.storage import Reader
+from science.launched import TIMEOUT_S
 from science.rollouts import Rollouts
 from science.table import Row, exactly
 from tests.e2e.support import stored_scores
@@ -77,7 +78,7 @@ def two_workers(part: str, made: Rollouts, root: Path) -> Iterator[Row]:
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
-    first = [process.communicate(timeout=300) for process in running]
+    first = [process.communicate(timeout=TIMEOUT_S) for process in running]
     del first
     yield exactly(part, "workers that ended well", [p.returncode for p in running].count(0), 2)
     scores = stored_scores(store, made.trainer.digest)

@@ -9,8 +9,6 @@ Hugging Face with its routers' answers replaced, by an FSDP2 job, and by Megatro
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from driftgate.adapters import formats
 from driftgate.adapters.export_base import read_export
 from driftgate.samples import Sample
-from science.launched import EP, SP, TP, torchrun
+from science.launched import EP, SP, TP, driftgate, torchrun
 from science.rollouts import Rollouts
-from science.table import Row, exactly, worst
+from science.table import Row, exactly, near, worst
 
 __all__ = ["replayed"]
 
@@ -49,9 +47,7 @@ JOBS: dict[str, dict[str, Any]] = {
 def replayed(part: str, made: Rollouts, root: Path) -> Iterator[Row]:
     """Every sampled token of every exported sample."""
     out = root / "export"
-    command = [sys.executable, "-m", "driftgate.cli", "export", "--format", "megatron"]
-    command += ["--store", str(made.store), "--output", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    driftgate("export", "--format", "megatron", "--store", made.store, "--output", out)
     samples = read_export(out, formats.load("megatron"))
     whole = [one for one in samples if one.routes_valid is not None and one.routes_valid.all()]
     yield exactly(part, "exported samples with every route", len(whole), len(samples))
@@ -87,13 +83,18 @@ def _compared(
     told: Mapping[str, F64],
     tolerance: float,
 ) -> Iterator[Row]:
-    apart, tokens = 0.0, 0
+    apart, ours, wanted = 0.0, list[F64](), list[F64]()
     for sample in samples:
         for span in sample.meta.spans:
             theirs = found[sample.meta.sample_id][span.start - 1 : span.end - 1]
             apart = max(apart, float(np.abs(theirs - told[span.trace_id]).max()))
-            tokens += len(theirs)
+            rollout = sample.logprobs[span.start : span.end].astype(np.float64)
+            ours.append(theirs - rollout)
+            wanted.append(told[span.trace_id] - rollout)
+    tokens = sum(map(len, ours))
     yield worst(part, f"{name}: {tokens} tokens", apart, tolerance, "logprobs_replay as stored")
+    mean = [float(np.abs(np.concatenate(one)).mean()) for one in (ours, wanted)]
+    yield near(part, f"{name}: mean|D_replay|", *mean, rel=HUGGING_FACE)
 
 
 def _by_hugging_face(

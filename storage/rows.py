@@ -9,6 +9,7 @@ import msgspec
 
 from driftgate.listings import TrajectoryRow
 from driftgate.mismatch import Bucket, Worst
+from driftgate.pool import LagSums
 from driftgate.replay import ReplayPair
 from driftgate.router import RouterBucket
 from driftgate.trace import CallIntent, CallOutcome, Engine, Reason, ScoreMeta, TraceMeta, Trainer
@@ -90,6 +91,8 @@ class CellRow(msgspec.Struct, frozen=True, kw_only=True):
     replay: ReplayPair | None
     """Over the scores behind ``comparable_bucket`` that were scored under the rollout's routes
     too; None where there is none."""
+    by_lag: list[LagSums]
+    """``comparable_bucket`` and ``router`` by policy lag."""
     verdict: Literal["yes", "converted", "no"]
     """Of ``comparable_bucket``; ``no`` where there is none."""
     findings: dict[str, list[Reason]]

@@ -324,4 +324,5 @@ def _names(meta: TraceMeta) -> dict[str, Any]:
         "choice": meta.choice,
         "model": meta.model,
         "sampling": meta.sampling,
+        "weight_version": meta.weight_version,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,9 +39,15 @@ def floor(
         str | None, typer.Option(help="The engine's API key.", envvar="DRIFTGATE_ENGINE_KEY")
     ] = None,
     backend: Annotated[
-        Literal["reference", "fsdp"], typer.Option(help="The trainer's backend.")
+        Literal["reference", "fsdp", "megatron"], typer.Option(help="The trainer's backend.")
     ] = "reference",
-    nproc: Annotated[int, typer.Option(help="Processes of the fsdp backend.")] = 1,
+    nproc: Annotated[int, typer.Option(help="Processes of the fsdp or megatron backend.")] = 1,
+    tp: Annotated[int, typer.Option(help="megatron: tensor parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(help="megatron: pipeline parallel ranks.")] = 1,
+    ep: Annotated[int, typer.Option(help="megatron: expert parallel ranks.")] = 1,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="megatron: share positions over --tp.")
+    ] = False,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Precision of the trainer's weights."),
@@ -59,7 +65,19 @@ def floor(
         if engine is not None:
             _engine(engine, store, traces, served_model, concurrency, key)
         if model is not None:
-            raise typer.Exit(_trainer(model, store, traces, served_model, backend, nproc, dtype))
+            settings: dict[str, Any] = {
+                "model": model,
+                "floor_traces": traces,
+                "served_model": served_model,
+                "backend": backend,
+                "nproc": nproc,
+                "tensor_parallel": tp,
+                "pipeline_parallel": pp,
+                "expert_parallel": ep,
+                "sequence_parallel": sequence_parallel,
+                "dtype": dtype,
+            }
+            raise typer.Exit(_trainer(store, settings))
     except ModuleNotFoundError as error:
         raise DriftgateError(
             f"`driftgate floor --model` needs {error.name}: pip install 'driftgate[teacher]'"
@@ -115,28 +133,13 @@ def _lines(scores: Iterable[Score]) -> Iterable[str]:
         yield line
 
 
-def _trainer(
-    model: str,
-    store: Path,
-    limit: int,
-    served_model: str | None,
-    backend: Literal["reference", "fsdp"],
-    nproc: int,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"],
-) -> int:
+def _trainer(store: Path, settings: dict[str, Any]) -> int:
+    """Run the trainer that ``settings`` of a ``TeacherConfig`` name twice; the exit status."""
     from driftgate.teacher.config import TeacherConfig
     from driftgate.teacher.launch import launch
 
     try:
-        settings = TeacherConfig(
-            store=str(store),
-            model=model,
-            backend=backend,
-            nproc=nproc,
-            dtype=dtype,
-            served_model=served_model,
-            floor_traces=limit,
-        )
+        config = TeacherConfig(store=str(store), **settings)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    return launch(settings)
+    return launch(config)

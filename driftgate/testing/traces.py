@@ -167,6 +167,7 @@ def make_score(trace: Trace, *, noise: float = 0.01, seed: int = 0, **meta: Any)
         "choice": trace.meta.choice,
         "model": trace.meta.model,
         "engine": trace.meta.engine,
+        "weight_version": trace.meta.weight_version,
         "trainer": TRAINER,
         "bucket": Bucket.of(train, trace.logprobs),
         "comparable": Comparable(verdict="yes"),

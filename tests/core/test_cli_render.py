@@ -20,6 +20,7 @@ from driftgate.views import (
     DriftEvent,
     FloorView,
     Interval,
+    LagView,
     Measures,
     ReasonCount,
     ReplayView,
@@ -252,6 +253,18 @@ def test_the_matrix_says_what_only_the_merged_numbers_tell() -> None:
     assert "merged: no" in text
     assert "! merged: logodds_slope_off: temperature=1.0: slope 0.79. look" in text
     assert "merged" not in plain(render.matrix([cell()]))
+
+
+def test_the_matrix_tells_lags_apart_where_there_are_several() -> None:
+    parts = [
+        LagView(label=label, n_tokens=25, n_seqs=1, measures=measures(d))
+        for label, d in (("0", 0.001), ("3", 0.2))
+    ]
+    text = plain(render.matrix([cell(by_lag=parts)]))
+    assert "mean |D| by lag" in text
+    assert "0: 1.00e-03 (25 tokens)" in text
+    assert "3: 0.2000 (25 tokens)" in text
+    assert "by lag" not in plain(render.matrix([cell(by_lag=parts[:1])]))
 
 
 def test_an_empty_matrix_says_what_to_do() -> None:

@@ -200,3 +200,29 @@ def test_the_worst_token_is_of_what_stands() -> None:
     no = Comparable(verdict="no", reasons=[Reason(code="beam_search", detail="d", fix="f")])
     result = judged(score(good, worst=at(0.1)), score(bad, worst=at(-9.0), comparable=no))
     assert result.worst == at(0.1)
+
+
+def test_a_cells_parts_by_lag_add_up_to_the_cell() -> None:
+    buckets = [Bucket.of(np.full(5, -1.0), np.full(5, -1.0) + n / 100) for n in range(4)]
+    routes = np.arange(4, dtype=np.uint8)[None, None].repeat(5, axis=0)
+    router = RouterBucket.of(routes, routes + 1)
+    versions = ["7", "5", "7", "unknown"]
+    metas = [
+        score(bucket, weight_version=version, trainer_weight_version="7", router=router)
+        for bucket, version in zip(buckets, versions, strict=True)
+    ]
+    refused = score(
+        buckets[3],
+        weight_version="3",
+        trainer_weight_version="7",
+        comparable=Comparable(verdict="no"),
+    )
+    result = judged(*metas, refused)
+    assert [part.label for part in result.by_lag] == ["0", "2", "unknown"]
+    fresh, stale, unknown = result.by_lag
+    assert fresh.bucket == buckets[0].merge(buckets[2])
+    assert (stale.bucket, unknown.bucket) == (buckets[1], buckets[3])
+    assert result.bucket is not None
+    assert result.bucket.n_tokens == 20
+    assert result.bucket.sum_abs == pytest.approx(sum(b.sum_abs for b in buckets))
+    assert [part.router.n_cells for part in result.by_lag if part.router] == [10, 5, 5]

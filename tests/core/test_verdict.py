@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from driftgate.codes import MASKABLE, SEVERITY
-from driftgate.lag import policy_lag, widest
+from driftgate.lag import lag_label, policy_lag, widest
 from driftgate.mismatch import Bucket
 from driftgate.profiles import PROFILES, TIERS, ProfileName
 from driftgate.router import RouterBucket
@@ -343,6 +343,23 @@ def test_policy_lag(
     assert (found.steps, found.at_least, found.differs) == (steps, at_least, differs)
     assert (found.reason is None) is (steps is not None)
     assert widest([found, FRESH]) == found
+
+
+@pytest.mark.parametrize(
+    ("sampled", "scored", "label"),
+    [
+        ("7", "7", "0"),
+        ("step-3", "step-7", "4"),
+        ("1", "40", "32 or more"),
+        ("6+7", "7", "differs"),
+        ("unknown", "7", "unknown"),
+        ("7", None, "unknown"),
+    ],
+)
+def test_the_lag_that_a_trace_is_counted_under(
+    sampled: str, scored: str | None, label: str
+) -> None:
+    assert lag_label(sampled, scored) == label
 
 
 def test_a_lag_that_is_known_of_some_traces_is_a_lower_bound() -> None:

@@ -158,9 +158,11 @@ def leave(model: Any, config: TeacherConfig, plain: Plain) -> dict[str, Any]:
     RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
     for number, one in enumerate(RouterReplay.global_router_replay_instances):
         one.record_indices(torch.tensor([[number]]))
+    # Sampling them draws random numbers: not part of the visit.
+    asked = plain.of(config)[1] if dist.get_rank() == 0 else []
     before = state(wrapped)
     backend = AttachedBackend(attach([wrapped]), name="tiny")
-    results = backend.score_batch(plain.of(config)[1] if backend.rank == 0 else [])
+    results = backend.score_batch(asked)
     backend.close()
     after = state(wrapped)
     everywhere: list[Any] = [None] * dist.get_world_size()
