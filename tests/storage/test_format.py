@@ -94,7 +94,9 @@ def test_the_score(tmp_path: Path) -> None:
     assert stored.token_hits.items() <= fresh.token_hits.items()
     assert stored.seq_hits.items() <= fresh.seq_hits.items()
     counted = {"token_hits": stored.token_hits, "seq_hits": stored.seq_hits}
-    assert stored == msgspec.structs.replace(fresh, **counted)
+    # Another processor's exp ends on another bit.
+    again = msgspec.structs.replace(fresh, **counted).metrics()
+    assert stored.metrics() == pytest.approx(again, rel=1e-12)
     assert score.meta.worst is not None
     assert (score.meta.worst.token_id, score.meta.worst.log_ratio) == (13, -0.25)
     assert reader.last_seq() == 1
