@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := $(VENV)-clients
 
-.PHONY: setup browser demo test foreign lint types contracts bench faults science soak fuzz requirements audit \
-	docs tutorial image-check web-vendor pictures clean
+.PHONY: setup browser demo test foreign lint types contracts bench faults science clients soak fuzz requirements audit \
+	docs tutorial prometheus image-check web-vendor pictures clean
 
-setup: $(STAMP) browser
+setup: $(STAMP) $(CLIENTS)/.installed browser
 
 # The tests of the dashboard drive a real Chromium. On other systems: install one by hand.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
@@ -28,6 +29,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt \
 		-e ".[teacher,megatron,engine,demo,otel,export]" --group dev
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The agents of examples/clients. They want other versions than we test with.
+$(CLIENTS)/.installed: examples/clients/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(CLIENTS)/bin/python -m pip install --quiet --progress-bar off --no-deps -r examples/clients/requirements.txt
 	touch $@
 
 demo: setup
@@ -57,19 +65,26 @@ contracts: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# ONLY="kills disk": these tables alone; with WRITE=1 each is kept when it is done, so that a long run can be
+# taken up again.
 faults: setup
-	$(BIN)/python -m reliability $(if $(FULL),--full) $(if $(WRITE),--write)
+	$(BIN)/python -m reliability $(ONLY) $(if $(FULL),--full) $(if $(WRITE),--write)
 
 # Every number of the trainer's side against its reference, on a real engine: some minutes.
 science: setup
 	$(BIN)/python -m science $(if $(WRITE),--write)
 
+# Well-known clients on a real engine; `make test` runs them too, and compares the tables.
+clients: setup
+	$(BIN)/python -m pytest tests/e2e/test_clients.py $(if $(WRITE),--write)
+
 soak: setup
 	$(BIN)/python -m reliability soak $(if $(FULL),--full) $(if $(WRITE),--write)
 
-# A million cases of each reader of foreign bytes, some ten minutes; `make test` runs a few thousand.
+# A million cases of each reader of foreign bytes; `make test` runs a few thousand. ONLY="segment npy": these
+# targets alone.
 fuzz: setup
-	$(BIN)/python -m reliability.fuzz --write
+	$(BIN)/python -m reliability.fuzz $(ONLY) --write
 
 # In a virtual environment of its own: these tools would pull our pins about.
 TOOLS := $(VENV)-tools/bin
@@ -103,6 +118,11 @@ docs: setup
 tutorial: setup
 	$(BIN)/python -m examples.tutorial
 
+# The alert rules and the dashboard in a real Prometheus that scrapes a real gateway.
+prometheus: setup
+	@command -v promtool > /dev/null || $(APT) install -y -qq --no-install-recommends prometheus
+	$(BIN)/python -m pytest tests/gateway/watching/real_prometheus.py
+
 # The steps of the gateway's image, without Docker.
 image-check: setup
 	$(BIN)/python -m tools.image
@@ -116,4 +136,4 @@ pictures: setup
 	$(BIN)/python -m tools.screenshots
 
 clean:
-	rm -rf $(VENV) $(VENV)-tools build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-tools $(CLIENTS) build dist *.egg-info

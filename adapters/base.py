@@ -64,6 +64,16 @@ class EngineAdapter(Protocol):
         """Top-level key that only the plugin's routes chunk has."""
 
     @property
+    def render_path(self) -> str | None:
+        """Answers a chat request with the ids of its prompt, as ``token_ids``; None: it has no such
+        route, or its chat completions take no ids."""
+
+    @property
+    def prompt_ids_field(self) -> tuple[str, str]:
+        """Field of a chat request and the key in it that take ids for the prompt, in place of
+        rendering the messages."""
+
+    @property
     def refused_fields(self) -> dict[str, str]:
         """Request fields that an agent must not send (unless 0, false or null), and why."""
 

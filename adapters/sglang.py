@@ -59,6 +59,8 @@ class Sglang:
     ask_ids = "return_token_ids"
     ask_stream_routes = "driftgate_routes"
     routes_chunk_mark = "driftgate"
+    render_path = None
+    prompt_ids_field = ("", "")
     streams_ids = False
     omits_unasked = True
     logprobs_mode: LogprobsMode = "processed_logprobs"

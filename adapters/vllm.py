@@ -52,6 +52,10 @@ class Vllm:
     info_paths: tuple[str, ...] = ()
     ask_stream_routes = "driftgate_routes"
     routes_chunk_mark = "driftgate"
+    render_path = "/v1/chat/completions/render"
+    prompt_ids_field = ("kv_transfer_params", "prompt_token_ids")
+    """Made for the decoding half of a split deployment; it skips templating and tokenizing only
+    (``renderers/online_renderer.py``)."""
 
     @property
     def refused_fields(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import time
 
 from benchmarks.report import Section, write_section
 
-NAMES = ("storage", "teacher", "scaling", "gateway", "memory", "page")
+NAMES = ("storage", "teacher", "scaling", "gateway", "streams", "memory", "page")
 
 
 def main() -> None:

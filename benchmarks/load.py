@@ -11,16 +11,16 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import uvloop
 
 from benchmarks.payloads import CREATED, FIRST_NONCE, Canned, Episode, since_us
 
-__all__ = ["Agents", "Rate", "call", "delays_us", "drive", "paced"]
+__all__ = ["Agents", "Delays", "Rate", "call", "delays_us", "drive", "paced"]
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CREATED_FIELD = re.compile(rb'"created":(\d{10})')
@@ -48,6 +48,13 @@ class Rate:
     def per_second(self) -> float:
         """Answers a second within the window."""
         return self.in_window / self.window_s
+
+
+class Delays(Protocol):
+    """Takes how late each event is, in us."""
+
+    def append(self, late_us: int, /) -> None:
+        """One event."""
 
 
 class Agents:
@@ -84,7 +91,7 @@ class _Run:
     answered: int = 0
     calls_left: int | None = None
     """Stop after so many requests were sent; None: when told."""
-    delays_us: list[int] | None = None
+    delays_us: Delays | None = None
     """Collects how late every event is, if not None."""
     pace_us: int = 0
     """Of a stream's events (``benchmarks.standin``)."""
@@ -149,7 +156,7 @@ class _Client(asyncio.Protocol):
             if self._tail == LAST_CHUNK:
                 self._done()
 
-    def _look(self, data: bytes, delays_us: list[int]) -> None:
+    def _look(self, data: bytes, delays_us: Delays) -> None:
         """Every event has one stamp; one that is split over two reads is whole with the second."""
         data, end = self._unread + data, 0
         for found in CREATED_FIELD.finditer(data):
@@ -192,9 +199,9 @@ class _Client(asyncio.Protocol):
 class _Loop:
     """The connections of one run, opened and closed."""
 
-    def __init__(self, url: str, agents: Agents, connections: int) -> None:
-        address = urlsplit(url)
-        self._host, self._port = address.hostname or "", address.port or 80
+    def __init__(self, url: str | Sequence[str], agents: Agents, connections: int) -> None:
+        """Several addresses get their share of the connections each."""
+        self._addresses = [urlsplit(one) for one in ([url] if isinstance(url, str) else url)]
         self._agents = agents
         self._count = connections
         self._clients: list[_Client] = []
@@ -206,10 +213,11 @@ class _Loop:
         for number in range(self._count):
             client = _Client(self.run, self._agents.one(), spread_s * number / self._count)
             self._clients.append(client)
+            address = self._addresses[number % len(self._addresses)]
             await loop.create_connection(
                 lambda made=client: made,  # type: ignore[misc]
-                self._host,
-                self._port,
+                address.hostname or "",
+                address.port or 80,
             )
 
     async def go_on(self, seconds: float) -> None:
@@ -258,15 +266,22 @@ def call(agents: Agents, url: str, connections: int, *, calls: int) -> None:
 
 
 def paced(
-    agents: Agents, url: str, streams: int, *, pace_ms: float, seconds: float, seen: list[int]
+    agents: Agents,
+    urls: Sequence[str],
+    streams: int,
+    *,
+    pace_ms: float,
+    seconds: float,
+    seen: Delays,
+    spread_s: float = SPREAD_S,
 ) -> int:
     """``streams`` parallel paced streams, one answer after the other; how many answers. ``seen``
-    gets how late events are, in us, and may be emptied by another thread."""
+    gets how late events are, in us."""
 
     async def play() -> int:
-        loop = _Loop(url, agents, streams)
+        loop = _Loop(urls, agents, streams)
         loop.run.delays_us, loop.run.pace_us = seen, round(pace_ms * 1000)
-        await loop.open(SPREAD_S)
+        await loop.open(spread_s)
         await loop.go_on(seconds)
         await loop.finish()
         return loop.run.answered

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import msgspec
@@ -33,6 +34,9 @@ from benchmarks.payloads import (
     Episode,
     stamp,
 )
+
+TICK_S = 0.001
+"""What the loop's own timers count in."""
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CREATED_FIELD = b'"created":%d' % CREATED
@@ -73,9 +77,7 @@ FILES: dict[bytes, bytes] = {
 class Answers:
     """Every answer of an episode, ready to send."""
 
-    def __init__(self, episode: Episode, pace_s: float | None) -> None:
-        self.pace_s = pace_s
-        """Between the events of a stream; None: all at once."""
+    def __init__(self, episode: Episode) -> None:
         self.json, self.sse = [], []
         self.ends: list[list[int]] = []
         """Of each event of a stream, head included: slots have fixed widths."""
@@ -98,14 +100,71 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+@dataclass(slots=True)
+class Stream:
+    """A paced answer under way."""
+
+    transport: asyncio.Transport
+    body: memoryview
+    ends: Iterator[int]
+    due: float
+    """When the next event is to be sent."""
+    sent: int = 0
+
+    def send(self) -> bool:
+        """The next event; False after the last one, or where nobody reads."""
+        end = next(self.ends, len(self.body))
+        self.transport.write(self.body[self.sent : end])
+        self.sent = end
+        return end < len(self.body) and not self.transport.is_closing()
+
+
+class Pacer:
+    """Sends the events of all streams that are due, with one timer for a thousand streams."""
+
+    def __init__(self, pace_s: float) -> None:
+        self._pace_s = pace_s
+        self._loop = asyncio.get_running_loop()
+        self._due: dict[int, list[Stream]] = {}
+        """By tick."""
+        self._next = 0
+        """Tick that is looked at next; 0: none, nothing is under way."""
+
+    def start(self, transport: asyncio.Transport, body: bytes, ends: Iterator[int]) -> None:
+        """The first event at once, each of the others a pace after the one before."""
+        now = self._loop.time()
+        stream = Stream(transport, memoryview(body), ends, now)
+        if stream.send():
+            self._put(stream)
+        if self._due and not self._next:
+            self._next = int(now / TICK_S) + 1
+            self._loop.call_at(self._next * TICK_S, self._tick)
+
+    def _put(self, stream: Stream) -> None:
+        stream.due += self._pace_s
+        self._due.setdefault(int(stream.due / TICK_S) + 1, []).append(stream)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        while self._next * TICK_S <= now:
+            for stream in self._due.pop(self._next, ()):
+                if stream.send():
+                    self._put(stream)
+            self._next += 1
+        if self._due:
+            self._loop.call_at(self._next * TICK_S, self._tick)
+        else:
+            self._next = 0
+
+
 class Engine(asyncio.Protocol):
     """One keep-alive connection; requests are answered in order, one at a time."""
 
     transport: asyncio.Transport
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Answers, pacer: Pacer | None) -> None:
         self._answers = answers
-        self._loop = asyncio.get_running_loop()
+        self._pacer = pacer
         self._buffer = bytearray()
         self._wanted = 0
         """Bytes of the request that is arriving, head included; 0: the head is not whole yet."""
@@ -140,20 +199,12 @@ class Engine(asyncio.Protocol):
         call = answers.call_id()
         if _value(request, b'"stream":', 4) != b"true":
             self.transport.writelines(answers.json[step].fill(nonce, call))
-        elif answers.pace_s is None:
+        elif self._pacer is None:
             self.transport.write(b"".join(answers.sse[step].fill(nonce, call)))
         else:
             body = b"".join(answers.sse[step].fill(nonce, call))
             body = body.replace(CREATED_FIELD, b'"created":%d' % stamp())
-            self._pace(memoryview(body), 0, iter(answers.ends[step]), self._loop.time())
-
-    def _pace(self, body: memoryview, sent: int, ends: Iterator[int], due: float) -> None:
-        """Send one event, and the next one ``pace_s`` after the time this one was due."""
-        end = next(ends, len(body))
-        self.transport.write(body[sent:end])
-        if end < len(body) and not self.transport.is_closing():
-            due += self._answers.pace_s or 0.0
-            self._loop.call_at(due, self._pace, body, end, ends, due)
+            self._pacer.start(self.transport, body, iter(answers.ends[step]))
 
 
 def _value(request: bytes, name: bytes, length: int) -> bytes | None:
@@ -167,10 +218,13 @@ def _field(request: bytes, name: bytes, digits: int) -> bytes | None:
     return value if value is not None and value.isdigit() else None
 
 
-async def serve(port: int, answers: Answers) -> None:
-    """Answer until the process is ended."""
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Engine(answers), "127.0.0.1", port, backlog=1024)
+async def serve(port: int, answers: Answers, pace_s: float | None) -> None:
+    """Answer until the process is ended. ``pace_s``: between the events of a stream; None: all at
+    once."""
+    loop, pacer = asyncio.get_running_loop(), None if pace_s is None else Pacer(pace_s)
+    server = await loop.create_server(
+        lambda: Engine(answers, pacer), "127.0.0.1", port, backlog=1024
+    )
     await server.serve_forever()
 
 
@@ -182,9 +236,9 @@ def main() -> None:
     parser.add_argument("--pace-ms", type=float)
     options = parser.parse_args()
     pace_s = None if options.pace_ms is None else options.pace_ms / 1000
-    answers = Answers(Episode(SHAPES[options.shape]), pace_s)
+    answers = Answers(Episode(SHAPES[options.shape]))
     with contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(serve(options.port, answers))
+        uvloop.run(serve(options.port, answers, pace_s))
 
 
 if __name__ == "__main__":

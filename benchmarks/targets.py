@@ -158,13 +158,13 @@ class Gateway:
         return int(float(found.group(1)))
 
 
-def start_gateway(stage: Stage, upstream: str, cores: Cores) -> Gateway:
-    """driftgate as ``driftgate serve`` starts it, with an empty store."""
+def start_gateway(stage: Stage, upstream: str, cores: Cores, *, name: str = "driftgate") -> Gateway:
+    """driftgate as ``driftgate serve`` starts it, with a store that all of this stage share."""
     port = free_port()
     url, store = f"http://127.0.0.1:{port}", stage.logs / "store"
     command = [sys.executable, "-c", "from driftgate.cli import main; main()", "serve"]
     stage.start(
-        "driftgate",
+        name,
         [*command, "--upstream", upstream, "--store", str(store), "--port", str(port)],
         cores=cores.proxy,
         ready=f"{url}/readyz",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from driftgate.dialogue import Dialogue, Said, read_answer, read_dialogue
+from driftgate.dialogue import Dialogue, Said, dialogue_of, read_answer
 from driftgate.trace import I32, Reason, Trace
 
 __all__ = ["BREAKS", "Broken", "Parted", "break_reason", "why_broken"]
@@ -144,10 +144,9 @@ def why_broken(parted: Parted, texts: Mapping[int, bytes]) -> Broken:
 
 
 def _reasons(parted: Parted, texts: Mapping[int, bytes]) -> list[Reason]:
-    old, new = read_dialogue(parted.last.request), read_dialogue(parted.now.request)
-    at = read_dialogue(parted.at.request)
+    old, new, at = map(dialogue_of, (parted.last, parted.now, parted.at))
     if old is None or new is None or at is None:
-        return [break_reason("unknown_break", "at least one of the two is no chat request")]
+        return [break_reason("unknown_break", "one of the requests holds no whole conversation")]
     turn = len(at.messages)
     first = _first_message(parted)
     changes = [*_head_changes(old, new), *_message_changes(parted.last, old, new)]
@@ -184,7 +183,7 @@ def _order(first: int) -> Callable[[_Change], tuple[int, int]]:
 
 def _first_message(parted: Parted) -> int:
     """The first message that ``at`` brought; -1 where it brought the beginning as well."""
-    before = read_dialogue(parted.before.request) if parted.before is not None else None
+    before = dialogue_of(parted.before) if parted.before is not None else None
     return -1 if before is None else len(before.messages) + 1
 
 

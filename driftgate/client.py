@@ -28,7 +28,7 @@ from driftgate.errors import (
 )
 from driftgate.explain import TrajectoryExplanation
 from driftgate.judgements import Feedback, TrajectoryVerdicts
-from driftgate.live_views import Overview, PairedCells, Series, StepRoutes
+from driftgate.live_views import ExpertLoad, Overview, PairedCells, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.trace import Reward
 from driftgate.tree import Tree
@@ -117,9 +117,17 @@ class Client:
         model: str | None = None,
         complete: bool | None = None,
         scored: bool | None = None,
+        drift: bool = False,
     ) -> TrajectoryPage:
-        """A page of trajectories, newest first; ``before`` is the ``next`` of the page before."""
-        query = _query(limit=limit, before=before, model=model, complete=complete, scored=scored)
+        """A page of trajectories, newest first; ``before`` is the ``next`` of the page before;
+        ``drift``: each with its own."""
+        wanted: dict[str, str | bool | None] = {
+            "model": model,
+            "complete": complete,
+            "scored": scored,
+            "drift": drift or None,
+        }
+        query = _query(limit=limit, before=before, **wanted)
         return await self._get("/api/trajectories", TrajectoryPage, query)
 
     async def trajectory(self, trajectory: str) -> TrajectoryDetail:
@@ -149,6 +157,10 @@ class Client:
     async def pair(self, a: str, b: str) -> PairedCells:
         """Two cells on the prompts that both were given; each as ``ENGINE/TRAINER/MODEL``."""
         return await self._get("/api/cells/pair", PairedCells, _query(a=a, b=b))
+
+    async def expert_load(self, cell: str) -> ExpertLoad:
+        """How a cell's tokens are spread over experts; ``cell``: ``ENGINE/TRAINER/MODEL``."""
+        return await self._get("/api/cells/load", ExpertLoad, _query(cell=cell))
 
     async def overview(self) -> Overview:
         """What is live now: rates, coverage, lag, alarms in words, the worst trajectories."""

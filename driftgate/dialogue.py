@@ -13,8 +13,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import Raw
 
-__all__ = ["Dialogue", "Said", "ToolCall", "read_answer", "read_dialogue"]
+from driftgate.errors import UNREADABLE, RequestError
+from driftgate.histories import Message, messages_of_blocks, messages_of_input, said
+from driftgate.spoken import Block, message_of
+from driftgate.trace import Api, Trace
+
+__all__ = ["Dialogue", "Said", "ToolCall", "dialogue_of", "read_answer", "read_dialogue"]
 
 THOUGHT = re.compile(r"\A\s*(?:<think>)?(?P<thought>.*?)</think>", re.DOTALL)
 """Reasoning in the text itself, where the engine has no reasoning parser. Its first mark may stand
@@ -40,6 +46,19 @@ TEMPLATE_KEYS = (
 )
 """Of a request: what vLLM gives the template besides messages and tools."""
 
+
+class _Responses(msgspec.Struct):
+    input: Raw = Raw(b'""')
+    instructions: str | None = None
+
+
+class _Blocks(msgspec.Struct):
+    messages: list[Message]
+    system: str | list[Block] | None = None
+
+
+_RESPONSES = msgspec.json.Decoder(_Responses)
+_BLOCKS = msgspec.json.Decoder(_Blocks)
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -63,6 +82,12 @@ class Said(NamedTuple):
     """Canonical JSON of what else may be rendered: images, ids of tool calls, …"""
 
     @property
+    def hands_over(self) -> bool:
+        """It called the tool by which openai-agents, LangGraph's supervisor and swarm and AutoGen
+        pass a conversation on to another agent."""
+        return any(call.name.startswith("transfer_to_") for call in self.calls)
+
+    @property
     def key(self) -> bytes:
         """Equal for one answer in all its clothes."""
         calls = [(call.name, _value(call.arguments)) for call in self.calls]
@@ -81,13 +106,13 @@ class Dialogue(NamedTuple):
     messages: tuple[Said, ...]
 
 
-def read_dialogue(request: bytes) -> Dialogue | None:
-    """Of a request body; None where it is no chat request."""
+def read_dialogue(request: bytes, api: Api = "chat") -> Dialogue | None:
+    """Of a request body as the engine was asked it; None where it holds no whole conversation."""
     fields = _object(request)
-    messages = fields.get("messages") if fields else None
-    if fields is None or not isinstance(messages, list):
+    if fields is None:
         return None
-    if not all(isinstance(message, dict) for message in messages):
+    messages = _messages(request, fields, api)
+    if messages is None or not all(isinstance(message, dict) for message in messages):
         return None
     tools = fields.get("tools")
     return Dialogue(
@@ -98,11 +123,31 @@ def read_dialogue(request: bytes) -> Dialogue | None:
     )
 
 
+def dialogue_of(trace: Trace) -> Dialogue | None:
+    """Of a trace's request."""
+    return read_dialogue(trace.request, trace.meta.api)
+
+
 def read_answer(choice: bytes) -> Said | None:
-    """Of a choice's JSON; None where it holds no message."""
-    fields = _object(choice)
-    message = fields.get("message") if fields else None
-    return _said({**message, "role": "assistant"}) if isinstance(message, dict) else None
+    """Of an answer in any API; None where it holds no message."""
+    message = message_of(choice)
+    return _said({**message, "role": "assistant"}) if message else None
+
+
+def _messages(request: bytes, fields: Mapping[str, Any], api: Api) -> list[Any] | None:
+    """Chat messages of a request."""
+    try:
+        if api == "responses" and not fields.get("previous_response_id"):
+            asked = _RESPONSES.decode(request)
+            system = [] if asked.instructions is None else [said("system", asked.instructions)]
+            return [*system, *messages_of_input(asked.input)]
+        if api == "messages":
+            blocks = _BLOCKS.decode(request)
+            return messages_of_blocks(blocks.system, blocks.messages)
+    except (*UNREADABLE, RequestError):
+        return None
+    messages = fields.get("messages")
+    return messages if isinstance(messages, list) else None
 
 
 def _object(raw: bytes) -> dict[str, Any] | None:
@@ -154,7 +199,8 @@ def _calls(message: Mapping[str, Any]) -> Iterator[ToolCall]:
 def _tools(tools: list[Any]) -> Iterator[tuple[str, str]]:
     for index, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
+        named = function if isinstance(function, dict) else tool
+        name = named.get("name") if isinstance(named, dict) else None
         yield str(name) if name is not None else f"#{index}", msgspec.json.encode(tool).decode()
 
 

@@ -17,7 +17,9 @@ from driftgate.views import Kind, Measures, WorstView
 __all__ = [
     "Alarm",
     "CellSeries",
+    "ExpertLoad",
     "Glossary",
+    "LayerLoad",
     "Overview",
     "PairedAnswer",
     "PairedCells",
@@ -152,6 +154,34 @@ class StepRoutes(msgspec.Struct, frozen=True, kw_only=True):
     row is no choice (padding, a sentinel)."""
     token: TokenLayers | None = None
     """Only with ``token=j``."""
+
+
+class LayerLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How one layer's tokens were spread over its experts, by each side."""
+
+    layer: int
+    """Absolute number."""
+    tokens: int
+    """Sampled tokens that both sides sent to experts."""
+    rollout: list[int]
+    """[E] tokens that the engine sent to each expert; they add up to ``tokens`` times K."""
+    train: list[int]
+    """[E] the same of the trainer."""
+    apart: float | None
+    """Total variation distance of the two spreads, 0 to 1; null without tokens."""
+
+
+class ExpertLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Which experts a cell's tokens went to, over its newest answers with routes of both sides."""
+
+    answers: int
+    limit: int
+    """Answers of this engine that are looked at, the newest."""
+    k: int
+    """Experts per token and layer; 0 where nothing has routes."""
+    experts: int
+    """One more than the largest expert id seen: the router may have more, that no token went to."""
+    layers: list[LayerLoad]
 
 
 class PairedSide(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from driftgate.breaks import Broken, Parted, why_broken
-from driftgate.dialogue import Dialogue, Said, read_answer, read_dialogue
+from driftgate.dialogue import Dialogue, Said, dialogue_of, read_answer
 from driftgate.forest import Forest, Walk
 from driftgate.trace import I32, Trace, TraceMeta
 
@@ -29,6 +29,7 @@ Kind = Literal[
     "parallel",
     "choice",
     "broken",
+    "handoff",
     "sub_agent",
     "compaction",
     "retried",
@@ -38,9 +39,10 @@ Kind = Literal[
 else has continued before. ``branch``: continues one that something else did, or repeats its prompt:
 an edited or regenerated turn. ``parallel``: a branch that was under way at the same time.
 ``choice``: a further answer of one call (``n`` > 1). ``broken``: follows a call without repeating
-its tokens. ``sub_agent``, ``compaction``: begins afresh after a call of another agent, or after its
-context was summed up. ``retried``: the client asked again, and this answer is no sample.
-``no_tokens``: the engine gave none, or the trace cannot be read."""
+its tokens. ``handoff``: another agent, with a system message or tools of its own, takes over after
+a call of ``transfer_to_…``. ``sub_agent``, ``compaction``: begins afresh after a call of another
+agent, or after its context was summed up. ``retried``: the client asked again, and this answer is
+no sample. ``no_tokens``: the engine gave none, or the trace cannot be read."""
 
 Evidence = Literal["tokens", "messages", "headers", "text"]
 """What proves that a call follows another one: its tokens; an answer of ours among its messages;
@@ -158,7 +160,7 @@ class Placing:
     def _by_rules(self, asked: _Asked, parent: _Seen | None, end: int) -> Found:
         if (found := self._by_headers(asked.meta)) is not None:
             return found
-        dialogue = read_dialogue(asked.trace.request)
+        dialogue = dialogue_of(asked.trace)
         if dialogue is not None and (found := self._by_messages(asked, dialogue)) is not None:
             return found
         position, indices = asked.walk.repeated()
@@ -210,6 +212,8 @@ class Placing:
             known = [g for g in givers if _same_agent(g.meta, asked.meta)] or givers
             if len(known) > 1 or not _telling(said):
                 known = [g for g in known if self._stood_at(g, turn, dialogue)]
+            if known and said.hands_over and self._head_of(known[-1]) != _head(dialogue):
+                return _follows("handoff", known[-1], "messages", ambiguous=_ids(known[:-1]))
             if known:
                 return self._broken(asked, known, "messages")
         return None
@@ -222,7 +226,7 @@ class Placing:
     def _stood_at(self, giver: _Seen, turn: int, dialogue: Dialogue) -> bool:
         """That answer was given at the same place of a conversation with the same beginning."""
         trace = self._load(giver.meta.trace_id)
-        old = read_dialogue(trace.request) if trace is not None else None
+        old = dialogue_of(trace) if trace is not None else None
         return (
             old is not None
             and len(old.messages) == turn
@@ -264,7 +268,7 @@ class Placing:
 
     def _head_of(self, seen: _Seen) -> bytes | None:
         trace = self._load(seen.meta.trace_id)
-        dialogue = read_dialogue(trace.request) if trace is not None else None
+        dialogue = dialogue_of(trace) if trace is not None else None
         return _head(dialogue) if dialogue is not None else None
 
     def _remember(self, asked: _Asked, parent: _Seen | None) -> None:

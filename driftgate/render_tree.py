@@ -20,7 +20,7 @@ from driftgate.tree import Node, Tree
 
 __all__ = ["tree"]
 
-GOES_ON = ("extension", "broken", "compaction")
+GOES_ON = ("extension", "broken", "handoff", "compaction")
 """Kinds that stay in the column of the call that they follow."""
 
 MAX_INDENT = 12
@@ -36,12 +36,19 @@ NAMES = {
     "parallel": "parallel call",
     "choice": "choice",
     "broken": "BROKEN",
+    "handoff": "handoff",
     "sub_agent": "sub-agent",
     "compaction": "compaction",
     "retried": "retried, no sample",
     "no_tokens": "no tokens",
 }
-STYLES = {"broken": "bold red", "compaction": "yellow", "sub_agent": "cyan", "retried": "dim"}
+STYLES = {
+    "broken": "bold red",
+    "compaction": "yellow",
+    "handoff": "cyan",
+    "sub_agent": "cyan",
+    "retried": "dim",
+}
 
 
 def tree(found: Tree) -> RenderableType:
@@ -63,7 +70,13 @@ def _head(found: Tree) -> Text:
     text = Text("tree: ", "bold").append(f"{found.samples} samples in {tokens.lines} lines ")
     text.append(f"({shapes})\n", "dim")
     text.append(f"tokens: {number(tokens.sent)} sent, {number(tokens.once)} scored once: ")
-    return text.append(f"{percent(tokens.merged_share)} merge", "bold")
+    text.append(f"{percent(tokens.merged_share)} merge", "bold")
+    ways = sorted(found.continuations.items(), key=lambda way: way[0] != "exact")
+    if ways:
+        text.append("\nexact continuation: ")
+        told = (f"{why if why == 'exact' else f'ordinary ({why})'} ×{n}" for why, n in ways)
+        text.append(safe(", ".join(told)))
+    return text
 
 
 def _fix(found: Tree, code: str) -> str:

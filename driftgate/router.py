@@ -32,6 +32,7 @@ __all__ = [
     "random_zero_overlap",
     "route_shift",
     "shared_experts",
+    "valid_cells",
 ]
 
 RouterValue = float | int | None | list[float | None] | list[int]
@@ -290,6 +291,12 @@ def _chunks(a: IntArray, b: IntArray) -> Iterator[tuple[int, IntArray, IntArray]
     rows = max(1, CHUNK_CELLS // max(1, a.shape[1]))
     for start in range(0, len(a), rows):
         yield start, a[start : start + rows], b[start : start + rows]
+
+
+def valid_cells(rollout: IntArray, train: IntArray, num_experts: int | None = None) -> Bools:
+    """[R, L]: both sides chose K experts there; see this module for what is left out."""
+    valid: Bools = _invalid(rollout, train, num_experts) == 0
+    return valid
 
 
 def _invalid(a: IntArray, b: IntArray, num_experts: int | None) -> npt.NDArray[np.int8]:

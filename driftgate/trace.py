@@ -33,6 +33,7 @@ __all__ = [
     "CallIntent",
     "CallOutcome",
     "Comparable",
+    "Continuation",
     "Engine",
     "LogprobsMode",
     "Proof",
@@ -55,7 +56,15 @@ Api = Literal["chat", "completions", "responses", "messages"]
 """What the agent spoke. Responses and Anthropic's Messages reach the engine as chat completions."""
 
 Attribution = Literal[
-    "url", "header", "key", "session_header", "metadata", "previous_response", "prefix", "new"
+    "url",
+    "header",
+    "key",
+    "session_header",
+    "metadata",
+    "previous_response",
+    "prefix",
+    "tool_call",
+    "new",
 ]
 """Which rule of DESIGN 7 named the trajectory of a call."""
 
@@ -197,6 +206,21 @@ class WeightSpan(msgspec.Struct, frozen=True):
     has (``driftgate.weights.changed``)."""
 
 
+class Continuation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a call that goes on from an earlier answer was put to the engine, where exact-token
+    continuation was asked for."""
+
+    way: Literal["exact", "ordinary"]
+    """``exact``: the prompt begins with the ids of ``after``, its prompt and answer, as they were
+    sampled. ``ordinary``: the engine rendered the messages."""
+    after: str | None = None
+    """The trace whose ids were kept."""
+    kept: int = 0
+    """How many they are."""
+    reason: str | None = None
+    """Why the ordinary way was taken, or why no later answer than ``after`` could be kept."""
+
+
 class TraceMeta(msgspec.Struct, kw_only=True):
     """Everything of a trace but its arrays and bodies."""
 
@@ -221,6 +245,8 @@ class TraceMeta(msgspec.Struct, kw_only=True):
     """Leading prompt tokens equal to the parent's prompt + response."""
     prefix_exact: bool = False
     """The prompt begins with all of the parent's tokens: one forward can score both."""
+    continuation: Continuation | None = None
+    """None where it was not asked for, or there is no earlier answer."""
     retry: int = 0
     engine: Engine
     weight_version: str = "unknown"
@@ -272,7 +298,8 @@ class Trace:
     """The agent's request body, verbatim JSON but for fields that the gateway was told to redact
     (credentials are headers and never reach a trace)."""
     response: bytes
-    """JSON of this choice as the agent got it: message or text, finish_reason, and the like; of
+    """JSON of this choice as the agent got it: message or text, finish_reason, and the like, and of
+    its logprobs the ``top_logprobs`` that it asked for (``driftgate.tops``); of
     ``responses`` and ``messages`` the whole answer (``driftgate.spoken`` reads them all)."""
 
 

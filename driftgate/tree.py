@@ -14,6 +14,7 @@ and walks over the run.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -85,6 +86,8 @@ class Tree(msgspec.Struct, frozen=True, kw_only=True):
     samples: int
     """Nodes without those that were retried."""
     tokens: Tokens
+    continuations: dict[str, int] = {}
+    """Calls with exact-token continuation: ``exact`` where it was done, else why it was not."""
     outside: list[str] = []
     """Agents that started one of this run's and made no call in it: with OpenCode the trajectory of
     the parent session."""
@@ -117,8 +120,17 @@ def build_tree(
             distinct=forest.distinct,
             lines=forest.lines,
         ),
+        continuations=dict(Counter(_ways(metas))),
         outside=sorted(placing.outside),
     )
+
+
+def _ways(metas: Sequence[TraceMeta]) -> Iterator[str]:
+    """How each call went on, where exact continuation was asked for."""
+    for meta in metas:
+        if meta.choice == 0 and (how := meta.continuation) is not None:
+            why = re.sub(r"^message \d+: ", "", how.reason or "")
+            yield "exact" if how.way == "exact" else why
 
 
 def _calls(metas: Sequence[TraceMeta]) -> Iterator[list[TraceMeta]]:

@@ -24,6 +24,7 @@ from driftgate.listings import (
     TrajectoryPage,
     TrajectoryRow,
 )
+from driftgate.tops import Alternative
 from driftgate.trace import (
     CallIntent,
     CallOutcome,
@@ -208,6 +209,9 @@ class TraceView(msgspec.Struct, frozen=True, kw_only=True):
     """This choice as the agent got it."""
     prompt_ids: list[int] | None
     tokens: list[TokenView]
+    alternatives: list[list[Alternative]] | None = None
+    """[R] the engine's likeliest tokens in its order, vLLM's with the sampled one first; null where
+    the agent did not ask for any."""
     routes: RoutesView | None = None
     trainer_routes: RoutesView | None = None
     score: ScoreView | None = None

@@ -25,6 +25,7 @@ from driftgate.mismatch import Worst
 from driftgate.replay import ReplayPair
 from driftgate.storage import CellRow, Reader, ScoreRow, TraceRow, TrajectoryRow
 from driftgate.storage.cells import CellFold
+from driftgate.tops import alternatives
 from driftgate.trace import Score, ScoreMeta, Trace
 from driftgate.views import (
     CallView,
@@ -254,6 +255,7 @@ class Answers:
             response=shape.raw(trace.response),
             prompt_ids=None if trace.prompt_ids is None else trace.prompt_ids.tolist(),
             tokens=shape.tokens(trace, score),
+            alternatives=alternatives(trace.response, tokens=trace.response_ids),
             routes=shape.routes(trace.routes, routes),
             trainer_routes=shape.routes(score.routes, routes) if score else None,
             score=self._score(score.meta, text=True) if score else None,

@@ -16,22 +16,12 @@ from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import engine_fields
 from driftgate.gateway.draft import given
 from driftgate.gateway.openai import Fields
-from driftgate.spoken import Block, of_blocks
+from driftgate.histories import Message, messages_of_blocks
+from driftgate.spoken import Block
 
 __all__ = ["chat_request", "count_request"]
 
-SUPPORTED = "supported are text, image, tool_use, tool_result and thinking blocks"
-
-BILLING = "x-anthropic-billing-header"
-"""Begins a line that Claude Code changes with every call. vLLM's own Messages route drops it too,
-because it would break every prefix; the stored request keeps it."""
-
 _ENCODE = msgspec.json.encode
-
-
-class _Message(msgspec.Struct):
-    role: str
-    content: str | list[Block]
 
 
 class _Tool(msgspec.Struct):
@@ -65,7 +55,7 @@ class _Thinking(msgspec.Struct):
 class _Asked(msgspec.Struct):
     """The fields that are read of a request."""
 
-    messages: list[_Message]
+    messages: list[Message]
     system: str | list[Block] | None = None
     max_tokens: int | None = None
     stop_sequences: list[str] | None = None
@@ -114,9 +104,7 @@ def _raw(options: Iterable[tuple[str, Any]]) -> Fields:
 
 def _prompt(asked: _Asked, fields: Fields) -> Fields:
     """All that shapes the prompt, beside the tools."""
-    messages = [*_system(asked.system)]
-    for message in asked.messages:
-        messages += _messages(message)
+    messages = messages_of_blocks(asked.system, asked.messages)
     out = {"messages": Raw(_ENCODE(messages))}
     if asked.messages and asked.messages[-1].role == "assistant":
         # The answer goes on from these words of its own.
@@ -125,14 +113,6 @@ def _prompt(asked: _Asked, fields: Fields) -> Fields:
     if asked.thinking is not None and asked.thinking.type:
         template = {"enable_thinking": Raw(_ENCODE(asked.thinking.type != "disabled"))} | template
     return out | _raw([("chat_template_kwargs", template)] if template else [])
-
-
-def _system(system: str | list[Block] | None) -> Iterator[dict[str, Any]]:
-    if isinstance(system, list):
-        _refuse_others(system, {"text"})
-        system = "".join(b.text for b in system if not b.text.startswith(BILLING))
-    if system:
-        yield {"role": "system", "content": system}
 
 
 def _options(asked: _Asked) -> Iterator[tuple[str, Any]]:
@@ -179,55 +159,3 @@ def _chat_choice(choice: _Choice | None) -> Any:
             f"tool_choice: {choice.type!r} is not supported; auto, any, tool and none are"
         )
     return names[choice.type]
-
-
-def _messages(message: _Message) -> Iterator[dict[str, Any]]:
-    """The chat messages of one message: results of tools are messages of their own."""
-    if message.role not in ("user", "assistant", "system"):
-        raise RequestError(f"messages: role {message.role!r} is not one of user and assistant")
-    if isinstance(message.content, str):
-        yield {"role": message.role, "content": message.content}
-        return
-    if message.role == "assistant":
-        _refuse_others(message.content, {"text", "thinking", "redacted_thinking", "tool_use"})
-        yield of_blocks(message.content)
-        return
-    _refuse_others(message.content, {"text", "image", "tool_result"})
-    rest = []
-    for block in message.content:
-        if block.type == "tool_result":
-            yield {
-                "role": "tool",
-                "tool_call_id": block.tool_use_id,
-                "content": _content(block.content or ""),
-            }
-        else:
-            rest.append(block)
-    if rest:
-        yield {"role": message.role, "content": _content(rest)}
-
-
-def _refuse_others(blocks: Iterable[Block], allowed: set[str]) -> None:
-    for block in blocks:
-        if block.type not in allowed:
-            raise RequestError(
-                f"messages: a block of type {block.type!r} is not supported here; {SUPPORTED}"
-            )
-
-
-def _content(content: str | list[Block]) -> Any:
-    if isinstance(content, str):
-        return content
-    _refuse_others(content, {"text", "image"})
-    parts = [_chat_part(block) for block in content]
-    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
-
-
-def _chat_part(block: Block) -> dict[str, Any]:
-    if block.type == "text":
-        return {"type": "text", "text": block.text}
-    source = block.source
-    if source is None or source.type not in ("base64", "url"):
-        raise RequestError("messages: an image's source must be of type base64 or url")
-    url = source.url or f"data:{source.media_type};base64,{source.data}"
-    return {"type": "image_url", "image_url": {"url": url}}

@@ -1,6 +1,6 @@
-"""The API's handler that answers with two cells on the same prompts.
+"""The API's handlers about single cells: two on the same prompts, and the load of experts of one.
 
-Mounted by ``gateway.api``, whose ``Api`` answers it as it answers its own.
+Mounted by ``gateway.api``, whose ``Api`` answers them as it answers its own.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import msgspec
 from aiohttp import web
 
 from driftgate.errors import RequestError
+from driftgate.gateway.loading import expert_load
 from driftgate.gateway.openapi import Route
 from driftgate.gateway.pairing import CellName, Pairing
 from driftgate.gateway.wire import query_of
-from driftgate.live_views import PairedCells
+from driftgate.live_views import ExpertLoad, PairedCells
 from driftgate.storage import Reader
 
 __all__ = ["ROUTES"]
 
 
 class Asker(Protocol):
-    """What this handler needs of the API: a store, and a thread to read it on."""
+    """What these handlers need of the API: a store, and a thread to read it on."""
 
     @property
     def reader(self) -> Reader:
@@ -42,6 +43,18 @@ class PairQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     a: CellText
     b: CellText
+
+
+class LoadQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which cell."""
+
+    cell: CellText
+
+
+async def get_load(api: Asker, request: web.Request) -> web.StreamResponse:
+    """How a cell's tokens are spread over the experts of each layer, by engine and by trainer."""
+    cell = _cell(query_of(request, LoadQuery).cell)
+    return await api.answer(lambda: expert_load(api.reader, cell))
 
 
 async def get_pair(api: Asker, request: web.Request) -> web.StreamResponse:
@@ -67,5 +80,12 @@ ROUTES: tuple[Route, ...] = (
         handler=get_pair,
         query=PairQuery,
         answer=PairedCells,
+    ),
+    Route(
+        method="GET",
+        path="/api/cells/load",
+        handler=get_load,
+        query=LoadQuery,
+        answer=ExpertLoad,
     ),
 )

@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, UpstreamError
-from driftgate.gateway.digits import read_ids
+from driftgate.gateway.digits import ids_of, read_all_ids
 from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
 from driftgate.gateway.messages import Message
 from driftgate.gateway.openai import Plan
@@ -24,8 +24,6 @@ from driftgate.gateway.texts import text_matches
 from driftgate.trace import F32, I32, Proof, Routes, RoutesVia, WeightSpan
 
 __all__ = ["Folded", "Sample", "fold_answer", "fold_stream"]
-
-MAX_TOKEN_ID = 2**31 - 1
 
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
@@ -37,7 +35,8 @@ ARRAY_KEYS = (
     "routed_experts",
     "meta_info",
 )
-"""Left out of ``Sample.response``: the arrays hold them."""
+"""Left out of ``Sample.response``: the arrays hold them, but for the alternatives that an agent
+asked for (``top_logprobs``)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -179,8 +178,7 @@ class _Folder:
             missing.append(f"end: {self._end or 'no finish_reason came'}")
         if self._plan.uncaptured is not None:
             missing.append(f"tokens: {self._plan.uncaptured}")
-        prompt_ids = self._ids("prompt_ids", draft.prompt_ids, missing)
-        response_ids = self._ids("response_ids", draft.ids_array(), missing)
+        prompt_ids, response_ids = self._all_ids(draft, missing)
         logprobs = self._logprobs(draft, response_ids, missing)
         token_bytes, token_offsets = self._texts(draft, response_ids, missing)
         routes = self._routes(draft, prompt_ids, response_ids, missing)
@@ -204,12 +202,22 @@ class _Folder:
             routes_via="none" if routes is None else self._via,
             token_bytes=token_bytes,
             token_offsets=token_offsets,
-            response=draft.response or self._response(draft),
+            response=self._with_alternatives(draft),
             finish_reason=draft.finish_reason,
             missing=missing,
             proof=proof,
             weight_spans=draft.weight_spans,
         )
+
+    def _all_ids(self, draft: Draft, missing: list[str]) -> tuple[I32 | None, I32 | None]:
+        """Of the prompt and of the response; read at once, where both can be."""
+        prompt, response = draft.prompt_ids, draft.ids_array()
+        if prompt is not None and response is not None:
+            read = read_all_ids(prompt, response)
+            if read is not None:
+                return read[0], read[1]
+        prompt_ids = self._ids("prompt_ids", prompt, missing)
+        return prompt_ids, self._ids("response_ids", response, missing)
 
     def _ids(self, name: str, given: bytes | None, missing: list[str]) -> I32 | None:
         if given is None:
@@ -219,7 +227,7 @@ class _Folder:
                 missing.append(f"{name}: the engine sent none")
             return None
         try:
-            return _int32(given)
+            return ids_of(given)
         except (*UNREADABLE, ValueError, OverflowError) as error:
             missing.append(f"{name}: {error}")
             return None
@@ -243,7 +251,8 @@ class _Folder:
         if draft.nulls:
             missing.append(f"logprobs: {draft.nulls} of {rows} are null")
             return None
-        return np.array(draft.logprobs, dtype=np.float32) if ids is not None else None
+        # By its buffer: numpy reads an ``array`` number by number.
+        return np.frombuffer(draft.logprobs, np.float32).copy() if ids is not None else None
 
     def _texts(self, draft: Draft, ids: I32 | None, missing: list[str]) -> tuple[bytes, I32 | None]:
         if ids is None or not draft.row_count == len(draft.lengths) == len(ids):
@@ -298,6 +307,19 @@ class _Folder:
         stopped = draft.finish_reason == "stop"
         return text_matches(joined, offsets, text.encode(), stopped=stopped)
 
+    def _with_alternatives(self, draft: Draft) -> bytes:
+        """The choice, with ``top_logprobs`` where they stood; of a row without any, an empty
+        list."""
+        response = draft.response or self._response(draft)
+        if not (draft.alternatives and draft.row_count and self._plan.logprobs_asked):
+            return response
+        rows = draft.alternatives + [b"[]"] * (draft.row_count - len(draft.alternatives))
+        tops = [Raw(row) for row in rows]
+        chat = self._plan.api == "chat"
+        kept: Any = [{"top_logprobs": top} for top in tops]
+        said = {"content": kept} if chat else {"top_logprobs": tops}
+        return msgspec.json.encode({**_FIELDS.decode(response), "logprobs": said})
+
     def _response(self, draft: Draft) -> bytes:
         """A streamed choice, with the keys of a JSON answer's."""
         body: dict[str, Any] = {"index": draft.index}
@@ -307,15 +329,3 @@ class _Folder:
             body["text"] = "" if draft.text is None else draft.text.getvalue()
         body |= {"finish_reason": draft.finish_reason, "stop_reason": draft.stop_reason}
         return msgspec.json.encode(body)
-
-
-def _int32(ids: bytes) -> I32:
-    """A JSON array of token ids as an array. ValueError, OverflowError or what a decoder raises
-    where they are none."""
-    read = read_ids(ids)
-    if read is not None:
-        return read
-    array = np.array(msgspec.json.decode(ids, type=list[int]), dtype=np.int64)
-    if len(array) and (array.min() < 0 or array.max() > MAX_TOKEN_ID):
-        raise ValueError(f"{array.min()} .. {array.max()} are no token ids")
-    return array.astype(np.int32)

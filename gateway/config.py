@@ -39,9 +39,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     store: Path = Path("driftgate-store")
     """Directory of the store; made when it is not there."""
     durability: Literal["group", "strict"] = "group"
-    """``group``: never delays the agent; what came in the last 50 ms can be lost when the process
-    is killed, and when the machine stops also what a sync had not reached. ``strict``: the end of
-    an answer is withheld until its traces are on disk."""
+    """``group``: an answer ends when the operating system has its traces, some milliseconds; a kill
+    of the process loses none, and the machine's stop what a sync had not reached, 50 ms and two
+    syncs at most. ``strict``: an answer ends when its traces are on disk."""
     on_capture_failure: Literal["serve", "refuse"] = "serve"
     """What a call meets when it cannot be recorded: ``serve`` answers it, counts the loss and marks
     the trajectory; ``refuse`` answers 503."""
@@ -50,6 +50,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     driftgate's engine plugin. ``synthesise``: the engine is asked without streaming and the stream
     is written here. ``off``: not at all. ``auto``: the first of these that the engine can do and
     needs."""
+    continuation: Literal["rendered", "exact"] = "rendered"
+    """What stands in a prompt for earlier answers of a run. ``rendered``: what the engine's
+    template makes of the messages, as without driftgate. ``exact``: the ids that were sampled, so
+    that each prompt begins with all tokens of the call before it (docs/tree.md)."""
     logprobs_mode: LogprobsMode = "unknown"
     """Declare which logprobs the engine returns where the probe cannot tell (METRICS 4)."""
     weight_version: str = "unknown"

@@ -18,7 +18,15 @@ from msgspec import Raw
 from driftgate.errors import UNREADABLE
 from driftgate.gateway.recent import Recent
 
-__all__ = ["MAX_SEEN", "Conversation", "Seen", "Turn", "read_conversation"]
+__all__ = [
+    "MAX_SEEN",
+    "Conversation",
+    "Seen",
+    "Turn",
+    "read_conversation",
+    "tool_ids_of",
+    "verbatim",
+]
 
 MAX_SEEN = 8_192
 """Messages remembered by their bytes: 80 runs of 100 messages, about 3 MB. One that was forgotten
@@ -33,6 +41,18 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 """Reasoning in the text itself, where the engine runs without a reasoning parser; agents cut it
 off."""
 
+_NO_IDS: frozenset[str] = frozenset()
+"""One for all: ``frozenset[str]()`` is a new one each time, of 216 bytes, kept for every turn."""
+
+_SPELLED = ("role", "content", "tool_calls", "reasoning", "reasoning_content")
+"""Of an assistant's message: read by themselves, or not compared."""
+
+_RANDOM = re.compile(r"(?=[A-Za-z]*[0-9])[0-9A-Za-z]{16,}")
+"""In the ids of tool calls that engines and APIs draw at random (``chatcmpl-tool-`` and ``call_``
+with 16 characters or more). Others count (``functions.ls:0``), and are the same in every run."""
+
+_NONE: frozenset[str] = frozenset()
+
 _MOVING = ("cache_control",)
 """Marks that agents move from message to message."""
 
@@ -43,6 +63,8 @@ class Turn(NamedTuple):
     digest: bytes
     tool_ids: frozenset[str]
     """Of all its tool calls."""
+    told: frozenset[str] = frozenset()
+    """Of those, the ones of the last message, where no other call can have them by chance."""
 
     @property
     def key(self) -> bytes:
@@ -64,7 +86,7 @@ class Conversation(NamedTuple):
         seen = _read({**message, "role": "assistant"})
         # A union with nothing would be a new set of 216 bytes, kept for each of 100,000 turns.
         ids = self.tool_ids | seen.tool_ids if seen.tool_ids else self.tool_ids
-        return Turn(_digest(self.digest + seen.digest), ids)
+        return Turn(_digest(self.digest + seen.digest), ids, _unique(seen.tool_ids))
 
 
 class Seen(NamedTuple):
@@ -76,7 +98,7 @@ class Seen(NamedTuple):
 
 
 def read_conversation(
-    messages: bytes, known: Recent[bytes, Seen] | None = None
+    messages: bytes | Raw, known: Recent[bytes, Seen] | None = None
 ) -> Conversation | None:
     """The chain of a request's ``messages`` (JSON); None where they are not a list of objects.
 
@@ -84,20 +106,24 @@ def read_conversation(
     again."""
     try:
         items = _MESSAGES.decode(messages)
-        seen = [_seen(bytes(item), known) for item in items]
+        seen = [_seen(item, known) for item in items]
     except UNREADABLE:
         return None
-    digest, ids = b"", frozenset[str]()
+    digest, ids = b"", _NO_IDS
     turns = []
     for message in seen:
         digest = _digest(digest + message.digest)
         if message.tool_ids is not None:
             ids = ids | message.tool_ids if message.tool_ids else ids
-            turns.append(Turn(digest, ids))
+            turns.append(Turn(digest, ids, _unique(message.tool_ids)))
     return Conversation(digest, ids, tuple(turns))
 
 
-def _seen(raw: bytes, known: Recent[bytes, Seen] | None) -> Seen:
+def _unique(tool_ids: frozenset[str] | None) -> frozenset[str]:
+    return frozenset(filter(_RANDOM.search, tool_ids)) if tool_ids else _NONE
+
+
+def _seen(raw: Raw, known: Recent[bytes, Seen] | None) -> Seen:
     if known is None:
         return _read(_MESSAGE.decode(raw))
     key = _digest(raw)
@@ -108,14 +134,26 @@ def _seen(raw: bytes, known: Recent[bytes, Seen] | None) -> Seen:
     return found
 
 
+def verbatim(message: Mapping[str, Any]) -> Any:
+    """What of a message a template may show, less what only spells it: blanks around an answer,
+    the form of its tool calls' JSON, ids of calls, cache marks. Reasoning in a field of its own is
+    left out; reasoning in the text is text."""
+    if message.get("role") != "assistant":
+        return _other(message)
+    text = _text(message.get("content")) or ""
+    more = {k: v for k, v in message.items() if k not in _SPELLED and k not in _MOVING and v}
+    text = text.strip() if isinstance(text, str) else text
+    return ["assistant", text, _named_calls(message), more]
+
+
 def _read(message: Mapping[str, Any]) -> Seen:
     is_assistant = message.get("role") == "assistant"
     canonical = _assistant(message) if is_assistant else _other(message)
-    ids = frozenset(_tool_ids(message)) if is_assistant else None
+    ids = tool_ids_of(message) if is_assistant else None
     return Seen(_digest(msgspec.json.encode(canonical, order="sorted")), ids)
 
 
-def _digest(data: bytes) -> bytes:
+def _digest(data: bytes | Raw) -> bytes:
     """SHA-256, which processors compute at twice the speed of BLAKE2b, cut short."""
     return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
 
@@ -124,8 +162,11 @@ def _assistant(message: Mapping[str, Any]) -> list[Any]:
     text = _text(message.get("content")) or ""
     if isinstance(text, str):
         text = _THOUGHT.sub("", text).strip()
-    calls = [[f.get("name"), _arguments(f.get("arguments"))] for _, f in _calls(message)]
-    return ["assistant", text, calls]
+    return ["assistant", text, _named_calls(message)]
+
+
+def _named_calls(message: Mapping[str, Any]) -> list[list[Any]]:
+    return [[f.get("name"), _arguments(f.get("arguments"))] for _, f in _calls(message)]
 
 
 def _other(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,5 +211,6 @@ def _calls(message: Mapping[str, Any]) -> Iterator[tuple[object, dict[str, Any]]
             yield call.get("id"), function
 
 
-def _tool_ids(message: Mapping[str, Any]) -> Iterator[str]:
-    return (call_id for call_id, _ in _calls(message) if isinstance(call_id, str))
+def tool_ids_of(message: Mapping[str, Any]) -> frozenset[str]:
+    """Of a message's tool calls."""
+    return frozenset(call_id for call_id, _ in _calls(message) if isinstance(call_id, str))

@@ -1,12 +1,17 @@
-"""Reads a JSON array of token ids without making a Python integer of each. Pure."""
+"""Reads JSON arrays of token ids without making a Python integer of each. Pure."""
 
 from __future__ import annotations
 
+import itertools
+
+import msgspec
 import numpy as np
 
 from driftgate.trace import I32
 
-__all__ = ["read_ids"]
+__all__ = ["ids_of", "read_all_ids", "read_ids"]
+
+MAX_TOKEN_ID = 2**31 - 1
 
 _PLACES = 8
 """Digits that one 64-bit word holds: vocabularies have six."""
@@ -18,15 +23,22 @@ _DIGITS = np.uint64(0x0F0F0F0F0F0F0F0F)
 
 def read_ids(array: bytes) -> I32 | None:
     """The ids of a JSON array; None where it has anything but digits and commas, or a number of
-    more than eight digits.
+    more than eight digits."""
+    read = read_all_ids(array)
+    return None if read is None else read[0]
+
+
+def read_all_ids(*arrays: bytes) -> list[I32] | None:
+    """The ids of several JSON arrays, in the time of one; None where one of them cannot be read.
 
     The eight bytes from each number's start are one word, shifted so that what follows the number
     falls out. Three steps then join neighbouring digits, pairs and fours, in all words at once.
     """
-    text = b"".join([b",", array[1:-1], b"," * _PLACES])
+    starts = list(itertools.accumulate([len(array) - 1 for array in arrays], initial=0))
+    text = b",".join([b"", *[array[1:-1] for array in arrays], b"," * (_PLACES - 1)])
     view = np.frombuffer(text, np.uint8)
-    gaps = np.flatnonzero(view - np.uint8(ord("0")) > 9)
-    if not (view.take(gaps) == ord(",")).all():
+    gaps = (view - np.uint8(ord("0")) > 9).nonzero()[0]
+    if np.count_nonzero(view == ord(",")) != len(gaps):
         return None
     gaps = gaps[: 1 - _PLACES]
     lengths = np.diff(gaps)
@@ -40,4 +52,17 @@ def read_ids(array: bytes) -> I32 | None:
         value = value * np.uint64(base) + (value >> np.uint64(bits))
         if mask is not None:
             value &= mask
-    return value.astype(np.int32)
+    # Where each array begins, one comma after another: whose numbers these are.
+    return np.split(value.astype(np.int32), np.searchsorted(gaps, starts[1:-1]))
+
+
+def ids_of(array: bytes) -> I32:
+    """The ids of a JSON array in any spelling. ValueError, OverflowError or what a decoder raises
+    where they are none."""
+    read = read_ids(array)
+    if read is not None:
+        return read
+    ids = np.array(msgspec.json.decode(array, type=list[int]), dtype=np.int64)
+    if len(ids) and (ids.min() < 0 or ids.max() > MAX_TOKEN_ID):
+        raise ValueError(f"{ids.min()} .. {ids.max()} are no token ids")
+    return ids.astype(np.int32)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from driftgate.bands import BANDS, band
+from driftgate.bands import BANDS, MOE_FP8_SLACK, Colour, band
 from driftgate.errors import DriftgateError
 from driftgate.gateway.answers import Answers
 from driftgate.storage import Counts
@@ -126,8 +126,7 @@ def _drift(cells: list[CellView]) -> Iterable[Metric]:
             reasons.add_metric([*names, reason.code], reason.scores)
         for metric, number in _headlines(cell).items():
             value.add_metric([*names, metric], number)
-            bad = int(_headline_bad(cell))
-            if cell.kind == "drift" and (found := band(metric, number, n_bad_tokens=bad)):
+            if cell.kind == "drift" and (found := _band(cell, metric, number)):
                 colour.add_metric([*names, metric], COLOURS[found])
     return [value, colour, tokens, scores, reasons]
 
@@ -140,8 +139,11 @@ def _headlines(cell: CellView) -> dict[str, float]:
     return {name: float(v) for name in BANDS if (v := metrics.get(name)) is not None}
 
 
-def _headline_bad(cell: CellView) -> float:
-    return (cell.measures.metrics.get("n_bad_tokens") or 0) if cell.measures else 0
+def _band(cell: CellView, metric: str, number: float) -> Colour | None:
+    """As the dashboard colours it: a mixture of experts has a wider band of k3."""
+    bad = (cell.measures.metrics.get("n_bad_tokens") or 0) if cell.measures else 0
+    slack = MOE_FP8_SLACK if cell.router is not None else 1.0
+    return band(metric, number, n_bad_tokens=int(bad), slack=slack)
 
 
 def _side(side: Engine | Trainer) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from driftgate.errors import NotFoundError, RequestError
 from driftgate.gateway import openai
 from driftgate.gateway.openai import Fields
-from driftgate.gateway.responses import messages_of_input
+from driftgate.histories import messages_of_input
 from driftgate.spoken import message_of
 from driftgate.storage import Reader
 

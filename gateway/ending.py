@@ -1,4 +1,4 @@
-"""How one call ends: made known to attribution, recorded, and in ``strict`` recorded first. Once.
+"""How one call ends: made known to attribution, recorded, and only then told to its agent. Once.
 
 The ways to serve a call (JSON, a stream, a stream that the gateway writes) differ in what they send
 and share this."""
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -21,10 +20,12 @@ from driftgate.gateway.breakage import broken_body
 from driftgate.gateway.capture import Folded
 from driftgate.gateway.conversation import Turn
 from driftgate.gateway.dialect import Dialect
+from driftgate.gateway.exact import Onward
 from driftgate.gateway.history import History
 from driftgate.gateway.openai import Plan
+from driftgate.gateway.post import EngineAnswer
 from driftgate.gateway.prompts import End
-from driftgate.gateway.recorder import Answer, Recorder
+from driftgate.gateway.recorder import Answer, Recorded, Recorder
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Sessions
 
@@ -33,9 +34,9 @@ __all__ = ["Asked", "Ending", "Fetched", "Outcome", "chunks", "read_whole", "sai
 SAID_CHARS = 300
 """Of an engine's error, in an outcome."""
 
-UNDELIVERED = "the answer was recorded before it was sent (strict), and then could not be delivered"
+UNDELIVERED = "the answer was recorded before its end was sent, and then could not be delivered"
 
-Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]]
+Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[EngineAnswer]]
 Outcome: TypeAlias = Literal[
     "answered", "engine_error", "unreachable", "cut", "cancelled", "not_recorded"
 ]
@@ -58,6 +59,8 @@ class Asked:
     dialect: Dialect | None
     """How the agent is answered, where that is not as the engine answers."""
     history: History
+    onward: Onward | None
+    """Where exact continuation is asked for."""
     started_ns: int
     expect_routes: bool | None
     max_answer_bytes: int
@@ -92,21 +95,19 @@ class Ending:
     async def before_end(
         self, turns: Iterable[Turn | End], fold: Callable[[], Folded], size_bytes: int
     ) -> None:
-        """All of the answer is here and its end may be sent next: it is known, storage has room
-        for it and, in ``strict``, has it. StorageError where failures refuse the call."""
+        """All of the answer is here and its end may be sent next: it is known, and storage has it.
+        StorageError where failures refuse the call."""
         self.known = True
         self._sessions.answered(self._asked.call, turns)
         await self._asked.served.confirm()
         self._remember()
         self._claimed_bytes = await self._recorder.claim(size_bytes + len(self._asked.body))
-        if self._recorder.strict:
-            self._promised = True
-            future = self._record(fold, size_bytes, delivered=True)
-            try:
-                await self._recorder.closed(future)
-            except StorageError:
-                self._promised = False
-                raise
+        self._promised = True
+        try:
+            await self._recorder.closed(self._record(fold, size_bytes, delivered=True))
+        except StorageError:
+            self._promised = False
+            raise
         self.released = True
 
     def _remember(self) -> None:
@@ -165,21 +166,23 @@ class Ending:
 
     def _record(
         self, fold: Callable[[], Folded], size_bytes: int, *, delivered: bool
-    ) -> Future[None] | None:
+    ) -> Recorded | None:
         self._recorded = True
         self._release()
+        now_ns = time.time_ns()
         answer = Answer(
             fold=fold,
             size_bytes=size_bytes + len(self._asked.body) + len(self.response or b""),
             request=self._asked.body,
             response=self.response,
             started_ns=self._asked.started_ns,
-            first_byte_ns=self.first_byte_ns,
-            ended_ns=time.time_ns(),
+            first_byte_ns=self.first_byte_ns or (now_ns if self._promised else None),
+            ended_ns=now_ns,
             delivered=delivered,
             streamed=self.streamed,
             cancelled=self.outcome == "cancelled",
             served=self._asked.served,
+            onward=self._asked.onward,
         )
         return self._recorder.close(self._asked.call, self._asked.plan, answer)
 
@@ -188,22 +191,21 @@ class Ending:
         self._claimed_bytes = 0
 
 
-async def chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def chunks(answer: EngineAnswer) -> AsyncIterator[bytes]:
     """The body as it comes. UpstreamError where the engine breaks it off."""
-    _end_with_its_connection(answer)
     try:
-        async for chunk in answer.content.iter_any():
-            yield chunk
+        with _ends_with_its_connection(answer):
+            async for chunk in answer.content.iter_any():
+                yield chunk
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise UpstreamError(f"the engine broke off its answer: {broken_body(error)}") from error
 
 
-def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
+@contextmanager
+def _ends_with_its_connection(answer: EngineAnswer) -> Iterator[None]:
     """aiohttp 3.14 closes the connection at a chunk that is none and leaves the body's reader
     waiting for ever."""
-    connection, body = answer.connection, answer.content
-    if connection is None or connection.protocol is None:
-        return  # the body is here as a whole
+    body = answer.content
 
     def gone(closed: asyncio.Future[None] | None) -> None:
         if closed is not None and not closed.cancelled():
@@ -212,14 +214,20 @@ def _end_with_its_connection(answer: aiohttp.ClientResponse) -> None:
             why = "its connection ended in the middle of the body, or carried what is no HTTP"
             body.set_exception(aiohttp.ClientPayloadError(why))
 
-    closed = connection.protocol.closed
-    if closed is None:
+    if body.is_eof():
+        yield  # it is here as a whole
+    elif (closed := answer.closed) is None:
         gone(None)  # it has ended already
+        yield
     else:
         closed.add_done_callback(gone)
+        try:
+            yield
+        finally:
+            closed.remove_done_callback(gone)  # the connection lives on, and would keep the body
 
 
-async def read_whole(answer: aiohttp.ClientResponse, asked: Asked) -> bytes:
+async def read_whole(answer: EngineAnswer, asked: Asked) -> bytes:
     """The whole body; an error without the engine's key. UpstreamError where it is cut or too
     long."""
     parts, size = [], 0

@@ -22,6 +22,7 @@ from driftgate.gateway.capture import Folded, fold_answer, fold_stream
 from driftgate.gateway.ending import Asked, Ending, Outcome, chunks, read_whole, said
 from driftgate.gateway.history import turns_of_answer, turns_of_stream
 from driftgate.gateway.openai import strip_answer
+from driftgate.gateway.post import EngineAnswer
 from driftgate.gateway.recorder import CLIENT_LEFT, Recorder
 from driftgate.gateway.sessions import Sessions
 from driftgate.gateway.tape import Tape
@@ -93,7 +94,7 @@ class Exchange:
 
     # An answer in one piece.
 
-    async def _forward(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    async def _forward(self, answer: EngineAnswer) -> web.StreamResponse:
         encoded = answer.headers.get("Content-Encoding", "identity") != "identity"
         if answer.status == 200 and not encoded:
             if answer.content_type == "text/event-stream":
@@ -113,13 +114,15 @@ class Exchange:
                 headers["Content-Type"] = "application/json"
         return web.Response(status=answer.status, body=raw, headers=headers)
 
-    async def _json(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    async def _json(self, answer: EngineAnswer) -> web.StreamResponse:
         asked, end = self._asked, self._end
         raw = await read_whole(answer, self._asked)
         end.streamed = False
         # On the loop at any size: the parser holds the GIL, a thread would only add its switch.
         body, messages, pieces = strip_answer(raw, asked.plan)
         turns = turns_of_answer(asked.history, asked.plan, raw, messages)
+        if asked.onward is not None:
+            asked.onward.answered(asked.call.call_id, raw, messages, pieces)
         if self._teller is not None:
             body = end.response = self._teller.answer(body)
         fold = partial(
@@ -143,7 +146,7 @@ class Exchange:
 
     # A stream.
 
-    async def _stream(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    async def _stream(self, answer: EngineAnswer) -> web.StreamResponse:
         response = web.StreamResponse(headers=http.answer_headers(answer.headers))
         self._end.streamed = True
         splitter = sse.Splitter()
@@ -199,10 +202,12 @@ class Exchange:
             await response.write(b"".join(events))
 
     async def _before_end(self) -> None:
-        """All of the answer is here: make it known and, in ``strict``, durable. Once."""
+        """All of the answer is here: make it known and have it recorded. Once."""
         if self._end.known:
             return
         turns = turns_of_stream(self._asked.history, self._tape)
+        if self._asked.onward is not None:
+            self._asked.onward.streamed(self._asked.call.call_id, self._tape)
         if self._teller is not None:
             self._last = self._teller.end() if self._tape.done else []
             self._end.response = self._teller.body()

@@ -94,6 +94,8 @@ class Health:
 
     async def confirm(self) -> None:
         """Look at the weights once more, where the engine is what tells of them."""
+        if self._weights_path is None or self._weights.told:
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CONFIRM_TIMEOUT_S):
                 await self._look_at_weights()

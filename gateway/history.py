@@ -63,7 +63,7 @@ class Output:
 def read_history(fields: Fields, plan: Plan, known: Recent[bytes, Seen] | None = None) -> History:
     """The request's conversation or prompt. ``known`` as in ``read_conversation``."""
     if plan.api == "chat":
-        return read_conversation(bytes(fields.get("messages", b"")), known)
+        return read_conversation(fields.get("messages", b""), known)
     return read_prompt(bytes(fields.get("prompt", b"")))
 
 

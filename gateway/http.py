@@ -16,6 +16,7 @@ __all__ = [
     "error_body",
     "is_model",
     "request_headers",
+    "retry_count",
     "without_key",
 ]
 
@@ -91,6 +92,12 @@ def request_headers(headers: CIMultiDictProxy[str], config: GatewayConfig) -> CI
         out["Authorization"] = f"Bearer {config.upstream_key}"
     out["Accept-Encoding"] = "identity"
     return out
+
+
+def retry_count(headers: CIMultiDictProxy[str]) -> int:
+    """How often an OpenAI SDK has tried this call already."""
+    value = headers.get("x-stainless-retry-count", "0")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 4 else 0
 
 
 def without_key(said: bytes, key: str | None) -> bytes:

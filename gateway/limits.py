@@ -67,8 +67,11 @@ async def read_body(request: web.Request) -> bytes:
     if length is not None and length > limit:
         raise web.HTTPRequestEntityTooLarge(limit, length)
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        if request.content.is_eof():  # it is here: a timer would cost as much as reading it
             body = await request.read()
+        else:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await request.read()
     except TimeoutError as error:
         raise web.HTTPRequestTimeout from error
     except (http_exceptions.HttpProcessingError, web.RequestPayloadError) as error:
@@ -88,7 +91,8 @@ async def read_body(request: web.Request) -> bytes:
 def json_depth(body: bytes) -> int:
     """How deep ``body`` is nested if it is JSON in any of Unicode's encodings, at most; exact where
     that is more than `MAX_JSON_DEPTH`. For anything else some number."""
-    opened = body.count(b"[") + body.count(b"{")
+    # "[" and "{" differ in one bit. ``bytes.count`` of one byte takes four times as long.
+    opened = int(np.count_nonzero(np.frombuffer(body, np.uint8) | 0x20 == ord("{")))
     if opened <= MAX_JSON_DEPTH:
         return opened
     encoding = json.detect_encoding(body)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from driftgate.storage import WriterStats
@@ -18,6 +20,8 @@ LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, fl
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, float("inf"))
 """A generation takes from parts of a second to minutes."""
 
+M = TypeVar("M", bound=MetricWrapperBase)
+
 
 class Metrics:
     """The gateway's counters. Thread-safe, as prometheus_client's are."""
@@ -26,6 +30,7 @@ class Metrics:
         registry = CollectorRegistry()
         registry.register(_Store(stats))
         self._registry = registry
+        self._children: dict[tuple[MetricWrapperBase, tuple[str, ...]], MetricWrapperBase] = {}
         self.held_back = Counter(
             "driftgate_calls_held_back",
             "Calls that waited because storage was behind, by how the wait ended: released or "
@@ -58,6 +63,13 @@ class Metrics:
         self.ambiguous = Counter(
             "driftgate_ambiguous_calls",
             "Calls that several trajectories could have led to",
+            registry=registry,
+        )
+        self.continued = Counter(
+            "driftgate_continued_traces",
+            "Traces that go on from an earlier answer, by how: with the ids that were sampled "
+            "(exact) or as the engine renders the messages (ordinary)",
+            ["way"],
             registry=registry,
         )
         self.in_flight = Gauge("driftgate_calls_in_flight", "Calls under way", registry=registry)
@@ -98,6 +110,22 @@ class Metrics:
             "Calls answered 429 because a trainer had paused the engines",
             registry=registry,
         )
+
+        # A counter's first event is an increase only where the counter stood at 0 before it.
+        for counter, values in (
+            (self.held_back, ("released", "gave_up")),
+            (self.traces, ("complete", "partial")),
+            (self.lost, ("intent", "trace", "outcome", "owed")),
+        ):
+            for value in values:
+                counter.labels(value)
+
+    def child(self, metric: M, *values: str) -> M:
+        """``metric.labels(*values)``, which takes a lock and makes its key anew each time."""
+        found = self._children.get((metric, values))
+        if found is None:
+            found = self._children[metric, values] = metric.labels(*values)
+        return cast(M, found)
 
     def count_poll_errors(self, errors: Callable[[], int]) -> None:
         """Show ``errors()`` as the failed looks for new scores."""

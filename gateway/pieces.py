@@ -52,7 +52,10 @@ class Pieces:
     """The answer's, with null for what was taken out."""
     choice: dict[str, Raw]
     """The choice's, with null for what was taken out."""
-    rows: list[Row]
+    tokens: list[str]
+    """The sampled tokens' texts, which say their bytes."""
+    logprobs: list[float]
+    """Theirs."""
     token_ids: bytes
     """A JSON array of integers."""
     prompt_token_ids: bytes
@@ -89,13 +92,15 @@ def take_apart(body: bytes) -> Pieces | None:
         return None
     if not (_take(fields, ["prompt_token_ids"]) and _take(choice, spans)):
         return None
-    if not says_bytes("".join([row.token for row in rows])):
+    tokens = [row.token for row in rows]
+    if not says_bytes("".join(tokens)):
         return None
     routes = spans.get("routed_experts")
     return Pieces(
         fields=fields,
         choice=choice,
-        rows=rows,
+        tokens=tokens,
+        logprobs=[row.logprob for row in rows],
         token_ids=token_ids,
         prompt_token_ids=body[slice(*prompt)],
         routed_experts=Raw(body[slice(*routes)]) if routes else None,

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import logging
+import secrets
 import sqlite3
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,11 +28,14 @@ from driftgate.gateway.conversation import MAX_SEEN, Seen
 from driftgate.gateway.dialect import Dialect
 from driftgate.gateway.earlier import Earlier, kept_of
 from driftgate.gateway.ending import Asked
+from driftgate.gateway.exact import Exact
 from driftgate.gateway.exchange import Exchange
 from driftgate.gateway.history import continues
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.model_list import united
 from driftgate.gateway.openai import Api, Plan
+from driftgate.gateway.outcomes import intent_of
+from driftgate.gateway.post import KEEP_ALIVE_S, EngineAnswer, Poster
 from driftgate.gateway.reading import Read, read_own, translate, write
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
@@ -45,16 +47,11 @@ from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.upstreams import Upstreams
 from driftgate.storage import Neighbours, Reader
 from driftgate.trace import Api as AgentApi
-from driftgate.trace import CallIntent
 
 __all__ = ["Proxy"]
 
 CONNECT_TIMEOUT_S = 10.0
 """An engine's machine that does not accept a connection by then is not there."""
-
-UPSTREAM_KEEP_ALIVE_S = 3.0
-"""uvicorn, which serves vLLM, closes idle connections after 5 s; a request sent into that is
-lost."""
 
 RESTORE_WAIT_S = 10.0
 """A call that may continue or repeat an earlier one, and does not name its trajectory, waits this
@@ -62,9 +59,6 @@ long for the store to be read at the start."""
 
 LARGE_BODY_BYTES = 1 << 20
 """Parsing and hashing 40 MB of images took 230 ms: longer requests are read on a thread."""
-
-READ_BUFFER_BYTES = 1 << 18
-"""Routes come in megabytes; with aiohttp's 64 kB the socket is paused and resumed for each."""
 
 T = TypeVar("T")
 
@@ -97,25 +91,31 @@ class Proxy:
         self._neighbours = neighbours
         self._metrics = metrics
         self._session: aiohttp.ClientSession
+        self._poster: Poster
         self._earlier = Earlier(reader, config.redact)
+        exact = config.continuation == "exact"
+        self._exact = Exact(reader, lambda: self._session) if exact else None
         self._seen: Recent[bytes, Seen] = Recent(MAX_SEEN)
         self.restored = asyncio.Event()
         """What the store knows of earlier trajectories is in ``sessions``."""
 
     async def start(self) -> None:
         """Open the client session."""
+        # Generations take minutes, and silent ones are not dead: only connecting has a limit.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self._poster = Poster(connector, timeout)
         self._session = aiohttp.ClientSession(
             auto_decompress=False,
-            # Generations take minutes, and silent ones are not dead: only connecting has a limit.
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=UPSTREAM_KEEP_ALIVE_S),
+            timeout=timeout,
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=READ_BUFFER_BYTES,
             skip_auto_headers=("User-Agent", "Content-Type", "Accept"),
         )
 
     async def close(self) -> None:
         """Close the engine's connections."""
+        self._poster.close()
         await self._session.close()
 
     async def models(self, request: web.Request) -> web.StreamResponse:
@@ -138,7 +138,7 @@ class Proxy:
 
     async def _get(self, upstream: Upstream, path: str, request: web.Request) -> web.Response:
         headers = http.request_headers(request.headers, self._config)
-        url = _engine_url(upstream.url, path, request)
+        url = URL(upstream.url + _target(path, request), encoded=True)
         try:
             async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
                 body = http.without_key(await answer.read(), self._config.upstream_key)
@@ -191,30 +191,38 @@ class Proxy:
         started_ns = time.time_ns()
         body = await request.read()
         read = await self._read(request, api, body)
-        place = await self._placed(request, read)
         model = openai.read(read.fields, "model", str) or ""
-        upstream = await self._upstreams.choose(place.trajectory, model)
-        sent, plan = await _aside(body, partial(write, api, body, read, upstream))
-        call = self._sessions.begin(
-            place,
-            call_id=f"c-{uuid.uuid4().hex}",
-            body_sha256=read.digest,
-            sdk_retry=_retry_count(request),
-            step=await self._shared_step(place, read.digest, _retry_count(request)),
-        )
+        headers = http.request_headers(request.headers, self._config)
+        place, onward = None, None
+        try:
+            place = await self._placed(request, read)
+            upstream = await self._upstreams.choose(place.trajectory, model)
+            sent, plan = await _aside(body, partial(write, api, body, read, upstream))
+            if self._exact is not None:
+                aside = partial(_aside, body)
+                onward = await self._exact.onward(
+                    read.fields, plan, place, upstream, headers, aside
+                )
+            step = await self._shared_step(place, request, read)
+        except asyncio.CancelledError:
+            place = place or await self._resumed(self._place(request, read))
+            left = self._begin(place, request, read, await self._shared_step(place, request, read))
+            self._sessions.failed(left)
+            self._recorder.left(intent_of(left, api, model, started_ns))
+            raise
+        call = self._begin(place, request, read, step)
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
-        headers = http.request_headers(request.headers, self._config)
+        if onward is not None:
+            sent = onward.written(sent, upstream.adapter.prompt_ids_field)
         if self.spans is not None:
             engine = upstream.name, upstream.url
             self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
         served = Served(upstream)
+        target = _target(PATHS[plan.api], request if plan.translated is None else None)
 
-        async def post(base: str) -> aiohttp.ClientResponse:
-            url = _engine_url(base, PATHS[plan.api], request if plan.translated is None else None)
-            return await self._session.post(
-                url, data=_payload(sent), headers=headers, allow_redirects=False
-            )
+        def post(base: str) -> Awaitable[EngineAnswer]:
+            return self._poster.post(base, target, headers, sent)
 
         asked = Asked(
             send=lambda: self._upstreams.send(served, place.trajectory, model, post),
@@ -224,12 +232,22 @@ class Proxy:
             body=self._config.redacted(body),
             dialect=self._dialect(call, plan, read),
             history=read.history,
+            onward=onward,
             started_ns=started_ns,
             expect_routes=upstream.has_routes,
             max_answer_bytes=self._config.max_answer_bytes,
             hide_key=lambda said: http.without_key(said, self._config.upstream_key),
         )
         return await self._serve(request, asked)
+
+    def _begin(self, place: Place, request: web.Request, read: Read, step: int | None) -> Call:
+        return self._sessions.begin(
+            place,
+            call_id=f"c-{secrets.token_hex(16)}",
+            body_sha256=read.digest,
+            sdk_retry=http.retry_count(request.headers),
+            step=step,
+        )
 
     async def _serve(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         exchange = Exchange(
@@ -288,10 +306,14 @@ class Proxy:
         """The call's trajectory, once all that could be it is known."""
         place = self._place(request, read)
         open_ = not place.named and not self.restored.is_set()
-        if open_ and (continues(read.history) or _retry_count(request)):
+        if open_ and (continues(read.history) or http.retry_count(request.headers)):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
             place = self._place(request, read)
+        return await self._resumed(place)
+
+    async def _resumed(self, place: Place) -> Place:
+        """The place, with its trajectory's next step known."""
         if not self._sessions.is_known(place):
             next_step = await asyncio.to_thread(self._next_step, place.trajectory)
             self._sessions.resume(place.trajectory, next_step)
@@ -306,13 +328,14 @@ class Proxy:
             previous=read.previous,
         )
 
-    async def _shared_step(self, place: Place, digest: str, retry: int) -> int | None:
+    async def _shared_step(self, place: Place, request: web.Request, read: Read) -> int | None:
         """The call's step where other gateways may serve its trajectory too; None: number it here.
 
         A trajectory that begins here has a name that nobody else knows yet."""
         if self._neighbours is None or place.attribution == "new" or not self._neighbours.any():
             return None
-        step = self._sessions.next_step(place, body_sha256=digest, sdk_retry=retry)
+        retry = http.retry_count(request.headers)
+        step = self._sessions.next_step(place, body_sha256=read.digest, sdk_retry=retry)
         if step is None:
             return None
         try:
@@ -328,19 +351,8 @@ class Proxy:
         return max((call.step + 1 for call in self._reader.calls(trajectory)), default=0)
 
     async def _open(self, call: Call, plan: Plan, started_ns: int) -> None:
-        intent = CallIntent(
-            call_id=call.call_id,
-            trajectory=call.place.trajectory,
-            step=call.step,
-            attribution=call.place.attribution,
-            api=plan.spoken,
-            model=plan.model,
-            body_sha256=call.body_sha256,
-            retry=call.retry,
-            started_ns=started_ns,
-        )
         try:
-            await self._recorder.open(intent)
+            await self._recorder.open(intent_of(call, plan.spoken, plan.model, started_ns))
         except asyncio.CancelledError:
             self._sessions.failed(call)
             raise
@@ -353,10 +365,10 @@ class Proxy:
 
     def _count(self, exchange: Exchange, api: AgentApi, started_ns: int) -> None:
         streamed = "true" if exchange.streamed else "false"
-        self._metrics.calls.labels(api, streamed, exchange.outcome).inc()
+        self._metrics.child(self._metrics.calls, api, streamed, exchange.outcome).inc()
         if exchange.first_byte_ns is not None:
             waited_s = (exchange.first_byte_ns - started_ns) / 1e9
-            self._metrics.first_byte.labels(streamed).observe(waited_s)
+            self._metrics.child(self._metrics.first_byte, streamed).observe(waited_s)
 
 
 async def _aside(body: bytes, work: Callable[[], T]) -> T:
@@ -368,17 +380,7 @@ def _is_large(body: bytes) -> bool:
     return len(body) > LARGE_BODY_BYTES
 
 
-def _engine_url(base: str, path: str, request: web.Request | None) -> URL:
-    """``path`` at the engine with the agent's query string as it was spelled."""
+def _target(path: str, request: web.Request | None) -> str:
+    """``path`` with the agent's query string as it was spelled."""
     query = "" if request is None else request.rel_url.raw_query_string
-    return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
-
-
-def _payload(body: bytes) -> bytes | io.BytesIO:
-    """What aiohttp sends at once, or, where that would hold the loop, piece by piece."""
-    return io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
-
-
-def _retry_count(request: web.Request) -> int:
-    value = request.headers.get("x-stainless-retry-count", "0")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 4 else 0
+    return f"{path}?{query}" if query else path

@@ -10,26 +10,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 from driftgate.errors import StorageError
 from driftgate.gateway.capture import Folded, Sample
+from driftgate.gateway.exact import Onward, proven
+from driftgate.gateway.handover import HandOver, Ticket
 from driftgate.gateway.lineage import ROOT, Lineage
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.openai import Plan
+from driftgate.gateway.outcomes import outcome_of, words_of
 from driftgate.gateway.pressure import PRESSURE_WAIT_S, Pressure
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call
-from driftgate.storage import Reader, Record, WriterStats
+from driftgate.gateway.sink import Sink
+from driftgate.storage import Reader, Record
 from driftgate.trace import I32, CallIntent, CallOutcome, Engine, Trace, TraceMeta
 from driftgate.weights import joined
 
-__all__ = ["CLIENT_LEFT", "STOPPED", "Answer", "Recorder", "Sink"]
+__all__ = ["CLIENT_LEFT", "STOPPED", "Answer", "Recorded", "Recorder"]
 
 CLIENT_LEFT = "the client left before the end of the answer"
 STOPPED = "the gateway was stopped"
@@ -43,24 +46,10 @@ LOADED_TRACES = 4
 MAX_TRIES = 3
 """Of one record: what fails more often while others are written is itself the problem."""
 
-REASON_CHARS = 500
-"""Of an error's text; an engine's error can hold a whole prompt."""
+Recorded: TypeAlias = tuple[Future[None], Ticket]
+"""Resolves when it is durable; when it is with the operating system."""
 
 log = logging.getLogger("driftgate.capture")
-
-
-class Sink(Protocol):
-    """What is used of ``driftgate.storage.Writer``."""
-
-    @property
-    def stats(self) -> WriterStats:
-        """Counters."""
-
-    def submit(self, record: Record) -> Future[None]:
-        """StorageError where the queue is full."""
-
-    def submit_lazy(self, make: Callable[[], Sequence[Record]], *, size_hint: int) -> Future[None]:
-        """The same; ``make`` runs on the writer thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +72,7 @@ class Answer:
     """The client left before the answer's end."""
     served: Served
     """By which engine, under which weights."""
+    onward: Onward | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +108,7 @@ class Recorder:
         self._metrics = metrics
         self._lineage = Lineage(self._load)
         self._pressure = Pressure(lambda: sink.stats.queued_bytes, queue_bytes, metrics)
+        self._hand_over = HandOver(metrics)
         self._owed: deque[_Owed] = deque()
         self._owed_lock = threading.Lock()
         self._given_up = 0
@@ -129,9 +120,14 @@ class Recorder:
     async def open(self, intent: CallIntent) -> None:
         """Record that a call begins, once storage keeps up. StorageError where it must be refused.
 
-        A call that is cancelled in here leaves either no record or an outcome.
+        A call that is cancelled in here leaves an outcome.
         """
-        if not await self._pressure.wait() and self.refuses:
+        try:
+            has_room = await self._pressure.wait()
+        except asyncio.CancelledError:
+            self.left(intent)
+            raise
+        if not has_room and self.refuses:
             raise StorageError(
                 f"storage is behind: its queue did not fall below half within {PRESSURE_WAIT_S} s"
             )
@@ -153,15 +149,20 @@ class Recorder:
         try:
             await self._durable(future)
         except asyncio.CancelledError:
-            self._submit(_outcome(intent.call_id, "cancelled", self.cancel_reason))
+            self._submit(outcome_of(intent.call_id, "cancelled", self.cancel_reason))
             raise
+
+    def left(self, intent: CallIntent) -> None:
+        """Record a call that was cancelled before the engine was asked."""
+        self._submit(intent, "intent")
+        self._submit(outcome_of(intent.call_id, "cancelled", self.cancel_reason))
 
     async def _durable(self, future: Future[None]) -> None:
         """Wait for storage; StorageError only where failures refuse the call."""
         # Any error: the fold runs in there as well, and what it raises is an answer not recorded.
         (error,) = await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
         if error is not None and self.refuses:
-            raise StorageError(f"not recorded: {_words(error)}") from error
+            raise StorageError(f"not recorded: {words_of(error)}") from error
 
     async def claim(self, size_bytes: int) -> int:
         """Wait for room for an answer of which all has come, so that storage need not refuse it;
@@ -172,11 +173,14 @@ class Recorder:
         """Give back what ``claim`` gave."""
         self._pressure.release(claimed_bytes)
 
-    def close(self, call: Call, plan: Plan, answer: Answer) -> Future[None] | None:
-        """Record an answer. The future resolves when it is durable; None: it was refused."""
+    def close(self, call: Call, plan: Plan, answer: Answer) -> Recorded | None:
+        """Record an answer. None: it was refused."""
+        ticket = self._hand_over.ticket()
         try:
             future = self._sink.submit_lazy(
-                lambda: self._make(call, plan, answer), size_hint=answer.size_bytes
+                lambda: self._make(call, plan, answer),
+                size_hint=answer.size_bytes,
+                handed_over=lambda: self._hand_over.written(ticket),
             )
         except StorageError as error:
             self._trace_lost(call.call_id, error)
@@ -184,18 +188,18 @@ class Recorder:
         if call.span is not None:
             call.span.wait_for(future)
         self._watch(future, call.call_id, "trace", None)
-        return future
+        return future, ticket
 
-    async def closed(self, future: Future[None] | None) -> None:
-        """In ``strict``, wait until the answer's traces are durable.
+    async def closed(self, recorded: Recorded | None) -> None:
+        """Wait until the end of the answer may be sent: its traces are with the operating system,
+        or, in ``strict``, durable.
 
-        StorageError where they are not and failures refuse the call.
+        StorageError where they are not durable and failures refuse the call.
         """
-        if not self.strict:
-            return
-        if future is not None:
-            await self._durable(future)
-        elif self.refuses:
+        if recorded is not None:
+            future, ticket = recorded
+            await (self._durable(future) if self.strict else self._hand_over.wait(ticket))
+        elif self.strict and self.refuses:
             raise StorageError("the answer could not be recorded: storage refused its traces")
 
     def failed(
@@ -207,16 +211,16 @@ class Recorder:
         http_status: int | None = None,
     ) -> None:
         """Record that a call ended without an answer."""
-        self._submit(_outcome(call.call_id, status, reason, http_status))
+        self._submit(outcome_of(call.call_id, status, reason, http_status))
 
-    def _submit(self, outcome: CallOutcome) -> None:
-        again = _Owed(outcome, "outcome", 1)
+    def _submit(self, record: CallIntent | CallOutcome, kind: str = "outcome") -> None:
+        again = _Owed(record, kind, 1)
         try:
-            future = self._sink.submit(outcome)
+            future = self._sink.submit(record)
         except StorageError as error:
-            self._lost(outcome.call_id, "outcome", error, owed=again)
+            self._lost(record.call_id, kind, error, owed=again)
             return
-        self._watch(future, outcome.call_id, "outcome", again)
+        self._watch(future, record.call_id, kind, again)
 
     def _watch(self, future: Future[None], call_id: str, kind: str, owed: _Owed | None) -> None:
         future.add_done_callback(lambda done: self._settled(done, call_id, kind, owed))
@@ -236,7 +240,7 @@ class Recorder:
             self._lost(call_id, kind, error, owed=owed)
 
     def _trace_lost(self, call_id: str, error: BaseException) -> None:
-        outcome = _outcome(call_id, "capture_failed", _words(error))
+        outcome = outcome_of(call_id, "capture_failed", words_of(error))
         self._lost(call_id, "trace", error, owed=_Owed(outcome, "outcome"))
         if not isinstance(error, StorageError):
             self._pay_owed()  # the fold failed, storage works
@@ -301,12 +305,12 @@ class Recorder:
         ]
         for record in records:
             assert isinstance(record, Trace)
-            self._metrics.traces.labels(record.meta.status).inc()
+            self._metrics.child(self._metrics.traces, record.meta.status).inc()
         if len(records) < plan.choices or folded.error is not None:
             status: Literal["cancelled", "failed"] = "cancelled" if answer.cancelled else "failed"
             detail = folded.error or "the engine answered with fewer choices"
             reason = f"{len(records)} of {plan.choices} choices came: {detail}"
-            records.append(_outcome(call.call_id, status, reason))
+            records.append(outcome_of(call.call_id, status, reason))
         return records
 
     def _trace(
@@ -322,6 +326,9 @@ class Recorder:
             prompt_ids, response_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
         tokens = 0 if response_ids is None else len(response_ids)
         spans = sample.weight_spans or answer.served.spans(sample.choice, tokens)
+        continuation = proven(answer.onward, sample.prompt_ids, answer.served.upstream)
+        if continuation is not None:
+            self._metrics.continued.labels(continuation.way).inc()
         meta = TraceMeta(
             trace_id=trace_id,
             call_id=call.call_id,
@@ -336,6 +343,7 @@ class Recorder:
             parent=parent.trace_id,
             prefix_len=parent.prefix_len,
             prefix_exact=parent.exact,
+            continuation=continuation,
             retry=call.retry,
             engine=engine,
             weight_version=joined(spans),
@@ -376,23 +384,3 @@ class Recorder:
                     yield trace.meta.trace_id, trace.prompt_ids, trace.response_ids
         except StorageError as error:
             log.warning("trajectory %s: no parents found in the store: %s", trajectory, error)
-
-
-def _outcome(
-    call_id: str,
-    status: Literal["failed", "cancelled", "capture_failed"],
-    reason: str,
-    http_status: int | None = None,
-) -> CallOutcome:
-    return CallOutcome(
-        call_id=call_id,
-        status=status,
-        http_status=http_status,
-        reason=reason[:REASON_CHARS],
-        ended_ns=time.time_ns(),
-    )
-
-
-def _words(error: BaseException) -> str:
-    """An error of storage speaks for itself; any other needs its name."""
-    return str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import msgspec
 
@@ -171,12 +171,22 @@ def _left_out(
 
 async def _base(source: Source) -> dict[str, Any]:
     """Answers that are not about one trajectory, by their paths."""
+    cells = await source.cells()
+    routed = [cell for cell in cells.items if cell.kind == "drift" and cell.router is not None]
+    names = [f"{cell.engine_digest}/{cell.trainer_digest}/{cell.model}" for cell in routed]
     return {
         "/api/overview": await source.overview(),
-        "/api/cells": await source.cells(),
+        "/api/cells": cells,
+        **{load_path(name): await source.expert_load(name) for name in names},
         f"/api/series?points={SERIES_POINTS}": await source.series(points=SERIES_POINTS),
         "/api/glossary": GLOSSARY,
     }
+
+
+def load_path(cell: str) -> str:
+    """As the page asks: a browser's ``URLSearchParams`` spells two characters otherwise."""
+    query = urlencode({"cell": cell}).replace("~", "%7E").replace("%2A", "*")
+    return f"/api/cells/load?{query}"
 
 
 async def _rows(source: Source, limit: int) -> tuple[list[TrajectoryRow], bool]:
@@ -184,7 +194,8 @@ async def _rows(source: Source, limit: int) -> tuple[list[TrajectoryRow], bool]:
     rows: list[TrajectoryRow] = []
     before: str | None = None
     while len(rows) < limit:
-        page = await source.trajectories(limit=min(PAGE, limit - len(rows)), before=before)
+        size = min(PAGE, limit - len(rows))
+        page = await source.trajectories(limit=size, before=before, drift=True)
         rows += page.items
         before = page.next
         if before is None:

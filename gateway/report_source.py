@@ -10,9 +10,11 @@ from driftgate.gateway.answers import Answers
 from driftgate.gateway.api_live import POINTS, LiveAnswers
 from driftgate.gateway.api_tree import read_tree
 from driftgate.gateway.explanations import Explanations
+from driftgate.gateway.loading import expert_load
+from driftgate.gateway.pairing import CellName
 from driftgate.gateway.verdicts import Verdicts
 from driftgate.judgements import TrajectoryVerdicts
-from driftgate.live_views import Overview, Series, StepRoutes
+from driftgate.live_views import ExpertLoad, Overview, Series, StepRoutes
 from driftgate.profiles import ProfileName
 from driftgate.storage import Reader
 from driftgate.tree import Tree
@@ -37,9 +39,10 @@ class Source(Protocol):
 
     async def overview(self) -> Overview: ...
     async def cells(self) -> Cells: ...
+    async def expert_load(self, cell: str) -> ExpertLoad: ...
     async def series(self, *, points: int | None = None) -> Series: ...
     async def trajectories(
-        self, *, limit: int = 50, before: str | None = None
+        self, *, limit: int = 50, before: str | None = None, drift: bool = False
     ) -> TrajectoryPage: ...
     async def trajectory(self, trajectory: str) -> TrajectoryDetail: ...
     async def mismatch(self, trajectory: str) -> MismatchView: ...
@@ -77,13 +80,20 @@ class StoreSource:
         """As ``GET /api/cells``."""
         return self._answers.cells()
 
+    async def expert_load(self, cell: str) -> ExpertLoad:
+        """As ``GET /api/cells/load``."""
+        return expert_load(self._reader, CellName(*cell.split("/", 2)))
+
     async def series(self, *, points: int | None = None) -> Series:
         """As ``GET /api/series``."""
         return self._live.series(points or POINTS)
 
-    async def trajectories(self, *, limit: int = 50, before: str | None = None) -> TrajectoryPage:
+    async def trajectories(
+        self, *, limit: int = 50, before: str | None = None, drift: bool = False
+    ) -> TrajectoryPage:
         """As ``GET /api/trajectories``."""
-        return self._answers.trajectories(limit=limit, before=before)
+        page = self._answers.trajectories(limit=limit, before=before)
+        return self._live.with_drift(page) if drift else page
 
     async def trajectory(self, trajectory: str) -> TrajectoryDetail:
         """As ``GET /api/trajectories/{trajectory}``."""

@@ -18,7 +18,7 @@ LEFT_OUT = (
 TOKEN = frozenset({"text", "before", "after", "bytes_base64", "token_id"})
 """Of whatever has a ``token_id``: tokens, worst tokens, places. With a tokenizer an id is text."""
 
-BODIES = frozenset({"request", "response", "prompt_ids"})
+BODIES = frozenset({"request", "response", "prompt_ids", "alternatives"})
 """Of whatever has ``prompt_ids``: stored answers."""
 
 OUTCOME = frozenset({"reason"})

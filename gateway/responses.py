@@ -7,7 +7,7 @@ as the real API does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -17,16 +17,10 @@ from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import engine_fields
 from driftgate.gateway.draft import given
 from driftgate.gateway.openai import Fields
-from driftgate.spoken import Item, Part, of_items
+from driftgate.histories import messages_of_input, said
 
-__all__ = ["LOGPROBS", "chat_request", "messages_of_input"]
+__all__ = ["LOGPROBS", "chat_request"]
 
-SUPPORTED = (
-    "supported are text and image_url messages, function tools, function_call and "
-    "function_call_output items, reasoning items and previous_response_id"
-)
-
-_INPUT = msgspec.json.Decoder(str | list[Item])
 _ENCODE = msgspec.json.encode
 
 _REFUSED_FIELDS = {
@@ -100,15 +94,11 @@ def chat_request(body: bytes, fields: Fields, earlier: Iterable[Any] = ()) -> Fi
         raise RequestError(f"the request does not have the form of one: {error}") from error
     if asked.truncation == "auto":
         raise RequestError("truncation: only 'disabled' is supported: send less, or compact it")
-    system = [] if asked.instructions is None else [_said("system", asked.instructions)]
+    system = [] if asked.instructions is None else [said("system", asked.instructions)]
     out = engine_fields.passed(fields)
     out["messages"] = Raw(_ENCODE([*system, *earlier, *messages_of_input(asked.input)]))
     new = dict(_options(asked))
     return out | {name: Raw(_ENCODE(value)) for name, value in new.items()}
-
-
-def _said(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
 
 
 def _options(asked: _Asked) -> Iterator[tuple[str, Any]]:
@@ -164,74 +154,3 @@ def _chat_format(asked: _Format) -> dict[str, Any]:
     if asked.strict is not None:
         schema["strict"] = asked.strict
     return {"type": "json_schema", "json_schema": schema}
-
-
-def messages_of_input(raw: bytes) -> list[Any]:
-    """Chat messages of a request's ``input``. What one answer said (reasoning, text, calls) is one
-    message again. RequestError for items that a chat request cannot hold."""
-    try:
-        found = _INPUT.decode(raw)
-    except UNREADABLE as error:
-        raise RequestError(f"input does not have the form of one: {error}") from error
-    if isinstance(found, str):
-        return [_said("user", found)]
-    messages: list[Any] = []
-    turn: list[Item] = []
-    for item in found:
-        if _is_assistants(item):
-            if turn and _begins_a_turn(item, turn):
-                messages.append(of_items(turn))
-                turn = []
-            turn.append(item)
-            continue
-        if turn:
-            messages.append(of_items(turn))
-            turn = []
-        messages.append(_message(item))
-    return [*messages, of_items(turn)] if turn else messages
-
-
-def _is_assistants(item: Item) -> bool:
-    said = item.type == "message" and item.role == "assistant"
-    return said or item.type in ("reasoning", "function_call")
-
-
-def _begins_a_turn(item: Item, turn: Sequence[Item]) -> bool:
-    """Reasoning stands first in an answer and text before calls, so either can begin another."""
-    if item.type == "reasoning":
-        return any(earlier.type != "reasoning" for earlier in turn)
-    return item.type == "message" and any(earlier.type != "reasoning" for earlier in turn)
-
-
-def _message(item: Item) -> dict[str, Any]:
-    if item.type == "function_call_output":
-        return {
-            "role": "tool",
-            "tool_call_id": item.call_id,
-            "content": _content(item.output),
-        }
-    if item.type == "message" and item.role in ("user", "system", "developer"):
-        # Templates know no developer; OpenAI's models take the two for one.
-        role = "user" if item.role == "user" else "system"
-        return _said(role, _content(item.content or ""))
-    what = f"a message of role {item.role!r}" if item.type == "message" else f"{item.type!r}"
-    raise RequestError(f"input: {what} is not supported; {SUPPORTED}")
-
-
-def _content(content: str | list[Part]) -> Any:
-    if isinstance(content, str):
-        return content
-    parts = [_chat_part(part) for part in content]
-    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
-
-
-def _chat_part(part: Part) -> dict[str, Any]:
-    if part.type in ("input_text", "output_text", "text"):
-        return {"type": "text", "text": part.text}
-    if part.type == "input_image" and part.image_url is not None:
-        image = {"url": part.image_url}
-        return {"type": "image_url", "image_url": image}
-    raise RequestError(
-        f"input: a part of type {part.type!r} is not supported"
-        f"{' without image_url' if part.type == 'input_image' else ''}; {SUPPORTED}"
-    )

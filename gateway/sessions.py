@@ -3,7 +3,8 @@ event loop.
 
 The first rule that applies names the trajectory: URL, header, minted key, agents' session headers,
 metadata, the response that the call names, the longest prefix of the conversation or prompt that
-ends in an answer we gave, else a new one.
+ends in an answer we gave, the last tool call of ours by its random id (after a handoff the system
+message is another one, and a context that was cut has no such prefix), else a new one.
 Nothing is guessed: a call without an answer of ours in it is a new trajectory even when its prompt
 equals another's, and one that several trajectories could have led to is a new one that lists them.
 
@@ -12,17 +13,16 @@ Memory is bounded: least recently used trajectories, answers and calls are forgo
 
 from __future__ import annotations
 
-import secrets
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from driftgate.errors import RequestError
 from driftgate.gateway.agents import read_agent
 from driftgate.gateway.conversation import Conversation, Turn
 from driftgate.gateway.history import History
 from driftgate.gateway.keys import TrajectoryKeys, minted_key
+from driftgate.gateway.names import check_trajectory, is_trajectory, new_trajectory
 from driftgate.gateway.prompts import End, Kind, Prompt
 from driftgate.gateway.recent import Recent
 from driftgate.trace import Agent, Attribution
@@ -36,15 +36,11 @@ __all__ = [
     "Call",
     "Place",
     "Sessions",
-    "check_trajectory",
 ]
 
 TRAJECTORY_HEADER = "x-driftgate-trajectory"
 SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-id")
 """Claude Code, Codex, OpenCode."""
-
-MAX_ID_CHARS = 200
-"""Twice the longest session id seen; an id stands in every record."""
 
 MAX_TRAJECTORIES = 50_000
 """Step counters kept; a forgotten one is read from the index again. About 10 MB."""
@@ -52,6 +48,9 @@ MAX_TRAJECTORIES = 50_000
 MAX_TURNS = 100_000
 """Answers that can be continued: about 40 MB; an agent that comes back later starts a new
 trajectory."""
+
+MAX_TOOL_CALLS = 50_000
+"""Ids that can be recognised: about 15 MB."""
 
 MAX_CANDIDATES = 64
 """Equal answers kept apart by their tool-call ids: a large group of rollouts."""
@@ -76,7 +75,7 @@ class Place:
     @property
     def named(self) -> bool:
         """The agent named the trajectory itself."""
-        return self.attribution not in ("prefix", "new")
+        return self.attribution not in ("prefix", "tool_call", "new")
 
 
 @dataclass(slots=True, eq=False)
@@ -133,6 +132,7 @@ class Sessions:
         self._steps: Recent[str, int] = Recent(MAX_TRAJECTORIES)
         self._turns: Recent[bytes, _Known] = Recent(MAX_TURNS)
         self._lengths: Recent[bytes, set[int]] = Recent(MAX_TURNS)
+        self._tool_calls: Recent[str, tuple[str, ...]] = Recent(MAX_TOOL_CALLS)
         self._begun: Recent[str, Begun] = Recent(MAX_TRAJECTORIES)
         self._calls: Recent[Scope, list[Call]] = Recent(MAX_CALLS)
 
@@ -164,7 +164,8 @@ class Sessions:
         the call goes on from.
         """
         place = self._by_rules(url, headers, metadata, history, previous)
-        return replace(place, agent=read_agent(headers))
+        agent = read_agent(headers)
+        return place if agent is None else replace(place, agent=agent)
 
     def _by_rules(
         self,
@@ -194,7 +195,8 @@ class Sessions:
         if previous is not None:
             return Place(previous, "previous_response")
         if isinstance(history, Conversation):
-            return _one_of(self._givers_of_last_turn(history))
+            found = self._givers_of_last_turn(history)
+            return _one_of(found) if found else self._by_tool_call(history)
         if isinstance(history, Prompt):
             return self._by_ends(history)
         return Place(new_trajectory(), "new")
@@ -204,6 +206,14 @@ class Sessions:
             if (known := self._turns.get(turn.key)) is not None:
                 return known.trajectories(turn.tool_ids)
         return []
+
+    def _by_tool_call(self, conversation: Conversation) -> Place:
+        """Whoever got the last tool call of ours in it."""
+        for turn in reversed(conversation.turns):
+            known = (self._tool_calls.get(tool_id) for tool_id in turn.told)
+            if found := {name for names in known for name in names or ()}:
+                return _one_of(sorted(found), "tool_call")
+        return Place(new_trajectory(), "new")
 
     def _by_ends(self, prompt: Prompt) -> Place:
         """Every trajectory with an answer that ends in this prompt can be meant.
@@ -285,6 +295,9 @@ class Sessions:
             known = self._turns.get(turn.key) or _Known()
             known.add((call.place.trajectory, _tool_ids(turn)))
             self._turns.put(turn.key, known)
+            for tool_id in _told(turn):
+                names = (*(self._tool_calls.get(tool_id) or ()), call.place.trajectory)
+                self._tool_calls.put(tool_id, tuple(dict.fromkeys(names))[-MAX_CANDIDATES:])
             if isinstance(turn, End):
                 lengths = self._lengths.get(turn.block) or set()
                 lengths.add(len(turn.tail))
@@ -312,6 +325,9 @@ class Sessions:
             if len(known.givers) < MAX_CANDIDATES:
                 known.add((trajectory, _tool_ids(turn)))
             self._turns.put_oldest(turn.key, known)
+            for tool_id in _told(turn):
+                names = (trajectory, *(self._tool_calls.peek(tool_id) or ()))
+                self._tool_calls.put_oldest(tool_id, tuple(dict.fromkeys(names)))
             if isinstance(turn, End):
                 lengths = self._lengths.peek(turn.block) or set()
                 lengths.add(len(turn.tail))
@@ -328,14 +344,18 @@ def _scope_of(place: Place, body_sha256: str) -> Scope:
     return place.trajectory if place.named else None, body_sha256
 
 
-def _one_of(found: Sequence[str]) -> Place:
+def _one_of(found: Sequence[str], rule: Attribution = "prefix") -> Place:
     if len(found) == 1:
-        return Place(found[0], "prefix")
+        return Place(found[0], rule)
     return Place(new_trajectory(), "new", tuple(found))
 
 
 def _tool_ids(turn: Turn | End) -> frozenset[str]:
     return turn.tool_ids if isinstance(turn, Turn) else frozenset()
+
+
+def _told(turn: Turn | End) -> frozenset[str]:
+    return turn.told if isinstance(turn, Turn) else frozenset()
 
 
 def _repeated(earlier: list[Call], place: Place, sdk_retry: int) -> Call | None:
@@ -352,30 +372,3 @@ def _repeated(earlier: list[Call], place: Place, sdk_retry: int) -> Call | None:
     if sdk_retry > 0 and not failed:
         return next((call for call in reversed(own) if call.retry < sdk_retry), None)
     return failed[0] if failed else None
-
-
-def new_trajectory() -> str:
-    """A fresh id."""
-    return f"t-{secrets.token_hex(8)}"
-
-
-def check_trajectory(name: str) -> str:
-    """``name`` if it can be a trajectory's id, else RequestError. Ids are names, never paths."""
-    if not 0 < len(name) <= MAX_ID_CHARS:
-        raise RequestError(f"a trajectory id has 1 to {MAX_ID_CHARS} characters, not {len(name)}")
-    if not is_trajectory(name):
-        raise RequestError(
-            f"trajectory id {name[:40]!r} starts or ends with a space or holds control characters"
-        )
-    return name
-
-
-def is_trajectory(name: object) -> TypeGuard[str]:
-    """``name`` can be a trajectory's id. What an agent sends for its own purposes may not be one:
-    then it names nothing, and the call is served all the same."""
-    return (
-        isinstance(name, str)
-        and 0 < len(name) <= MAX_ID_CHARS
-        and name == name.strip()
-        and not any(unicodedata.category(c)[0] == "C" for c in name)
-    )

@@ -41,6 +41,8 @@ class Splitter:
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that ``chunk`` completes, in order. UpstreamError for an event over the
         limit."""
+        if len(chunk) > 2 and chunk.find(b"\n\n") == len(chunk) - 2 and self._is_between(chunk):
+            return [chunk]  # one event, as engines send them
         self._has_returns = self._has_returns or b"\r" in chunk
         find = self._any_end if self._has_returns else _usual_end
         events: list[bytes] = []
@@ -65,6 +67,10 @@ class Splitter:
     def rest(self) -> bytes:
         """What came after the last whole event; empty at a clean end."""
         return bytes(self._buffer)
+
+    def _is_between(self, chunk: bytes) -> bool:
+        """Nothing is unfinished, and all line ends are line feeds."""
+        return not (self._buffer or self._has_returns or b"\r" in chunk)
 
     def _check(self) -> None:
         if len(self._buffer) > self._max_event_bytes:

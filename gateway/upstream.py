@@ -64,6 +64,8 @@ class Upstream:
         """Calls that are there now."""
         self.paused: str | None = None
         """Why it takes no calls now, by the trainer's word."""
+        self.takes_ids = True
+        """Its chat completions take ids for the prompt; False as soon as it did not."""
         self.weights = WeightVersions(config.weight_version)
         self.health = Health(self.url, config.upstream_key, self.weights, self._returned)
         self.report: ProbeReport | None = None
@@ -180,6 +182,11 @@ class Upstream:
         """Why requests must go on as they are: the engine refuses what capture adds to them."""
         return None if self.report is None else self.report.refusal
 
+    @property
+    def tokenizer(self) -> str | None:
+        """The digest of its tokenizer, where it is known."""
+        return None if self.report is None else self.report.texts.get("tokenizer")
+
     def engine(self, model: str, fingerprint: str | None) -> Engine:
         """The fingerprint of the engine that gave an answer. Any thread."""
         report = self.report
@@ -216,6 +223,7 @@ class Upstream:
     def _returned(self) -> None:
         """The engine was away: it may have another build or other flags now."""
         self._numerics.forget()
+        self.takes_ids = True
         self.error = "it was away and is probed again"
         self._wanted.set()
 

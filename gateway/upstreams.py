@@ -17,6 +17,7 @@ from driftgate.errors import UpstreamError
 from driftgate.gateway.breakage import breakage
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
+from driftgate.gateway.post import EngineAnswer
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import MAX_TRAJECTORIES
@@ -82,8 +83,8 @@ class Upstreams:
         served: Served,
         trajectory: str,
         model: str,
-        post: Callable[[str], Awaitable[aiohttp.ClientResponse]],
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        post: Callable[[str], Awaitable[EngineAnswer]],
+    ) -> AsyncIterator[EngineAnswer]:
         """``post(base URL)`` to the engine of ``served``, or to another where it gives no answer.
 
         What ``post`` raises where none is left.
@@ -94,7 +95,7 @@ class Upstreams:
             other = self._other(upstream, model, tried)
             with self._counted(upstream):
                 answer = await self._ask(upstream, post, is_last=other is None)
-                if isinstance(answer, aiohttp.ClientResponse):
+                if isinstance(answer, EngineAnswer):
                     async with answer:
                         yield answer
                     return
@@ -108,10 +109,10 @@ class Upstreams:
     async def _ask(
         self,
         upstream: Upstream,
-        post: Callable[[str], Awaitable[aiohttp.ClientResponse]],
+        post: Callable[[str], Awaitable[EngineAnswer]],
         *,
         is_last: bool,
-    ) -> aiohttp.ClientResponse | str:
+    ) -> EngineAnswer | str:
         """The answer, or in words why there is none and another engine is to be asked."""
         try:
             answer = await post(upstream.url)
@@ -127,7 +128,7 @@ class Upstreams:
             upstream.health.failed(f"it answered a call with {answer.status}")
             answer.close()
             return f"it answered {answer.status}"
-        self._metrics.upstream_calls.labels(upstream.url, "answer").inc()
+        self._metrics.child(self._metrics.upstream_calls, upstream.url, "answer").inc()
         return answer
 
     def _other(
@@ -147,7 +148,7 @@ class Upstreams:
 
     @contextmanager
     def _counted(self, upstream: Upstream) -> Iterator[None]:
-        gauge = self._metrics.upstream_in_flight.labels(upstream.url)
+        gauge = self._metrics.child(self._metrics.upstream_in_flight, upstream.url)
         upstream.in_flight += 1
         gauge.set(upstream.in_flight)
         try:

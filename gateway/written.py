@@ -84,6 +84,8 @@ class Written:
     ) -> web.StreamResponse:
         asked = self._asked
         turns = turns_of_answer(asked.history, asked.plan, raw, stripped.messages)
+        if asked.onward is not None:
+            asked.onward.answered(asked.call.call_id, raw, stripped.messages, stripped.pieces)
         fold = partial(
             fold_answer,
             stripped.pieces or raw,

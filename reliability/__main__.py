@@ -14,10 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import msgspec
-
 from benchmarks.report import Goal, Section, write_section
-from reliability.results import RESULTS, Kept, history, keep, kept, summed
+from reliability.results import DOCUMENT, Kept, append, history, keep, kept, summed
 from reliability.verdict import Row
 
 __all__ = ["FAULTS", "NAMES", "run_rows"]
@@ -32,8 +30,6 @@ FAULTS = {
     "stops": "Stops and restarts",
 }
 NAMES = (*FAULTS, "soak")
-
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
 
 
 def run_rows(name: str, folder: Path, *, full: bool) -> list[Row]:
@@ -93,8 +89,7 @@ def main() -> None:
         print(f"{name} took {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         missed += sum(not goal.met for goal in made.goals)
         if options.write:
-            with RESULTS.open("ab") as results:
-                results.write(msgspec.json.encode(this) + b"\n")
+            append(this)
             write_section(made, DOCUMENT)
     sys.exit(1 if missed else 0)
 

@@ -8,7 +8,6 @@ memory that any case took.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import re
 import subprocess
@@ -26,6 +25,9 @@ MAX_RSS_MB = 1024
 """Of a target's whole process, interpreter and numpy included (about 200 MB)."""
 
 MAX_INPUT_BYTES = 4096
+
+API = "api"
+"""Not atheris but schemathesis, over our own OpenAPI document."""
 
 FINDS = Path("runs") / "fuzz"
 """Inputs that were found are kept here; `--replay` runs one again."""
@@ -111,75 +113,32 @@ def _one(name: str, cases: int, seed: int, replay: Path | None) -> None:
 def main() -> int:
     """Status 1 where anything was found."""
     parser = argparse.ArgumentParser(prog="python -m reliability.fuzz", description=__doc__)
-    parser.add_argument("targets", nargs="*", help="names; all of them without any")
+    parser.add_argument("targets", nargs="*", help=f"names, also {API!r}; all of them without any")
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--examples", type=int, default=500, help="requests for each operation")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help="into docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="keep each result, in reliability.md")
     parser.add_argument("--replay", type=Path, help="run one kept input again, with --one")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         _one(given.one, given.cases, given.seed, given.replay)
         return 0
-    from benchmarks.report import Goal, Section, Table, write_section
+    from reliability import fuzz_report as report
     from reliability.fuzz_targets import TARGETS
-    from reliability.schema import examine
 
-    names = given.targets or [target.name for target in TARGETS]
-    outcomes = []
-    for name in names:
-        outcome = run(name, given.cases, seed=given.seed)
-        outcomes.append(outcome)
-        print(f"{name}: {outcome.cases:,} cases, {outcome.finds} finds", flush=True)
-        if outcome.said:
-            print(outcome.said, flush=True)
-    finds = sum(outcome.finds for outcome in outcomes)
-    api = asyncio.run(examine(given.examples))
-    print(f"api: {api.cases:,} requests, passed: {api.passed}", flush=True)
-    if not api.passed:
-        print(api.said, flush=True)
-    section = Section(
-        name="fuzz",
-        title="Fuzzing",
-        command="make fuzz",
-        how="Coverage-guided (atheris), each target in a process of its own, inputs up to "
-        f"{MAX_INPUT_BYTES} bytes, from real answers, streams and the golden segment. A crash, an "
-        f"error that is not the documented one, a broken invariant, a case over {CASE_TIMEOUT_S} s "
-        f"or a process over {MAX_RSS_MB} MB is a find.",
-        tables=[
-            Table(
-                "Readers of foreign bytes",
-                ["target", "reads", "cases", "finds", "slowest s", "peak MB", "edges"],
-                [
-                    [
-                        one.target,
-                        one.what,
-                        f"{one.cases:,}",
-                        str(one.finds),
-                        f"< {one.slowest_s + 1}",
-                        str(one.peak_rss_mb),
-                        f"{one.edges:,}",
-                    ]
-                    for one in outcomes
-                ],
-            )
-        ],
-        goals=[
-            Goal("finds", "0", str(finds), finds == 0),
-            Goal(
-                f"schemathesis over {api.operations} operations of the API with the admin key, "
-                f"{api.cases:,} requests valid and invalid, alone and in sequences",
-                "no failure",
-                "none" if api.passed else "failures",
-                api.passed,
-            ),
-        ],
-    )
-    print(section.markdown())
-    if given.write:
-        write_section(section, Path("docs") / "reliability.md")
-    return 0 if api.passed and not finds else 1
+    finds = 0
+    for name in given.targets or [*(target.name for target in TARGETS), API]:
+        if name == API:
+            kept, said = report.of_api(given.examples, seed=given.seed)
+        else:
+            kept, said = report.of_target(run(name, given.cases, seed=given.seed))
+        (row,) = kept.rows
+        finds += row.wrong
+        print(f"{name}: {row.tries:,} cases, {row.wrong} finds\n{said}".strip(), flush=True)
+        if given.write:
+            report.write(kept)
+    return 1 if finds else 0
 
 
 if __name__ == "__main__":

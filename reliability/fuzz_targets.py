@@ -8,13 +8,11 @@ a slower way to the same result.
 from __future__ import annotations
 
 import base64
-import io
 import json
-import tempfile
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import google_crc32c
@@ -32,6 +30,7 @@ from driftgate.gateway.openai import (
     Api,
     Plan,
     StreamMode,
+    Translated,
     read_request,
     rewrite,
     strip_answer,
@@ -39,11 +38,11 @@ from driftgate.gateway.openai import (
 )
 from driftgate.gateway.pieces import Pieces, take_apart
 from driftgate.gateway.prompts import read_prompt
+from driftgate.gateway.reading import translate
 from driftgate.gateway.synthesis import error_event, stream_of
 from driftgate.gateway.tape import Tape
 from driftgate.storage.codec import (
     HEADER_BYTES,
-    MARKER,
     Payload,
     parse_header,
     unpack_frame,
@@ -54,51 +53,12 @@ from driftgate.storage.records import decode_score, decode_small, decode_trace
 from driftgate.storage.segments import Entry, header_bytes, scan
 from driftgate.testing.traces import make_trace
 from driftgate.trace import Trace
+from reliability import fuzz_corpus as corpus
 
 __all__ = ["CANARY", "TARGETS", "Target"]
 
 ADAPTER = Vllm()
 LIMIT_BYTES = 1 << 20
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
-
-ANSWER: dict[str, object] = {
-    "id": "chatcmpl-1",
-    "object": "chat.completion",
-    "model": "tiny",
-    "system_fingerprint": "vllm-0.29.0-tp1-abc",
-    "choices": [
-        {
-            "index": 0,
-            "message": {"role": "assistant", "content": "hé", "tool_calls": []},
-            "logprobs": {
-                "content": [
-                    {"token": "h", "logprob": -0.5, "bytes": [104], "top_logprobs": []},
-                    {"token": "é", "logprob": -1.25, "bytes": [195, 169], "top_logprobs": []},
-                ]
-            },
-            "finish_reason": "stop",
-            "token_ids": [7, 8],
-            "routed_experts": None,
-        }
-    ],
-    "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
-    "prompt_token_ids": [1, 2, 3],
-}
-
-REQUEST: dict[str, object] = {
-    "model": "tiny",
-    "messages": [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": [{"type": "text", "text": "u"}]},
-        {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]},
-        {"role": "tool", "tool_call_id": "c", "content": "4"},
-    ],
-    "temperature": 0.7,
-    "n": 2,
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-    "stream_options": {"include_usage": True},
-    "seed": 1,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,66 +69,6 @@ class Target:
     what: str
     check: Callable[[bytes], None]
     seeds: Callable[[], Sequence[bytes]]
-
-
-def _npy(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def _routes() -> str:
-    return base64.b64encode(_npy(np.arange(16, dtype=np.uint8).reshape(4, 2, 2))).decode()
-
-
-def _answers() -> list[bytes]:
-    moe = msgspec.json.decode(msgspec.json.encode(ANSWER), type=dict[str, object])
-    moe["choices"][0]["routed_experts"] = _routes()  # type: ignore[index]
-    text = {
-        "object": "text_completion",
-        "choices": [
-            {
-                "index": 0,
-                "text": "ab",
-                "prompt_token_ids": [1, 2],
-                "token_ids": [3, 4],
-                "logprobs": {
-                    "tokens": ["a", "b"],
-                    "token_logprobs": [-1.0, -2.0],
-                    "text_offset": [0, 1],
-                    "top_logprobs": [None, None],
-                },
-                "finish_reason": "length",
-            }
-        ],
-    }
-    return [msgspec.json.encode(one) for one in (ANSWER, moe, text, {"error": {"message": "no"}})]
-
-
-def _stream() -> bytes:
-    """A stream in vLLM's usual form, with what may come between and after."""
-    rows = [{"token": "h", "logprob": -0.5, "bytes": [104], "top_logprobs": []}]
-    start: dict[str, object] = {"id": "c", "object": "chat.completion.chunk", "model": "tiny"}
-    deltas: list[dict[str, object]] = [{"content": "h"}, {"reasoning": "h"}, {"content": "h"}]
-    usual = [
-        {
-            "index": 0,
-            "delta": delta,
-            "logprobs": {"content": rows},
-            "finish_reason": None,
-            "token_ids": [7],
-        }
-        for delta in deltas
-    ]
-    chunks = [
-        start | {"prompt_token_ids": [1, 2, 3], "choices": []},
-        *(start | {"choices": [choice]} for choice in usual),
-        start | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
-        {"choices": [], "usage": ANSWER["usage"]},
-        {"driftgate": 1, "choices": [{"index": 0, "routed_experts": _routes()}]},
-    ]
-    events = [b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks]
-    return b"".join([b": ping\r\n\r\n", *events, b"data: [DONE]\n\n"])
 
 
 _ASKED: list[tuple[Api, dict[str, object], StreamMode]] = [
@@ -300,6 +200,18 @@ def request(data: bytes) -> None:
         read_prompt(bytes(fields["prompt"]))
 
 
+def translated(data: bytes) -> None:
+    """A request of another API becomes a chat request, or is refused in words."""
+    try:
+        fields = read_request(data)
+    except RequestError:
+        return
+    foreign: tuple[Translated, ...] = ("responses", "messages")
+    for api in foreign:
+        with suppress(RequestError):
+            translate(api, data, fields, [], None)
+
+
 def error_body(data: bytes) -> None:
     """Any body of an engine's error becomes one event."""
     assert error_event(data).endswith(b"\n\n")
@@ -344,8 +256,7 @@ def payload(data: bytes) -> None:
 
 
 def _decode(unpacked: Payload) -> None:
-    base = make_trace()
-    for read in (_trace, lambda one: _delta(one, base), decode_score, _small):
+    for read in (_trace, lambda one: _delta(one, BASE), decode_score, _small):
         try:
             read(unpacked)
         except FormatError:
@@ -388,84 +299,72 @@ def _mended(data: bytes) -> bytes:
     return fields + int(crc).to_bytes(4, "little") + frame
 
 
-_FOLDER = tempfile.TemporaryDirectory(prefix="driftgate-fuzz-")
+BASE = make_trace()
+"""What a delta is read against."""
+
+_FILE = os.memfd_create("driftgate-fuzz")
+_PATH = Path(f"/proc/self/fd/{_FILE}")
+"""A file in memory: emptying one on a disk takes longer than all the rest of a case."""
+
+
+def _as_file(data: bytes) -> Path:
+    os.ftruncate(_FILE, 0)
+    os.pwrite(_FILE, data, 0)
+    return _PATH
 
 
 def segment(data: bytes) -> None:
-    """A segment file with any content behind its header: damage is named, the rest is read."""
-    path = Path(_FOLDER.name) / "fuzz-1-1-000001.dgs"
-    path.write_bytes(header_bytes("fuzz", 1) + data)
+    """A segment file with any content behind its header: damage is named, the rest is read.
+
+    What a payload holds is another target's."""
     at = 0
-    for item in scan(path):
+    for item in scan(_as_file(header_bytes("fuzz", 1) + data)):
         start = item.offset if isinstance(item, Entry) else item.start
         assert start >= at
         at = item.end
         if isinstance(item, Entry):
-            try:
-                _decode(item.payload())
-            except FormatError:
-                continue
-    path.write_bytes(data)
+            with suppress(FormatError):
+                item.payload()
     try:
-        list(scan(path))
+        list(scan(_as_file(data)))
     except FormatError:
         return
 
 
-def _golden() -> bytes:
-    (path,) = sorted(GOLDEN.glob("format-v*.dgs"))[-1:]
-    return path.read_bytes()
-
-
-def _records() -> list[bytes]:
-    """The records of the golden file."""
-    data = _golden()
-    starts = [at for at in range(len(data)) if data.startswith(MARKER, at)]
-    return [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]
-
-
-def _payloads() -> list[bytes]:
-    found = []
-    for one in _records():
-        header = parse_header(one)
-        assert header is not None
-        found.append(unpack_frame(header, one[HEADER_BYTES:]))
-    return found
-
-
-def _segments() -> list[bytes]:
-    parts = _records()
-    return [b"".join(parts[:count]) for count in accumulate([1, 1, 2])]
-
-
 TARGETS: tuple[Target, ...] = (
-    Target("splitter", "SSE cut into events", splitter, lambda: [_stream()]),
-    Target("events", "SSE stripped and folded", events, lambda: [_stream()]),
-    Target("answer", "JSON answer stripped and folded", answer, _answers),
-    Target("pieces", "JSON answer taken apart", pieces, _answers),
+    Target("splitter", "SSE cut into events", splitter, lambda: [corpus.stream()]),
+    Target("events", "SSE stripped and folded", events, lambda: [corpus.stream()]),
+    Target("answer", "JSON answer stripped and folded", answer, corpus.answers),
+    Target("pieces", "JSON answer taken apart", pieces, corpus.answers),
     Target("ids", "token ids from digits", ids, lambda: [b"[1, 2,3]", b"[]", b"[2147483648]"]),
-    Target("error", "error body as an event", error_body, _answers),
+    Target("error", "error body as an event", error_body, corpus.answers),
     Target(
         "request",
         "request rewritten and placed",
         request,
         lambda: [
-            msgspec.json.encode(REQUEST),
+            msgspec.json.encode(corpus.REQUEST),
             msgspec.json.encode({"prompt": [[1, 2], [3]], "logprobs": 1}),
         ],
+    ),
+    Target(
+        "translated",
+        "request of another API",
+        translated,
+        lambda: [msgspec.json.encode(one) for one in (corpus.RESPONSES, corpus.MESSAGES)],
     ),
     Target(
         "npy",
         "routes in a .npy",
         npy,
         lambda: [
-            _npy(np.zeros((4, 2, 2), np.uint8)),
-            _routes().encode(),
+            corpus.npy(np.zeros((4, 2, 2), np.uint8)),
+            corpus.routes().encode(),
         ],
     ),
-    Target("payload", "payload of a record", payload, _payloads),
-    Target("record", "record behind a right CRC", record, _records),
-    Target("segment", "segment file", segment, _segments),
+    Target("payload", "payload of a record", payload, corpus.payloads),
+    Target("record", "record behind a right CRC", record, corpus.records),
+    Target("segment", "segment file", segment, corpus.segments),
 )
 
 

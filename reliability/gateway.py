@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 from driftgate.testing.engine import free_port, process_log, stop, wait_for_http
 
-__all__ = ["Gateway", "running", "start", "until"]
+__all__ = ["Gateway", "held_up_s", "running", "start", "until"]
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = DRAIN_TIMEOUT_S = 60.0
@@ -109,6 +109,17 @@ def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def held_up_s(*pids: int) -> float:
+    """How long threads of these processes have waited for a processor, in all: what the machine
+    takes is not the gateway's. 0 where the system does not say."""
+    waited_ns = 0
+    for pid in pids:
+        for stat in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # it has ended
+                waited_ns += int(stat.read_text().split()[1])
+    return waited_ns / 1e9
 
 
 async def until(holds: Callable[[], bool], *, timeout_s: float = START_TIMEOUT_S) -> bool:

@@ -14,9 +14,10 @@ import msgspec
 from benchmarks.report import Goal, Table, machine
 from reliability.verdict import Row
 
-__all__ = ["RESULTS", "Kept", "Result", "history", "keep", "kept", "summed"]
+__all__ = ["DOCUMENT", "Kept", "Result", "append", "history", "keep", "kept", "summed"]
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "reliability.jsonl"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+RESULTS = DOCUMENT.with_suffix(".jsonl")
 
 COLUMNS = ["fault", "runs", "tries", "agent saw (last run)", "worst", "records lost", "wrong"]
 
@@ -75,6 +76,12 @@ def keep(
         rows=[Result.of(row) for row in rows or []],
         goals=goals or [],
     )
+
+
+def append(run: Kept) -> None:
+    """To what is kept."""
+    with RESULTS.open("ab") as results:
+        results.write(msgspec.json.encode(run) + b"\n")
 
 
 def kept(table: str, path: Path = RESULTS) -> list[Kept]:

@@ -13,15 +13,19 @@ from urllib.request import urlopen
 import numpy as np
 
 from benchmarks.load import SPREAD_S, Agents, call, paced
-from benchmarks.payloads import PACED, SMALL, Episode
+from benchmarks.payloads import PACED, SMALL, Episode, Shape
 from benchmarks.report import Goal, Section, Table
-from benchmarks.stage import Cores, Stage, pinned, resident_bytes
+from benchmarks.stage import Cores, Stage, cpu_seconds, pinned, resident_bytes
 from benchmarks.targets import Gateway, start_gateway, start_standin
+from driftgate.storage import Reader
 
 __all__ = ["run"]
 
 STREAMS, EVENTS_A_SECOND = 1000, 20
-SAMPLE_S = 2.0
+GATEWAYS = 2
+"""Processes on one store, each with its share of the streams: one Python process has one core."""
+
+SAMPLE_S = 1.0
 LEAK_ROUND = 200
 CONNECTIONS = 16
 WARM_S = SPREAD_S + PACED.steps * PACED.response / EVENTS_A_SECOND
@@ -32,18 +36,40 @@ RSS_GROWTH = 1.10
 """From then to the end."""
 
 RSS_AT_S = (0, 60, 120, 240, 600)
-SETTLE_S = 5.0
+COLUMNS = ["way", "answers", "events", "failed", "p50 ms", "p99 ms", "cores"]
+SETTLED_S = 120.0
+"""For what is queued at the end."""
+
+SETTLE_S = 4.0
 """Idle connections to the engine are closed after three."""
 
 BUCKET_US = 100
 BUCKETS = 600_000
 
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a run."""
+
+    seconds: float
+    """Of streams through the gateways."""
+    leak_calls: int
+    direct_s: float = 20.0
+    streams: int = STREAMS
+    shape: Shape = PACED
+    spread_s: float = SPREAD_S
+
+
+FULL = Size(seconds=600.0, leak_calls=20_000)
+SHORT = Size(seconds=20.0, leak_calls=2_000)
+
 HOW = f"""\
-One `driftgate serve` on a core of its own, capture on, group commit; a stand-in for the engine and
-the load share the rest. {STREAMS:,} streams at once with {EVENTS_A_SECOND} events a second each,
-one answer of 250 events after the other, in trajectories of 8. Memory is judged after
-{WARM_S:.0f} s, when every stream has been through a trajectory, in runs of twice that. *Added* is
-against the same load sent to the stand-in directly. Loop lag is the gateway's own
+{GATEWAYS} `driftgate serve` on one store, capture on, group commit; a stand-in for the engine and
+the load beside them, none pinned. {STREAMS:,} streams at once with {EVENTS_A_SECOND} events a
+second each, one answer of {PACED.response} events after the other, in trajectories of
+{PACED.steps}. Memory is judged after {WARM_S:.0f} s, when every stream has been through a
+trajectory, in runs of twice that. *Added* is against the same load sent to the stand-in directly.
+Cores is the processor's time of each. Loop lag is the gateways' own
 `driftgate_loop_lag_seconds`. The leak test makes small calls and looks, when all is stored and
 idle, at resident memory, file descriptors and tasks."""
 
@@ -52,16 +78,16 @@ idle, at resident memory, file descriptors and tasks."""
 class Delays:
     """A histogram of ages, so that hours of events fit."""
 
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]] = field(
-        default_factory=lambda: np.zeros(BUCKETS, np.int64)
-    )
+    counts: list[int] = field(default_factory=lambda: [0] * BUCKETS)
 
-    def take(self, seen: list[int]) -> None:
-        """Empty ``seen``, which another thread appends to."""
-        count = len(seen)
-        ages = np.array(seen[:count]) // BUCKET_US
-        del seen[:count]
-        np.add.at(self.counts, np.minimum(ages, BUCKETS - 1).astype(np.int64), 1)
+    def append(self, late_us: int) -> None:
+        """One event."""
+        self.counts[min(late_us // BUCKET_US, BUCKETS - 1)] += 1
+
+    @property
+    def events(self) -> int:
+        """How many."""
+        return sum(self.counts)
 
     def percentile_ms(self, percent: float) -> float:
         """Upper edge of the bucket."""
@@ -71,45 +97,50 @@ class Delays:
 
 
 @dataclass(slots=True)
-class Sampled:
-    """What a thread beside the load reads."""
+class Load:
+    """The streams, on a thread, and what was seen meanwhile."""
 
+    size: Size
     delays: Delays = field(default_factory=Delays)
     resident: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds since the start, bytes."""
+    """Seconds since the start, bytes of all gateways."""
+    cores: dict[str, float] = field(default_factory=dict)
+    """Processor time of each process over the time of the run."""
     answered: int = 0
     failure: str = ""
 
-
-def streams(url: str, pid: int | None, seconds: float, cores: Cores) -> Sampled:
-    """The load, sampled."""
-    agents, sampled, seen = Agents(Episode(PACED), stream=True), Sampled(), list[int]()
-
-    def load() -> None:
+    def send(self, urls: list[str], seconds: float) -> None:
+        """On the thread."""
+        agents, before = Agents(Episode(self.size.shape), stream=True), time.thread_time()
+        started = time.monotonic()
         try:
-            sampled.answered = paced(
+            self.answered = paced(
                 agents,
-                url,
-                STREAMS,
+                urls,
+                self.size.streams,
                 pace_ms=1000 / EVENTS_A_SECOND,
                 seconds=seconds,
-                seen=seen,
+                seen=self.delays,
+                spread_s=self.size.spread_s,
             )
         except (ConnectionError, TimeoutError) as error:
-            sampled.failure = str(error)[:200] or type(error).__name__
+            self.failure = str(error)[:200] or type(error).__name__
+        self.cores["load"] = (time.thread_time() - before) / (time.monotonic() - started)
 
-    started = time.monotonic()
-    if pid is not None:
-        sampled.resident.append((0.0, resident_bytes(pid)))
-    with pinned(cores.rest):
-        thread = threading.Thread(target=load)
+    def run(self, urls: list[str], pids: dict[str, int], seconds: float) -> None:
+        """Send, and look at the processes."""
+        gateways = [pid for name, pid in pids.items() if name != "engine"]
+        thread = threading.Thread(target=self.send, args=(urls, seconds))
+        before, started = {name: cpu_seconds(pid) for name, pid in pids.items()}, time.monotonic()
         thread.start()
         while thread.is_alive():
+            if gateways:
+                age_s = time.monotonic() - started
+                self.resident.append((age_s, sum(map(resident_bytes, gateways))))
             thread.join(SAMPLE_S)
-            sampled.delays.take(seen)
-            if pid is not None:
-                sampled.resident.append((time.monotonic() - started, resident_bytes(pid)))
-    return sampled
+        took_s = time.monotonic() - started
+        for name, pid in pids.items():
+            self.cores[name] = (cpu_seconds(pid) - before[name]) / took_s
 
 
 def metrics(gateway: Gateway) -> str:
@@ -130,6 +161,19 @@ def number(text: str, name: str) -> int:
     found = re.search(rf"^{name} (\S+)$", text, re.M)
     assert found is not None, name
     return int(float(found.group(1)))
+
+
+def unrecorded(gateways: list[Gateway], answered: int) -> int:
+    """Answers without a whole trace, once nothing waits for storage."""
+    deadline = time.monotonic() + SETTLED_S
+    while any(number(metrics(one), "driftgate_store_queued_records") for one in gateways):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(SAMPLE_S / 10)
+    reader = Reader(gateways[0].store)
+    counts = reader.counts()
+    reader.close()
+    return max(answered - counts.traces, counts.trajectories - counts.complete)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +214,12 @@ def at(resident: list[tuple[float, int]], seconds: float) -> int | None:
     return next((size for when, size in resident if when >= seconds), None)
 
 
-def memory(resident: list[tuple[float, int]]) -> tuple[list[str], list[list[str]]]:
+def memory(resident: list[tuple[float, int]], streams: int) -> tuple[list[str], list[list[str]]]:
     """Columns and the row of the table: at some moments, and what a stream costs."""
     found = {f"{when} s": at(resident, when) for when in RSS_AT_S}
-    sizes = [size for size in found.values() if size is not None]
     most = max(size for _, size in resident)
     cells = ["" if size is None else f"{size / 1e6:.0f}" for size in found.values()]
-    each_kb = (most - sizes[0]) / STREAMS / 1e3
+    each_kb = (most - resident[0][1]) / streams / 1e3
     return [*found, "most", "kB a stream"], [[*cells, f"{most / 1e6:.0f}", f"{each_kb:.0f}"]]
 
 
@@ -190,26 +233,37 @@ def flat(resident: list[tuple[float, int]]) -> list[Goal]:
     return [Goal(what, wanted, f"{growth:.2f}", growth <= RSS_GROWTH)]
 
 
+def row(way: str, load: Load) -> list[str]:
+    """Of the table of streams."""
+    late = [f"{load.delays.percentile_ms(p):.1f}" for p in (50, 99)]
+    busy = ", ".join(f"{name} {cores:.2f}" for name, cores in sorted(load.cores.items()))
+    return [way, f"{load.answered:,}", f"{load.delays.events:,}", load.failure or "0", *late, busy]
+
+
 def run(folder: Path, *, full: bool) -> Section:
-    """Directly, through the gateway, then the leak test."""
-    cores, seconds = Cores.here(), 600.0 if full else 20.0
-    pace_ms = 1000 / EVENTS_A_SECOND
+    """As long as the document says, or a minute."""
+    return measure(folder, FULL if full else SHORT)
+
+
+def measure(folder: Path, size: Size) -> Section:
+    """Directly, through the gateways, then the leak test."""
+    everywhere = os.sched_getaffinity(0)
+    cores = Cores(everywhere, everywhere)
     (folder / "streams").mkdir()
     (folder / "leaks").mkdir()
+    direct, ours = Load(size), Load(size)
     with Stage(folder / "streams") as stage:
-        upstream = start_standin(stage, PACED, cores, pace_ms=pace_ms)
-        direct = streams(upstream, None, 20.0, cores)
-        gateway = start_gateway(stage, upstream, cores)
-        ours = streams(gateway.url, stage.pid("driftgate"), seconds, cores)
-        gateway.answered = ours.answered
-        gateway.drain()
-        lag_ms = lag_p99_ms(metrics(gateway))
-    first, last = leaks(folder / "leaks", cores, 20_000 if full else 2_000)
-    rows = [
-        [name, f"{one.answered:,}", f"{int(one.delays.counts.sum()):,}", one.failure or "0"]
-        + [f"{one.delays.percentile_ms(p):.1f}" for p in (50, 99)]
-        for name, one in (("direct", direct), ("driftgate", ours))
-    ]
+        upstream = start_standin(stage, size.shape, cores, pace_ms=1000 / EVENTS_A_SECOND)
+        pids = {"engine": stage.pid("standin")}
+        direct.run([upstream], pids, size.direct_s)
+        names = [f"gateway {number}" for number in range(GATEWAYS)]
+        gateways = [start_gateway(stage, upstream, cores, name=name) for name in names]
+        pids |= {name: stage.pid(name) for name in names}
+        ours.run([gateway.url for gateway in gateways], pids, size.seconds)
+        lost = unrecorded(gateways, ours.answered)
+        lag_ms = max(lag_p99_ms(metrics(gateway)) for gateway in gateways)
+    held = memory(ours.resident, size.streams)
+    first, last = leaks(folder / "leaks", Cores.here(), size.leak_calls)
     added_ms = ours.delays.percentile_ms(99) - direct.delays.percentile_ms(99)
     after = [
         [f"{one.calls:,}", f"{one.resident / 1e6:.0f}", str(one.files), str(one.tasks)]
@@ -220,13 +274,13 @@ def run(folder: Path, *, full: bool) -> Section:
         title="Load",
         how=HOW,
         tables=[
-            Table("Streams", ["way", "answers", "events", "failed", "p50 ms", "p99 ms"], rows),
-            Table("Resident MB of the gateway under streams", *memory(ours.resident)),
+            Table("Streams", COLUMNS, [row("direct", direct), row("driftgate", ours)]),
+            Table("Resident MB of the gateways under streams", *held),
             Table("Left behind", ["calls", "resident MB", "files", "tasks"], after),
         ],
         goals=[
             Goal("failed streams", "0", ours.failure or "0", not ours.failure),
-            Goal("answers without a trace", "0", str(gateway.lost), gateway.lost == 0),
+            Goal("answers without a trace", "0", str(lost), lost == 0),
             *flat(ours.resident),
             Goal(
                 "files and tasks left",
@@ -234,10 +288,13 @@ def run(folder: Path, *, full: bool) -> Section:
                 f"{last.files - first.files}, {last.tasks - first.tasks}",
                 last.files <= first.files and last.tasks <= first.tasks,
             ),
+            reported("p99 added delay of an event", f"{added_ms:+.1f} ms"),
+            reported("p99 loop lag", f"at most {lag_ms:.0f} ms"),
         ],
-        notes=[
-            f"Added delay of an event: p99 {added_ms:+.1f} ms.",
-            f"Loop lag: p99 at most {lag_ms:.0f} ms.",
-            f"Streams for {seconds:.0f} s through the gateway, 20 s directly.",
-        ],
+        notes=[f"Streams for {size.seconds:.0f} s, directly for {size.direct_s:.0f} s."],
     )
+
+
+def reported(what: str, measured: str) -> Goal:
+    """A figure without a goal, which the list of runs has as well."""
+    return Goal(what, "to be known", measured, met=True)

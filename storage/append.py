@@ -43,6 +43,8 @@ class Submission:
     size_bytes: int
     """Memory, as its submitter says."""
     future: Future[None]
+    handed_over: Callable[[], None] | None = None
+    """Called on the writing thread when the operating system has all that could be written."""
     records: Sequence[Record] = ()
     """What ``make`` gave; kept until they are durable, for a second try."""
     error: Exception | None = None

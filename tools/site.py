@@ -50,6 +50,7 @@ NAV: dict[str, dict[str, str]] = {
         "Set up vLLM": "howto/vllm.md",
         "Several engines": "howto/engines.md",
         "Connect your agent": "howto/agent.md",
+        "Clients that were run": "clients.md",
         "Put a trainer beside it": "trainer.md",
         "Run it in Docker": "howto/docker.md",
         "Watch it": "howto/watching.md",

@@ -46,6 +46,10 @@ def serve(
         Literal["auto", "plugin", "synthesise", "off"] | None,
         typer.Option(help="How routed experts of streamed answers are got."),
     ] = None,
+    continuation: Annotated[
+        Literal["rendered", "exact"] | None,
+        typer.Option(help="exact: prompts keep the ids that were sampled for earlier answers."),
+    ] = None,
     logprobs_mode: Annotated[
         str | None, typer.Option(help="The engine's logprobs mode, e.g. raw_logprobs.")
     ] = None,
@@ -85,6 +89,7 @@ def serve(
         "durability": durability,
         "on_capture_failure": on_capture_failure,
         "streaming_routes": streaming_routes,
+        "continuation": continuation,
         "logprobs_mode": logprobs_mode,
         "weight_version": weight_version,
         "log_format": log_format,

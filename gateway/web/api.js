@@ -54,6 +54,7 @@ export async function save(path) {
 
 export const paths = {
   pair: (a, b) => `/api/cells/pair?${new URLSearchParams({ a, b })}`,
+  load: (c) => `/api/cells/load?${new URLSearchParams({ cell: [c.engine_digest, c.trainer_digest, c.model].join("/") })}`,
   overview: "/api/overview",
   cells: "/api/cells",
   glossary: "/api/glossary",

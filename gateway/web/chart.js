@@ -7,7 +7,7 @@ import { round } from "./format.js";
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** Redraws when the colour scheme changes. */
-function useTheme() {
+export function useTheme() {
   const [theme, set] = useState(document.documentElement.dataset.theme);
   useEffect(() => {
     const changed = () => set(document.documentElement.dataset.theme);

@@ -3,7 +3,7 @@ import { html, useEffect, useRef, useState } from "./html.js";
 import { readKey, save } from "./api.js";
 import { report } from "./report.js";
 import { band, BAND_WORDS } from "./scale.js";
-import { clock, count, date, num, signed, visible } from "./format.js";
+import { clock, count, date, num, plural, signed, visible } from "./format.js";
 
 export const routeTo = {
   overview: () => "#/",
@@ -118,6 +118,21 @@ export function Verdict({ verdict, short }) {
   return html`<span class=${`verdict ${verdict}`} title=${word}
     ><span aria-hidden="true">${sign} </span><span class=${short ? "sr" : ""}>${word}</span></span
   >`;
+}
+
+/** How sure a cell's value is, and how much stands behind it. */
+export function Basis({ cell, metric }) {
+  const interval = cell.verdict === "no" ? null : cell.intervals[metric];
+  const wide = interval ? `95 % ${num(interval.low)} … ${num(interval.high)}` : "no interval";
+  return html`${wide} · ${count(cell.n_tokens)} tokens, ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? html` <abbr title="fewer than 30 trajectories: intervals come out too narrow">(few)</abbr>` : ""}`;
+}
+
+/** How many weight versions lie between sampling and scoring, in words; nothing of a noise floor. */
+export function lagWords(cell) {
+  const labels = cell.kind === "drift" ? cell.by_lag.map((part) => part.label) : [];
+  if (!labels.length) return "";
+  if (labels.length > 1) return `weights ${labels.join(", ")} versions apart`;
+  return { 0: "same weights", 1: "weights 1 version apart", unknown: "weight lag not known", differs: "other weights" }[labels[0]] ?? `weights ${labels[0]} versions apart`;
 }
 
 /** Scores are still to come: the numbers may change. */

@@ -42,6 +42,19 @@ export const RATE_STEPS = [0.005, 0.02, 0.05, 0.1, 0.2, 0.4];
 
 const stepUp = (value, steps) => steps.filter((limit) => value >= limit).length;
 
+/** Steps of an expert's load, as multiples of an even spread. */
+export const LOAD_STEPS = [0.25, 0.5, 1, 1.5, 2, 4];
+const SHIFT_STEPS = [0.01, 0.02, 0.05, 0.1, 0.3, 1];
+
+export const loadClass = (value) => (value == null ? "none" : `q${stepUp(value, LOAD_STEPS)}`);
+export const shiftClass = (value) => {
+  const step = value == null ? 0 : stepUp(Math.abs(value), SHIFT_STEPS);
+  return step ? `${value < 0 ? "n" : "p"}${step}` : "q0";
+};
+
+/** The colour behind a class, for what is drawn on a canvas. */
+export const cssOf = (cls) => getComputedStyle(document.documentElement).getPropertyValue(`--${cls === "q0" || cls === "none" ? "hover" : cls}`).trim();
+
 export const rateClass = (value) => (value == null ? "q-none" : `q${stepUp(value, RATE_STEPS)}`);
 
 /** What a token can be coloured by: its value, its class, its legend. */

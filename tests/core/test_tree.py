@@ -25,6 +25,7 @@ START = [SYSTEM, user("Help me.")]
 PLAN = "First look at the files, then say what is wrong with them and why."
 TASK = "Read every file in the folder and tell me which of them is empty."
 SPAWN = '<tool_call>\n{"name": "agent", "arguments": {"prompt": "' + TASK + '"}}\n</tool_call>'
+TRANSFER = '<tool_call>\n{"name": "transfer_to_writer", "arguments": {}}\n</tool_call>'
 
 MAIN: dict[str, Any] = {"agent": agent("main")}
 
@@ -289,3 +290,18 @@ def test_samples_and_tree_agree_on_lines(run: Run) -> None:
     pairs = [(t.prompt_ids, t.response_ids) for t in run.traces]
     assert len(lines([(p, r) for p, r in pairs if p is not None and r is not None])) == 1
     assert run.tree().tokens.lines == 1
+
+
+def test_a_handoff_to_an_agent_with_its_own_system_message(run: Run) -> None:
+    called = run.ask(START, TRANSFER)
+    history = [called, tool("{}")]
+    run.ask([{"role": "system", "content": "You write."}, START[1], *history], PLAN)
+    assert place(run.last()) == ("handoff", None, "c0.0", "messages")
+    run.ask([*START, *history, parsed(PLAN), user("Go on.")], "Done.")
+    assert place(run.last()) == ("extension", "c0.0", "c0.0", "tokens")
+
+
+def test_an_edited_history_after_a_transfer_is_no_handoff(run: Run) -> None:
+    called = run.ask(START, TRANSFER)
+    run.ask([START[0], user("Help us."), called, tool("{}")], PLAN)
+    assert run.last().kind == "broken"

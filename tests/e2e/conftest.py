@@ -26,6 +26,7 @@ from driftgate.testing.engine import (
     wait_for_http,
 )
 from driftgate.trace import Trainer
+from tests.e2e.collector import Collector, collecting
 from tests.e2e.rollouts import roll_out
 from tests.e2e.support import Dtype, Scored, reference, teach
 
@@ -37,7 +38,14 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "dense": ("--dtype", "float32"),
     "moe": (),
     "processed": ("--dtype", "float32", "--logprobs-mode", "processed_logprobs"),
+    "thinking": ("--reasoning-parser", "qwen3"),
 }
+EXTRA = ("processed", "thinking")
+"""Engines that few tests need."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write", action="store_true", help="put the tables of clients into the docs")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,24 +66,33 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Gets the spans of the thinking engine."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
 def launched(
     request: pytest.FixtureRequest,
     checkpoints: dict[str, Path],
+    collector: Collector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, EngineProcess]]:
     """Every engine that some test of this session asks for, perhaps not ready yet."""
     logs = tmp_path_factory.mktemp("engines")
     asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     running: dict[str, EngineProcess] = {}
+    traced = {"thinking": ("--otlp-traces-endpoint", f"{collector.url}/v1/traces")}
     try:
-        for name in ("dense", "moe", *(["processed"] if "processed_engine" in asked else [])):
-            model = "moe" if name == "moe" else "dense"
+        for name in (*DTYPES, *(name for name in EXTRA if f"{name}_engine" in asked)):
+            model = "moe" if name in ("moe", "thinking") else "dense"
             running[name] = launch_vllm(
                 checkpoints[model],
                 name=model,
                 log=logs / f"{name}.log",
-                routes=name == "moe",
-                extra=FLAGS[name],
+                routes=model == "moe",
+                extra=FLAGS[name] + traced.get(name, ()),
             )
         yield running
     finally:
@@ -100,6 +117,12 @@ def engines(launched: dict[str, EngineProcess]) -> dict[str, EngineProcess]:
 def processed_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
     """The dense model again, by an engine whose logprobs are taken after the temperature."""
     return ready(launched["processed"])
+
+
+@pytest.fixture(scope="session")
+def thinking_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
+    """The MoE by an engine that gives reasoning in a field of its own."""
+    return ready(launched["thinking"])
 
 
 @pytest.fixture(scope="session")

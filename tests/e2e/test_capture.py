@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from driftgate.testing.engine import EngineProcess
+from driftgate.tops import alternatives
 from driftgate.trace import Trace
 from tests.e2e.support import Proxied, ask, proxy, without_identity
 
@@ -183,6 +184,11 @@ async def test_the_agent_gets_the_engines_own_answer(
     for trace in proxied.traces("agent"):
         assert trace.meta.missing == []
         assert trace.logprobs is not None
+        likely = alternatives(trace.response, tokens=trace.response_ids)
+        assert {len(row) for row in likely or ()} == {2} & {AGENTS[agent].get("top_logprobs")}
+        if likely is not None:  # the first is at least as likely as what was sampled
+            pairs = zip(likely, trace.logprobs, strict=True)
+            assert all(row[0].logprob >= value - 1e-5 for row, value in pairs)
 
 
 async def test_usage_comes_on_a_stream_only_if_asked(proxied: Proxied) -> None:

@@ -29,6 +29,7 @@ from driftgate.trace import CallOutcome, Trace
 
 VOCABULARY = ["Hel", "lo", " wor", "ld", "!", " é", "…", " 1.50", '"', "\n"]
 FIRST_ID = 1000
+END = 10
 LAYERS, TOP_K = 2, 2
 
 
@@ -70,6 +71,15 @@ class StandIn:
         """A client went away while an answer was made."""
         self.bodies: list[bytes] = []
         self.headers: list[Any] = []
+        self.takes_ids = True
+        """For the prompt of a chat call, as vLLM 0.29."""
+        self.retokenises = False
+        """Its template gives other tokens than were sampled."""
+        self.ends = False
+        """Answers end with the token that its template ends turns with."""
+        self.render_status = 200
+        self.rendered = 0
+        """How often it was asked to render only."""
         self._sampled: dict[str, list[int]] = {}
 
     @property
@@ -82,9 +92,14 @@ class StandIn:
     def render(self, messages: list[dict[str, Any]]) -> list[int]:
         ids: list[int] = []
         for message in messages:
-            text = str(message.get("content"))
-            ids += [ord(message["role"][0]), *self._sampled.get(text, list(text.encode())), 10]
+            text = str(message.get("content")) + str(message.get("tool_calls") or "")
+            known = None if self.retokenises else self._sampled.get(text)
+            ids += [ord(message["role"][0]), *(known or text.encode()), END]
         return [*ids, ord("a")]
+
+    def prompt(self, body: dict[str, Any]) -> list[int]:
+        given: list[int] | None = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
+        return given if given and self.takes_ids else self.render(body["messages"])
 
     def sample(self, body: dict[str, Any], choice: int) -> tuple[list[int], list[str], list[float]]:
         source = random.Random(
@@ -95,6 +110,8 @@ class StandIn:
         ]
         texts = [VOCABULARY[i] for i in picked]
         ids = [FIRST_ID + i for i in picked]
+        if self.ends:
+            ids, texts, picked = [*ids, END], [*texts, ""], [*picked, END]
         self._sampled["".join(texts)] = ids
         return ids, texts, [-source.random() * 3 for _ in picked]
 
@@ -139,7 +156,7 @@ class StandIn:
         return {"id": f"call-{choice}", "type": "function", "function": function}
 
     def chat_answer(self, body: dict[str, Any]) -> bytes:
-        prompt = self.render(body["messages"])
+        prompt = self.prompt(body)
         choices, total = [], 0
         for index in range(body.get("n") or 1):
             ids, texts, values = self.sample(body, index)
@@ -172,7 +189,7 @@ class StandIn:
         return {"prompt_tokens": prompt, "total_tokens": total, "completion_tokens": completion}
 
     def chat_events(self, body: dict[str, Any]) -> list[bytes]:
-        prompt = self.render(body["messages"])
+        prompt = self.prompt(body)
         head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 7}
         head["model"] = body["model"]
         with_ids = body.get("return_token_ids")
@@ -385,6 +402,13 @@ class StandIn:
         ids = self.render(body["messages"])
         return web.json_response({"count": len(ids), "max_model_len": 4096, "tokens": ids})
 
+    async def render_only(self, request: web.Request) -> web.Response:
+        self.rendered += 1
+        if self.render_status != 200:
+            return self.error(self.render_status, "the stand-in was told so")
+        body = await request.json()
+        return web.json_response({"token_ids": self.render(body["messages"])})
+
     async def models(self, _request: web.Request) -> web.Response:
         return web.json_response(
             {
@@ -424,6 +448,7 @@ async def standing_in() -> AsyncIterator[StandIn]:
     stand_in = StandIn()
     app = web.Application()
     app.router.add_post("/v1/chat/completions", stand_in.generate)
+    app.router.add_post("/v1/chat/completions/render", stand_in.render_only)
     app.router.add_post("/v1/completions", stand_in.generate)
     app.router.add_post("/tokenize", stand_in.tokenize)
     app.router.add_get("/v1/models", stand_in.models)

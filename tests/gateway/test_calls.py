@@ -45,11 +45,19 @@ class Sink:
     def submit(self, record: Record) -> Future[None]:
         return self.submit_lazy(lambda: (record,), size_hint=0)
 
-    def submit_lazy(self, make: Callable[[], Sequence[Record]], *, size_hint: int) -> Future[None]:
+    def submit_lazy(
+        self,
+        make: Callable[[], Sequence[Record]],
+        *,
+        size_hint: int,
+        handed_over: Callable[[], None] | None = None,
+    ) -> Future[None]:
         if self.full:
             raise StorageError("write queue is full")
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # as the writer does
+        if handed_over is not None:
+            handed_over()
         if self.held is None:
             self.settle(future, make)
         else:
@@ -194,6 +202,17 @@ async def test_strict_withholds_the_end_until_the_trace_is_durable(
     assert status == 200
     assert answer.rstrip().endswith(b"}" if body is CHAT else b"[DONE]")
     assert len(sink.of(Trace)) == 2
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["json", "stream"])
+async def test_group_waits_for_no_sync(connect: Connect, body: dict[str, Any]) -> None:
+    sink = Sink()
+    agent = await connect(sink=sink)
+    sink.held = asyncio.Queue()
+    assert (await agent.send(body))[0] == 200
+    for _ in range(2):
+        sink.settle(*await sink.held.get())
+    assert [trace.meta.delivery for trace in sink.of(Trace)] == ["delivered"]
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["json", "stream"])

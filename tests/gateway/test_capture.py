@@ -18,6 +18,7 @@ from driftgate.gateway.draft import Usage
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.tape import Tape
 from driftgate.gateway.texts import text_matches
+from driftgate.tops import Alternative, alternatives
 
 PLAN = Plan(api="chat", model="m")
 PROMPT, IDS = [1, 2, 3], [7, 8]
@@ -60,6 +61,41 @@ def test_a_whole_answer_misses_nothing() -> None:
     assert sample.proof.usage_prompt == sample.proof.prompt_ids == 3
     assert sample.proof.terminal
     assert set(json.loads(sample.response)) == {"index", "message", "finish_reason"}
+
+
+ASKED = msgspec.structs.replace(PLAN, logprobs_asked=True)
+TOPS = [{"token": "a", "logprob": -0.5, "bytes": [97]}, {"token": "é", "logprob": -2.0}]
+LIKELY = [[Alternative(text="a", logprob=-0.5), Alternative(text="é", logprob=-2.0)], []]
+
+
+def test_alternatives_that_were_asked_for_are_kept() -> None:
+    rows = [row("a") | {"top_logprobs": TOPS}, row("b")]
+    sample = fold(ASKED, logprobs={"content": rows})
+    assert alternatives(sample.response, tokens=IDS) == LIKELY
+    assert alternatives(sample.response, tokens=[*IDS, 9]) is None
+    unasked = fold(PLAN, logprobs={"content": rows})
+    assert alternatives(unasked.response, tokens=IDS) is None
+    assert b"top_logprobs" not in unasked.response
+
+
+def test_alternatives_of_completions_and_streams_are_kept() -> None:
+    text = {
+        "tokens": ["a", "b"],
+        "token_logprobs": [-0.5, -1.0],
+        "top_logprobs": [{"a": -0.5, "é": -2.0}, None],
+    }
+    plan = msgspec.structs.replace(ASKED, api="completions")
+    sample = fold(plan, text="ab", logprobs=text)
+    assert alternatives(sample.response, tokens=IDS) == LIKELY
+    broken = fold(plan, text="ab", logprobs=text | {"top_logprobs": {"a": 1}})
+    assert broken.missing == []
+    tape = Tape(ASKED, limit_bytes=1 << 20)
+    for number, tops in enumerate((TOPS, [])):
+        delta = {"index": 0, "delta": {"content": "ab"[number]}, "token_ids": [IDS[number]],
+                 "logprobs": {"content": [row("ab"[number]) | {"top_logprobs": tops}]}}  # fmt: skip
+        tape.take(b"data: %b\n\n" % json.dumps({"choices": [delta]}).encode())
+    (streamed,) = fold_stream(tape, Vllm(), expect_routes=False, end="cut").samples
+    assert alternatives(streamed.response, tokens=IDS) == LIKELY
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ TABLE: list[tuple[str, str, set[str]]] = [
     ("POST", "/api/weights", {"admin"}),
     ("GET", "/api/cells", {"read", "admin"}),
     ("GET", "/api/cells/pair?a=e/t/m&b=e/t/m", {"read", "admin"}),
+    ("GET", "/api/cells/load?cell=e/t/m", {"read", "admin"}),
     ("GET", "/api/overview", {"read", "admin"}),
     ("GET", "/api/series", {"read", "admin"}),
     ("GET", "/api/glossary", {"read", "admin"}),
@@ -169,6 +170,7 @@ async def test_openapi_says_which_key_opens_what(agent: Agent) -> None:
     told = {(method, path): who for method, path, who in TABLE}
     told["GET", "/api/drift"] = told["GET", "/api/drift?trajectory=own"]
     told["GET", "/api/cells/pair"] = told["GET", "/api/cells/pair?a=e/t/m&b=e/t/m"]
+    told["GET", "/api/cells/load"] = told["GET", "/api/cells/load?cell=e/t/m"]
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             asked = path.replace("{trajectory}", "own").replace("{step}", "0")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from driftgate.adapters.vllm import Vllm
 from driftgate.gateway.capture import fold_answer
-from driftgate.gateway.digits import read_ids
+from driftgate.gateway.digits import read_all_ids, read_ids
 from driftgate.gateway.openai import Plan, strip_answer
 from driftgate.gateway.pieces import take_apart
 
@@ -118,12 +118,12 @@ def test_other_answers_are_parsed_as_a_whole(body: bytes) -> None:
     assert asked.body == encode(answer("a"))
 
 
-@given(st.lists(st.integers(0, 99_999_999), min_size=1))
-def test_ids_are_read(ids: list[int]) -> None:
-    read = read_ids(json.dumps(ids, separators=(",", ":")).encode())
+@given(st.lists(st.lists(st.integers(0, 99_999_999), min_size=1), min_size=1, max_size=3))
+def test_ids_are_read(lists: list[list[int]]) -> None:
+    read = read_all_ids(*(json.dumps(ids, separators=(",", ":")).encode() for ids in lists))
     assert read is not None
-    assert read.tolist() == ids
-    assert read.dtype == np.int32
+    assert [ids.tolist() for ids in read] == lists
+    assert {ids.dtype for ids in read} == {np.dtype(np.int32)}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,8 @@ def test_ids_are_read(ids: list[int]) -> None:
 )
 def test_other_arrays_are_left_to_the_parser(array: bytes) -> None:
     assert read_ids(array) is None
+    assert read_all_ids(b"[1,2]", array) is None
+    assert read_all_ids(array, b"[1,2]") is None
 
 
 def test_memory_of_a_large_answer_is_a_few_times_its_size() -> None:

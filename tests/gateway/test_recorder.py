@@ -13,7 +13,7 @@ import pytest
 
 from driftgate.errors import StorageError
 from driftgate.gateway import app as app_module
-from driftgate.gateway import pressure
+from driftgate.gateway import handover, pressure
 from driftgate.gateway.capture import Folded
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
@@ -39,20 +39,39 @@ class Sink:
 
     def __init__(self) -> None:
         self.stats = WriterStats()
+        self.writes = True
+        """What is submitted is with the operating system at once."""
         self.waiting: list[tuple[Future[None], Callable[[], Sequence[Record]]]] = []
+        self.unwritten: list[Callable[[], None]] = []
         self.full = False
         self.records: list[Record] = []
 
     def submit(self, record: Record) -> Future[None]:
         return self.submit_lazy(lambda: (record,), size_hint=0)
 
-    def submit_lazy(self, make: Callable[[], Sequence[Record]], *, size_hint: int) -> Future[None]:
+    def submit_lazy(
+        self,
+        make: Callable[[], Sequence[Record]],
+        *,
+        size_hint: int,
+        handed_over: Callable[[], None] | None = None,
+    ) -> Future[None]:
         if self.full:
             raise StorageError("write queue is full")
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
+        if handed_over is not None:
+            self.unwritten.append(handed_over)
+        if self.writes:
+            self.write()
         self.waiting.append((future, make))
         return future
+
+    def write(self) -> None:
+        """What was submitted is with the operating system."""
+        unwritten, self.unwritten = self.unwritten, []
+        for tell in unwritten:
+            tell()
 
     def settle(self, error: Exception | None = None) -> None:
         """As the writer does: on a thread of its own."""
@@ -237,16 +256,53 @@ async def test_an_answer_larger_than_the_queue_waits_for_an_empty_one() -> None:
     await late
 
 
-async def test_a_client_that_leaves_the_wait_leaves_no_record() -> None:
+async def test_an_end_waits_until_its_record_is_with_the_operating_system() -> None:
+    recording = Recording()
+    recording.sink.writes = False
+    plan = Plan(api="chat", model="tiny")
+    recorded = recording.recorder.close(call("a"), plan, answer(broken))
+    ending = asyncio.create_task(recording.recorder.closed(recorded))
+    await settle_down()
+    assert not ending.done()
+    recording.sink.write()
+    await ending
+    assert recording.sink.waiting  # it is not durable yet
+
+
+async def test_no_end_waits_for_a_writer_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = Recording()
+    recording.sink.writes = False
+    plan = Plan(api="chat", model="tiny")
+
+    async def ended(name: str) -> None:
+        await recording.recorder.closed(recording.recorder.close(call(name), plan, answer(broken)))
+
+    monkeypatch.setattr(handover, "HAND_OVER_WAIT_S", 0.01)
+    await ended("a")
+    assert recording.count('driftgate_calls_held_back_total{end="gave_up"}') == 1
+    monkeypatch.setattr(handover, "HAND_OVER_WAIT_S", 1e9)
+    await ended("b")
+    recording.sink.write()  # it moves again
+    await settle_down()
+    waiting = asyncio.create_task(ended("c"))
+    await settle_down()
+    assert not waiting.done()
+    recording.sink.write()
+    await waiting
+
+
+async def test_a_client_that_leaves_the_wait_leaves_an_outcome() -> None:
     recording = Recording()
     recording.sink.stats.queued_bytes = QUEUE_BYTES
     held = asyncio.create_task(recording.recorder.open(intent("a")))
     await settle_down()
     held.cancel()
     await asyncio.gather(held, return_exceptions=True)
-    recording.sink.stats.queued_bytes = 0
-    await recording.open("b")
-    assert [r.call_id for r in recording.sink.records if isinstance(r, CallIntent)] == ["b"]
+    recording.sink.settle()
+    asked, ended = recording.sink.records
+    assert isinstance(asked, CallIntent)
+    assert isinstance(ended, CallOutcome)
+    assert (asked.call_id, ended.call_id, ended.status) == ("a", "a", "cancelled")
 
 
 async def test_a_busy_gateway_slows_down_and_loses_nothing(
@@ -265,7 +321,9 @@ async def test_a_busy_gateway_slows_down_and_loses_nothing(
     await agent.flush()
     text = agent.gateway.metrics.render().decode()
     assert 'driftgate_traces_total{status="complete"} 151.0' in text
-    assert "driftgate_capture_lost_total{" not in text
+    lost = [line for line in text.splitlines() if line.startswith("driftgate_capture_lost_total{")]
+    assert lost
+    assert all(line.endswith(" 0.0") for line in lost), lost
     assert 'driftgate_calls_held_back_total{end="released"}' in text
 
 

@@ -1,13 +1,14 @@
-"""The OpenAI SDK asks again when its connection is cut: one step, and one sample of it."""
+"""The SDKs ask again when their connection is cut: one step, and one sample of it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
 from driftgate.adapters.export_select import Selection
@@ -53,26 +54,44 @@ async def cutting(agent: Agent, after_bytes: int) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
+async def by_chat(url: str) -> None:
+    """Two turns."""
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    async with AsyncOpenAI(base_url=f"{url}/t/run/v1", api_key="none", max_retries=2) as client:
+        for _ in range(2):
+            answer = await client.chat.completions.create(model="tiny", messages=messages)
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+            messages.append({"role": "user", "content": "go on"})
+
+
+async def by_responses(url: str) -> None:
+    """The same."""
+    items: list[Any] = [{"role": "user", "content": "hi"}]
+    async with AsyncOpenAI(base_url=f"{url}/t/run/v1", api_key="none", max_retries=2) as client:
+        for _ in range(2):
+            answer = await client.responses.create(model="tiny", input=items)
+            items.append({"role": "assistant", "content": answer.output_text})
+            items.append({"role": "user", "content": "go on"})
+
+
+async def by_messages(url: str) -> None:
+    """The same."""
+    turns: list[Any] = [{"role": "user", "content": "hi"}]
+    async with AsyncAnthropic(base_url=f"{url}/t/run", api_key="none", max_retries=2) as client:
+        for _ in range(2):
+            answer = await client.messages.create(model="tiny", max_tokens=9, messages=turns)
+            turns.append({"role": "assistant", "content": answer.content})
+            turns.append({"role": "user", "content": "go on"})
+
+
 @pytest.mark.parametrize("after_bytes", [0, PART])
+@pytest.mark.parametrize("converse", [by_chat, by_responses, by_messages])
 async def test_an_answer_that_was_lost_on_the_way_is_no_sample(
-    agent: Agent, after_bytes: int
+    agent: Agent, after_bytes: int, converse: Callable[[str], Awaitable[None]]
 ) -> None:
     await agent.gateway.upstreams.ready()
     async with cutting(agent, after_bytes) as url:
-        client = AsyncOpenAI(base_url=f"{url}/t/run/v1", api_key="none", max_retries=2)
-        async with client:
-            answer = await client.chat.completions.create(
-                model="tiny", messages=[{"role": "user", "content": "hi"}]
-            )
-            said = answer.choices[0].message.content
-            await client.chat.completions.create(
-                model="tiny",
-                messages=[
-                    {"role": "user", "content": "hi"},
-                    {"role": "assistant", "content": said},
-                    {"role": "user", "content": "go on"},
-                ],
-            )
+        await converse(url)
     lost, first, second = await agent.traces()
     assert [(t.meta.step, t.meta.retry) for t in (lost, first, second)] == [(0, 0), (0, 1), (1, 0)]
     reader = agent.gateway.reader

@@ -261,3 +261,16 @@ async def test_a_streaming_agent_is_captured_whole(
     assert (trace.meta.status, trace.meta.routes_via) == ("complete", "synthesised")
     assert trace.meta.engine.name == "sglang"
     assert trace.meta.weight_version == "41+42"
+
+
+async def test_exact_continuation_goes_the_ordinary_way(server: str, connect: Connect) -> None:
+    agent: Agent = await connect(upstream=server, continuation="exact")
+    said = {"role": "assistant", "content": "Hello world"}
+    for messages in (CHAT["messages"], [*CHAT["messages"], said, *CHAT["messages"]]):
+        assert (await agent.send(CHAT | {"messages": messages}, path="/t/run/v1/chat/completions"))[
+            0
+        ] == 200
+    _, second = await agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+    assert second.meta.continuation.reason == "sglang: its chat completions take no token ids"

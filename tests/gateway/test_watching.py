@@ -15,7 +15,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from driftgate.bands import BANDS
+from driftgate.bands import BANDS, MOE_FP8_SLACK
 from driftgate.codes import CODES, reason
 from driftgate.errors import StorageError
 from driftgate.gateway.answers import Answers
@@ -81,8 +81,8 @@ def grouping(expression: str) -> set[str]:
     return labels
 
 
-def judged() -> list[Trace | Score]:
-    """A run with experts, its scores far off, each with a reason."""
+def judged(noise: float = 0.5) -> list[Trace | Score]:
+    """A run with experts, its scores off by ``noise`` nats, each with a reason."""
     scores = []
     for number, trace in enumerate(traces := list(make_trajectory(steps=3, experts=8))):
         assert trace.routes is not None
@@ -91,7 +91,7 @@ def judged() -> list[Trace | Score]:
         scores.append(
             make_score(
                 trace,
-                noise=0.5,
+                noise=noise,
                 seed=number,
                 router=RouterBucket.of(mine, np.roll(mine, 1, axis=0)),
                 comparable=Comparable(
@@ -193,6 +193,32 @@ def test_the_numbers_are_the_apis_own_and_reading_is_rationed(tmp_path: Path) ->
     assert any(family is before for family in metrics.collect())  # 19 s later: the same
     assert not any(family is before for family in metrics.collect())  # 21 s later: read anew
     reader.close()
+
+
+def test_the_band_of_a_mixture_of_experts_is_the_dashboards(tmp_path: Path) -> None:
+    write_store(tmp_path, judged(noise=0.17))
+    reader = Reader(tmp_path)
+    families = {family.name: family for family in DriftMetrics(Answers(reader)).collect()}
+    reader.close()
+    name = "kl_k3_rollout_train"
+    drift, colour = (
+        {s.labels["metric"]: s.value for s in families[family].samples}[name]
+        for family in ("driftgate_drift", "driftgate_drift_band")
+    )
+    assert BANDS[name].red <= drift < BANDS[name].red * MOE_FP8_SLACK
+    assert colour == 1
+
+
+async def test_what_is_counted_by_kind_stands_at_0_before_its_first_event(
+    connect: Callable[..., Any],
+) -> None:
+    _, text = await _scrape(await connect())
+    for sample in (
+        'driftgate_capture_lost_total{record="trace"}',
+        'driftgate_traces_total{status="partial"}',
+        'driftgate_calls_held_back_total{end="gave_up"}',
+    ):
+        assert f"{sample} 0.0\n" in text
 
 
 def test_a_store_that_cannot_be_read_gives_no_old_numbers(

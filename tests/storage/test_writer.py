@@ -136,6 +136,22 @@ def test_a_lazy_submission_that_raises_fails_alone(writer: Writer, reader: Reade
     assert (writer.stats.failed_records, reader.counts().traces) == (1, 1)
 
 
+def test_it_tells_when_a_kill_would_lose_nothing_more(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    told, failed = threading.Event(), threading.Event()
+    writer.submit_lazy(lambda: [make_trace()], size_hint=1, handed_over=told.set)
+    writer.submit_lazy(_fails, size_hint=1, handed_over=failed.set)
+    assert told.wait(WAIT_S)
+    (path,) = segment_paths(tmp_path)
+    assert len(list(read_segment(path))) == 1
+    assert failed.wait(WAIT_S)
+    writer.close()
+
+
+def _fails() -> list[Record]:
+    raise ValueError("routes of another shape")
+
+
 def test_a_record_that_cannot_be_encoded_fails_alone(writer: Writer, reader: Reader) -> None:
     trace = make_trace()
     nan = Reward(trajectory="t1", value=float("nan"), given_ns=0)

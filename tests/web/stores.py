@@ -12,7 +12,7 @@ import numpy as np
 from driftgate.router import RouterBucket
 from driftgate.storage import Record
 from driftgate.testing.traces import ENGINE, TRAINER, make_intent, make_score, make_trajectory
-from driftgate.trace import Comparable, Reason, Reward, Score, Trace
+from driftgate.trace import Comparable, Reason, Reward, Score, Trace, WeightSpan
 
 DENSE_ENGINE = msgspec.structs.replace(ENGINE, model="tiny-dense")
 DENSE_TRAINER = msgspec.structs.replace(TRAINER, model="tiny-dense", checkpoint="decade")
@@ -61,7 +61,8 @@ def page_records() -> Iterator[Record]:
     for n in range(4):
         for trace in make_trajectory(f"moe-{n}", steps=4, response=40):
             yield from called(trace)
-            yield routed_score(trace, flips=3 + n, seed=n, noise=0.02 * (n + 1))
+            lag = {"weight_version": "step-1", "trainer_weight_version": f"step-{1 + n // 2}"}
+            yield routed_score(trace, flips=3 + n, seed=n, noise=0.02 * (n + 1), **lag)
     dense = {"model": "tiny-dense", "engine": DENSE_ENGINE, "routed": False}
     for n in range(3):
         for trace in make_trajectory(f"dense-{n}", steps=3, response=40, **dense):
@@ -83,12 +84,26 @@ def page_records() -> Iterator[Record]:
         yield from called(again)
         yield routed_score(again, flips=2, seed=7, noise=0.03)
     yield Reward(trajectory="moe-0", value=0.5, source="verifier", given_ns=1)
+    asked = likely()
+    yield from called(asked)
+    yield make_score(asked, noise=0.01)
     gap = list(make_trajectory("gap", steps=2, missing=["routed_experts: not asked for"]))
     yield from called(gap[0])
     yield make_intent(gap[1])
     (long,) = make_trajectory("long", steps=1, response=LONG_TOKENS, **dense)
     yield from called(long)
     yield make_score(long, noise=0.01, trainer=DENSE_TRAINER)
+
+
+def likely() -> Trace:
+    """An answer whose agent asked for alternatives, and whose weights changed at its 30th token."""
+    (trace,) = make_trajectory("likely", steps=1, response=40)
+    tops = [{"token": "<script>", "logprob": -0.5}, {"token": "\n", "logprob": -2.0}]
+    rows = {"content": [{"top_logprobs": tops}] * 40}
+    spans = [WeightSpan(0, "step-8"), WeightSpan(30, "step-9")]
+    meta = msgspec.structs.replace(trace.meta, weight_spans=spans, weight_version="step-8+step-9")
+    response = msgspec.json.encode(msgspec.json.decode(trace.response) | {"logprobs": rows})
+    return dataclasses.replace(trace, meta=meta, response=response)
 
 
 def called(trace: Trace) -> Iterator[Record]:

@@ -91,11 +91,71 @@ def test_the_list_leads_to_the_worst_token_in_three_clicks(make_page: MakePage) 
     assert page.evaluate("clicks") == 3
 
 
+def test_the_worst_token_is_reached_by_keyboard_alone(make_page: MakePage, url: str) -> None:
+    worst = httpx.get(f"{url}/api/overview").json()["worst"][0]
+    page = make_page().open()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('a.token-link')"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_be_focused()
+    chosen = page.locator("[role=option][aria-selected=true]")
+    expect(chosen).to_have_attribute("data-i", str(worst["worst"]["token_index"]))
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('[role=listbox]')"):
+            break
+    page.keyboard.press("n")  # the second by size of D
+    expect(chosen).not_to_have_attribute("data-i", str(worst["worst"]["token_index"]))
+    expect(page.get_by_role("complementary", name="Token")).to_contain_text("p trainer")
+
+
+def test_the_json_stands_beside_every_table_and_chart(make_page: MakePage, url: str) -> None:
+    watched = make_page()
+    watched.open()
+    for view in (*VIEWS, f"cell/{cell_of(url)}"):
+        page = watched.go(view)
+        alone = page.evaluate(
+            """() => document.querySelector('.title .raw') ? [] :
+              [...document.querySelectorAll('main section')]
+                .filter(s => s.querySelector('table, canvas') && !s.querySelector('.raw'))
+                .map(s => s.getAttribute('aria-labelledby'))"""
+        )
+        assert alone == [], view
+
+
+def test_expert_load_is_shown_by_layer_and_expert(make_page: MakePage) -> None:
+    page = make_page().open("matrix")
+    section = page.get_by_role("region", name="Expert load", exact=True)
+    expect(section.get_by_role("img")).to_be_visible()
+    expect(section.get_by_role("table")).to_contain_text("busiest, engine")
+    section.get_by_role("radio", name="trainer − engine").check()
+    section.get_by_role("img").hover(position={"x": 3, "y": 3})
+    expect(section).to_contain_text(re.compile("layer 0, expert 0: engine .+ %, trainer .+ %"))
+    drawn = page.evaluate(
+        """() => { const c = document.querySelector('canvas');
+          const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+          return new Set(Array.from({length: d.length / 4}, (_, i) => d.slice(4*i, 4*i+4).join()))
+            .size; }"""
+    )
+    assert drawn > 2
+
+
+def test_a_token_shows_what_else_was_likely(make_page: MakePage) -> None:
+    page = make_page().open("t/likely?step=0&token=0")
+    facts = page.get_by_role("complementary", name="Token")
+    expect(facts.get_by_role("listitem")).to_have_text(["<script> 0.607", "↵ 0.135"])
+    expect(facts).to_contain_text("step-8")
+    page.locator("[data-i='39']").hover()
+    expect(facts).to_contain_text("step-9")
+
+
 def test_overview_says_what_is_wrong_in_words(make_page: MakePage) -> None:
     page = make_page().open()
     alarms = page.get_by_role("region", name="Alarms")
     expect(alarms).to_contain_text("Routes of tiny-shift misaligned: zero overlap")
-    expect(alarms).to_contain_text("1 of 11 trajectories have a gap")
+    expect(alarms).to_contain_text("1 of 12 trajectories have a gap")
     expect(
         page.get_by_role("img", name=re.compile("kl_k3_rollout_train of tiny-moe")).first
     ).to_be_visible()
@@ -134,6 +194,18 @@ def test_the_first_tab_skips_to_the_content(make_page: MakePage) -> None:
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
     assert page.url.endswith("#/matrix")
+
+
+def test_a_cell_is_told_apart_by_weight_lag(make_page: MakePage, url: str) -> None:
+    cells = msgspec.json.decode(httpx.get(f"{url}/api/cells").content, type=Cells).items
+    cell = next(c for c in cells if len(c.by_lag) > 1)
+    page = make_page().open(f"cell/{cell.engine_digest}/{cell.trainer_digest}/{cell.model}/drift")
+    table = page.get_by_role("region", name="By weight lag", exact=True)
+    shown = table.locator("tbody tr").evaluate_all(
+        "all => all.map(r => [r.cells[0].innerText, r.cells[4].innerText])"
+    )
+    assert shown == [[part.label, f"{part.n_tokens:,}"] for part in cell.by_lag]
+    expect(page.get_by_text(re.compile("^weights 0, 1.* versions apart$"))).to_be_visible()
 
 
 def test_a_trajectory_says_whether_to_train_on_it_and_why_not(make_page: MakePage) -> None:

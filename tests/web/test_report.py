@@ -36,7 +36,7 @@ VIEWS = (
     "compare?a=t:moe-0&b=t:moe-1",
     "glossary",
 )
-FULL = 8
+FULL = 9
 
 
 def run(folder: Path, *arguments: str | Path) -> Result:
@@ -58,7 +58,7 @@ def report(still: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Address of a report of the page's store."""
     folder = tmp_path_factory.mktemp("reports") / "of the page"
     said = written(folder, "--store", still, "--top", str(FULL))
-    assert f"{FULL} of 11 in full" in said
+    assert f"{FULL} of 12 in full" in said
     return f"{folder.as_uri()}/index.html"
 
 

@@ -4,7 +4,7 @@ import { paths, useAnswer } from "../api.js";
 import { ResponseChart } from "../chart.js";
 import { Replay } from "../replay.js";
 import { report } from "../report.js";
-import { clock, count, num, percent, plural, side, signed, visible } from "../format.js";
+import { clock, count, num, percent, plural, probability, side, signed, visible } from "../format.js";
 import { Choice, Empty, LogRatio, Raw, Reasons, Scroll, Section, Show, Verdict } from "../parts.js";
 import { missShare, MODES } from "../scale.js";
 import { byDrift, Legend, Tokens } from "../tokens.js";
@@ -68,7 +68,7 @@ function Response({ trace, name, step, path, token, onToken }) {
           <${Tokens} tokens=${tokens} mode=${mode} missed=${missed} chosen=${token} onChoose=${onToken} onHover=${setHovered} />
           <${ResponseChart} values=${values} unit=${MODES[mode].long} onPick=${onToken} label=${`${MODES[mode].long} of each of ${tokens.length} tokens; the table below has the largest`} />
         </div>
-        <${Facts} token=${shownToken} meta=${trace.meta} missed=${missed} pinned=${hovered == null} />
+        <${Facts} token=${shownToken} alternatives=${trace.alternatives?.[shownToken?.index]} meta=${trace.meta} missed=${missed} pinned=${hovered == null} />
       </div>
       <div class="two">
         <${Largest} tokens=${tokens} worst=${worst} chosen=${token} onToken=${onToken} raw=${path} />
@@ -93,7 +93,7 @@ function ScoreLine({ score }) {
 }
 
 /** Everything known of one token; spoken when it changes by keyboard. */
-function Facts({ token, meta, missed, pinned }) {
+function Facts({ token, alternatives, meta, missed, pinned }) {
   if (!token) return html`<aside class="facts" aria-label="Token"><p class="muted">Point at a token, or choose one with the arrow keys. <kbd>n</kbd> and <kbd>p</kbd> go by size of D.</p></aside>`;
   const ratio = token.log_ratio == null ? null : Math.exp(token.log_ratio);
   const p = (lp) => (lp == null ? "–" : html`${num(Math.exp(lp))} <span class="muted">log ${num(lp, 4)} nats</span>`);
@@ -103,13 +103,25 @@ function Facts({ token, meta, missed, pinned }) {
       <dt>D</dt><dd><strong><${LogRatio} value=${token.log_ratio} /></strong>${ratio != null && html` <span class="muted">ratio ×${num(ratio)}</span>`}</dd>
       <dt>p engine</dt><dd>${p(token.rollout_logprob)}</dd>
       <dt>p trainer</dt><dd>${p(token.train_logprob)}</dd>
+      ${alternatives?.length > 0 && html`<${Likeliest} of=${alternatives} sampled=${token.text} />`}
       <dt>entropy</dt><dd>${num(token.entropy)} <span class="unit">nats</span></dd>
       ${missed && html`<dt>routes</dt><dd>${percent(missed[token.index])} of experts differ</dd>`}
       <dt>place</dt><dd>${token.index} of the response, position ${count(token.position)}</dd>
       <dt>token id</dt><dd>${token.token_id ?? "left out"}</dd>
-      <dt>weights</dt><dd>${meta.weight_version ?? "unknown"}</dd>
+      <dt>weights</dt><dd>${versionOf(meta, token.index)}</dd>
     </dl>
   </aside>`;
+}
+
+/** The policy version that sampled a token: new weights may come while an answer is sampled. */
+const versionOf = (meta, index) => meta.weight_spans?.findLast((span) => span.first <= index)?.version ?? meta.weight_version ?? "unknown";
+
+const LIKELIEST = 8;
+
+/** What the engine would as soon have said; there where the agent asked for it. */
+function Likeliest({ of, sampled }) {
+  return html`<dt>engine's ${of.length === 1 ? "first" : `first ${count(Math.min(of.length, LIKELIEST))}`}</dt>
+    <dd><ol class="plain alternatives">${of.toSorted((a, b) => b.logprob - a.logprob).slice(0, LIKELIEST).map((a) => html`<li class=${a.text === sampled ? "sampled" : ""}><code>${visible(a.text)}</code> <span class="muted">${num(probability(a.logprob))}${a.text === sampled ? " sampled" : ""}</span></li>`)}</ol></dd>`;
 }
 
 function Largest({ tokens, worst, chosen, onToken, raw }) {

@@ -4,8 +4,9 @@ import { paths, useAnswer } from "../api.js";
 import { Replay } from "../replay.js";
 import { count, floorLabel, floorName, num, plural, side, sideDetail } from "../format.js";
 import {
-  Empty, InContext, LogRatio, Metric, Partial, Reasons, routeTo, Scroll, Section, Show, Title, Verdict,
+  Basis, Empty, InContext, lagWords, LogRatio, Metric, Partial, Reasons, routeTo, Scroll, Section, Show, Title, Verdict,
 } from "../parts.js";
+import { ExpertLoad } from "./load.js";
 import { Layers } from "./matrix.js";
 
 export function Cell({ parts }) {
@@ -30,12 +31,13 @@ function Whole({ cell, glossary }) {
       <p class="headline">
         <span class="big"><${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${cell.measures ?? cell.all_measures} moe=${moe} /></span>
         <${Verdict} verdict=${cell.verdict} />
-        <span>${count(cell.n_tokens)} tokens, ${plural(cell.n_seqs, "answer")}, ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? ": fewer than 30, so intervals come out too narrow" : ""}</span>
+        <span>k3, <${Basis} cell=${cell} metric="kl_k3_rollout_train" />, ${plural(cell.n_seqs, "answer")}</span>
       </p>
       <dl class="pairs">
         <dt>engine</dt><dd>${side(cell.engine)} · ${sideDetail(cell.engine, cell.engine_digest)}</dd>
         <dt>trainer</dt><dd>${side(cell.trainer)} · ${sideDetail(cell.trainer, cell.trainer_digest)}</dd>
         <dt>scored</dt><dd>${count(cell.scored)} of ${count(cell.captured)} captured${cell.partial && html` <${Partial} cell=${cell} />`}: ${count(cell.comparable.yes ?? 0)} comparable, ${count(cell.comparable.converted ?? 0)} converted, ${count(cell.comparable.no ?? 0)} not</dd>
+        ${lagWords(cell) && html`<dt>weights</dt><dd>${lagWords(cell)}</dd>`}
         ${cell.worst &&
         html`<dt>worst token</dt>
           <dd>
@@ -47,16 +49,18 @@ function Whole({ cell, glossary }) {
       </dl>
       <p><a href=${routeTo.compare(`c:${routeTo.cell(cell).slice(7)}`, null)}>Compare with another cell</a></p>
     </section>
-    <${Replay} of=${cell} raw=${paths.cells} />
     <${Why} cell=${cell} />
+    <${Metrics} cell=${cell} glossary=${glossary} moe=${moe} />
+    <${ByLag} cell=${cell} glossary=${glossary} />
+    <${Replay} of=${cell} raw=${paths.cells} />
     <${Layers} cells=${moe ? [cell] : []} />
-    <${ByPosition} cell=${cell} />
-    <${Metrics} cell=${cell} glossary=${glossary} moe=${moe} />`;
+    <${ExpertLoad} cells=${moe && cell.kind === "drift" ? [cell] : []} />
+    <${ByPosition} cell=${cell} />`;
 }
 
 function Why({ cell }) {
   if (!cell.reasons.length && !cell.findings.length) return null;
-  return html`<${Section} id="why" title="Reasons">
+  return html`<${Section} id="why" title="Reasons" raw=${paths.cells}>
     ${cell.findings.length > 0 && html`<h3>Of the scores taken together</h3><${Reasons} reasons=${cell.findings} />`}
     ${cell.reasons.length > 0 &&
     html`<${Scroll} label="Reasons of single scores">
@@ -68,10 +72,32 @@ function Why({ cell }) {
   <//>`;
 }
 
+/** One lag has nothing to be told apart from. */
+function ByLag({ cell, glossary }) {
+  if (cell.by_lag.length < 2) return null;
+  const moe = cell.router != null;
+  const value = (part, name, from = part.measures) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} moe=${moe} /></td>`;
+  return html`<${Section} id="by-lag" title="By weight lag" raw=${paths.cells}>
+    <p class="muted small">Weight versions between sampling and scoring. What grows with them is the policy's own change, no drift of the engine.</p>
+    <${Scroll} label="Drift by weight lag">
+      <table class="rows">
+        <thead><tr><th scope="col">versions apart</th><th scope="col" class="n">k3</th><th scope="col" class="n">mean |D|</th>${moe && html`<th scope="col" class="n">routes</th>`}<th scope="col" class="n">tokens</th><th scope="col" class="n">answers</th></tr></thead>
+        <tbody>
+          ${cell.by_lag.map((part) => html`<tr>
+            <th scope="row">${part.label}</th>
+            ${value(part, "kl_k3_rollout_train")}${value(part, "abs_log_ratio_mean")}${moe && value(part, "router_set_disagree_rate", part.router)}
+            <td class="n">${count(part.n_tokens)}</td><td class="n">${count(part.n_seqs)}</td>
+          </tr>`)}
+        </tbody>
+      </table>
+    <//>
+  <//>`;
+}
+
 function ByPosition({ cell }) {
   const rates = cell.router?.metrics.router_set_disagree_rate_by_position;
   if (!rates?.length) return null;
-  return html`<${Section} id="by-position" title="Route disagreement along the response">
+  return html`<${Section} id="by-position" title="Route disagreement along the response" raw=${paths.cells}>
     <${Scroll} label="Route disagreement by position in the response">
       <table class="heat">
         <thead><tr><th scope="col">tokens</th>${rates.map((_, b) => html`<th scope="col" class="n">${2 ** b - 1}–${2 ** (b + 1) - 2}</th>`)}</tr></thead>

@@ -98,18 +98,18 @@ function Spoken({ event }) {
 function Rows({ events, glossary }) {
   return html`<${Scroll} label="Scores as they come">
     <table class="rows live-rows">
-      <thead><tr><th scope="col">scored</th><th scope="col">trajectory</th><th scope="col" class="n">step</th><th scope="col">model</th><th scope="col">comparable</th><th scope="col" class="n">k3</th><th scope="col" class="n">tokens</th><th scope="col">worst token</th><th scope="col" class="n">D</th></tr></thead>
+      <thead><tr><th scope="col">scored</th><th scope="col">trajectory</th><th scope="col" class="n">step</th><th scope="col" class="n">k3</th><th scope="col">comparable</th><th scope="col">worst token</th><th scope="col" class="n">D</th><th scope="col" class="n">tokens</th><th scope="col">model</th></tr></thead>
       <tbody>
         ${events.map(({ cursor, score: s }) => html`<tr key=${cursor}>
           <td class="nowrap"><span class="mark"><${BandMark} colour=${scoreBand(glossary, s)} /></span><${Time} ns=${s.scored_ns} seconds /></td>
           <th scope="row"><a href=${routeTo.trajectory(s.trajectory, { step: s.step, choice: s.choice })}>${s.trajectory}</a></th>
           <td class="n">${s.step}${s.choice ? `.${s.choice}` : ""}</td>
-          <td>${s.model}${s.kind === "noise_floor" ? html` <span class="tag">floor</span>` : ""}</td>
-          <td title=${s.comparable.reasons.map((r) => `${r.code}: ${r.detail}`).join("\n")}><${Verdict} verdict=${s.comparable.verdict} short /> ${s.comparable.reasons[0]?.code ?? s.comparable.verdict}</td>
           <td class="n nowrap">${s.comparable.verdict === "no" ? html`<span class="muted">left out</span>` : html`<${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${s.measures} moe=${s.router != null} />`}</td>
+          <td class="nowrap" title=${s.comparable.reasons.map((r) => `${r.code}: ${r.detail}`).join("\n")}><${Verdict} verdict=${s.comparable.verdict} short /> ${s.comparable.verdict} <span class="muted">${s.comparable.reasons[0]?.code}</span></td>
+          <td class="nowrap">${s.worst && html`<a class="token-link" href=${routeTo.token(s.worst, s.trajectory)}><${InContext} worst=${s.worst} chars=${16} /></a>`}</td>
+          <td class=${s.comparable.verdict === "no" ? "n nowrap muted" : "n nowrap"}>${s.worst && html`<${LogRatio} value=${s.worst.log_ratio} />`}</td>
           <td class="n">${count(s.measures?.metrics.n_tokens ?? 0)}</td>
-          <td>${s.worst && html`<a class="token-link" href=${routeTo.token(s.worst, s.trajectory)}><${InContext} worst=${s.worst} chars=${16} /></a>`}</td>
-          <td class="n nowrap">${s.worst && html`<${LogRatio} value=${s.worst.log_ratio} />`}</td>
+          <td class="nowrap">${s.model}${s.kind === "noise_floor" ? html` <span class="tag">floor</span>` : ""}</td>
         </tr>`)}
       </tbody>
     </table>

@@ -1,9 +1,10 @@
 // Engine by trainer: the value that matters, how much stands behind it, and whether it is valid.
 import { html, useState } from "../html.js";
 import { paths, useAnswer } from "../api.js";
-import { count, floorLabel, floorName, num, plural, side, sideDetail } from "../format.js";
-import { Choice, Empty, Metric, Partial, routeTo, Scroll, Section, Show, Title, Verdict } from "../parts.js";
+import { count, floorLabel, floorName, num, plural, side } from "../format.js";
+import { Basis, Choice, Empty, lagWords, Metric, Partial, routeTo, Scroll, Section, Show, Title, Verdict } from "../parts.js";
 import { rateClass } from "../scale.js";
+import { ExpertLoad } from "./load.js";
 
 const SHOWN = [
   ["kl_k3_rollout_train", "k3", "kl_k3_rollout_train"],
@@ -30,12 +31,14 @@ export function Matrix() {
         return html`<${Section}
             id="cells"
             title="Drift"
+            raw=${paths.cells}
             aside=${html`<${Choice} label="Metric of the matrix" name="matrix-metric" value=${metric} options=${SHOWN} onChange=${setMetric} />`}
           >
             <${Meaning} glossary=${glossary.data} metric=${metric} />
             <${Grid} cells=${drift} metric=${metric} glossary=${glossary.data} />
           <//>
           <${Layers} cells=${drift.filter((c) => c.router)} />
+          <${ExpertLoad} cells=${drift.filter((c) => c.router)} />
           <${Floors} cells=${data.items.filter((c) => c.kind === "noise_floor")} metric=${metric} glossary=${glossary.data} />`;
       }}
     <//>`;
@@ -57,13 +60,13 @@ function Grid({ cells, metric, glossary }) {
       <thead>
         <tr>
           <td><span class="muted">engine ↓ trainer →</span></td>
-          ${trainers.map(([digest, t]) => html`<th scope="col"><span>${side(t)}</span><span class="sub">${sideDetail(t, digest)}</span></th>`)}
+          ${trainers.map(([digest, t]) => html`<th scope="col"><span>${side(t)}</span><span class="sub">${inShort(t, digest)}</span></th>`)}
         </tr>
       </thead>
       <tbody>
         ${engines.map(
           ([engine, e]) => html`<tr>
-            <th scope="row"><span>${side(e)} · ${e.model}</span><span class="sub">${[e.system_fingerprint, e.logprobs_mode, engine].filter(Boolean).join(" · ")}</span></th>
+            <th scope="row"><span>${side(e)} · ${e.model}</span><span class="sub">${inShort(e, engine)}</span></th>
             ${trainers.map(([trainer]) => {
               const found = cells.filter((c) => c.engine_digest === engine && c.trainer_digest === trainer);
               return found.length
@@ -77,19 +80,29 @@ function Grid({ cells, metric, glossary }) {
   <//>`;
 }
 
+/** What sets columns or rows apart most; the cell's page has all of it. */
+function inShort(value, digest) {
+  const { device, dtype, kv_cache_dtype: kv, attention, attention_backend: backend } = value.settings ?? {};
+  const kernels = attention ?? backend;
+  return [value.side === "trainer" && value.model, device && `on ${device}`, dtype, kv && `kv cache ${kv}`, kernels && `attention ${kernels}`, value.logprobs_mode, digest].filter(Boolean).join(" · ");
+}
+
 function Cell({ cell, metric, glossary }) {
-  const interval = cell.verdict === "no" ? null : cell.intervals[metric];
   const floors = cell.floors
     .map((f) => [floorName(f), f.measures.metrics[metric] ?? f.router?.metrics[metric]])
     .filter(([, v]) => v != null);
   return html`<a class="cell" href=${routeTo.cell(cell)}>
     <span class="cell-value"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(cell, metric)} moe=${cell.router != null} /></span>
-    <span class="cell-line">${interval ? `95 % ${num(interval.low)} … ${num(interval.high)}` : "no interval"}</span>
+    <span class="cell-line"><${Basis} cell=${cell} metric=${metric} /></span>
     <span class="cell-line">${floors.length ? `floor ${floors.map(([s, v]) => `${s} ${num(v)}`).join(", ")}` : "floor not measured"}</span>
-    <span class="cell-line">${count(cell.n_tokens)} tokens · ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? " (few)" : ""}</span>
+    <span class="cell-line">${lagWords(cell)}</span>
     <span class="cell-line"><${Verdict} verdict=${cell.verdict} />${leftOut(cell)} <${Partial} cell=${cell} /></span>
+    ${cell.verdict === "no" && html`<span class="cell-line">${whyNot(cell)}</span>`}
   </a>`;
 }
+
+/** The reason that most of its scores give. */
+const whyNot = (cell) => cell.reasons.toSorted((a, b) => b.scores - a.scores).map((r) => r.code)[0] ?? cell.findings[0]?.code ?? "";
 
 const leftOut = (cell) => (cell.comparable.no ? ` · ${plural(cell.comparable.no, "score")} left out` : "");
 
@@ -128,7 +141,7 @@ const percentCell = (value) => (value == null ? "–" : `${num(100 * value, 2)} 
 
 function Floors({ cells, metric, glossary }) {
   if (!cells.length) return null;
-  return html`<${Section} id="floors" title="Noise floors: a side against itself">
+  return html`<${Section} id="floors" title="Noise floors: a side against itself" raw=${paths.cells}>
     <p class="muted small">Drift below its floor says nothing.</p>
     <${Scroll} label="Noise floors">
       <table class="rows">
@@ -138,8 +151,8 @@ function Floors({ cells, metric, glossary }) {
             (c) => html`<tr>
               <th scope="row"><a href=${routeTo.cell(c)}>${c.engine.side} ${side(c.engine)}</a></th>
               <td>${floorLabel(c)}</td>
-              <td>${c.model}</td>
-              <td class="n"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(c, metric)} /></td>
+              <td class="nowrap">${c.model}</td>
+              <td class="n nowrap"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(c, metric)} /></td>
               <td class="n">${count(c.n_tokens)}</td>
               <td class="n">${count(c.trajectories)}</td>
             </tr>`,

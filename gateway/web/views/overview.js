@@ -5,6 +5,7 @@ import { DriftChart } from "../chart.js";
 import { ago, count, duration, floorName, num, percent, plural, round, side } from "../format.js";
 import {
   BandMark,
+  Basis,
   Choice,
   Empty,
   Fold,
@@ -147,6 +148,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
       <a href=${routeTo.cell(line)}><strong>${line.model}</strong> <span class="muted">${name}</span></a>
       ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} moe=${moe} /> <${Partial} cell=${cell} /></span>`}
     </figcaption>
+    ${source && html`<p class="muted small"><${Basis} cell=${cell} metric=${metric} /></p>`}
     <${DriftChart}
       times=${times}
       values=${values}
@@ -180,18 +182,18 @@ function Worst({ now }) {
           <table class="rows">
             <thead>
               <tr>
-                <th scope="col">token</th><th scope="col" class="n">D</th><th scope="col" class="n">p engine</th><th scope="col" class="n">p trainer</th><th scope="col">where</th><th scope="col">model</th>
+                <th scope="col" class="n">D</th><th scope="col">token</th><th scope="col" class="n">p engine</th><th scope="col" class="n">p trainer</th><th scope="col">where</th><th scope="col">model</th>
               </tr>
             </thead>
             <tbody>
               ${now.worst.map(
                 (w) => html`<tr>
-                  <th scope="row"><a class="token-link" href=${routeTo.token(w.worst, w.trajectory)}><${InContext} worst=${w.worst} chars=${28} /></a></th>
                   <td class="n"><${LogRatio} value=${w.worst.log_ratio} /></td>
+                  <th scope="row"><a class="token-link" href=${routeTo.token(w.worst, w.trajectory)}><${InContext} worst=${w.worst} chars=${28} /></a></th>
                   <td class="n">${num(Math.exp(w.worst.rollout_logprob))}</td>
                   <td class="n">${num(Math.exp(w.worst.train_logprob))}</td>
                   <td class="nowrap"><a href=${routeTo.trajectory(w.trajectory)}>${w.trajectory}</a> step ${w.worst.step}, token ${w.worst.token_index}</td>
-                  <td>${w.model}</td>
+                  <td class="nowrap">${w.model}</td>
                 </tr>`,
               )}
             </tbody>

@@ -29,13 +29,14 @@ export function Steps({ steps, tree, step, choice, name }) {
 }
 
 /** Kinds of the tree that stay in the column of the call that they follow. */
-const GOES_ON = ["root", "extension", "broken", "compaction", "no_tokens"];
+const GOES_ON = ["root", "extension", "broken", "handoff", "compaction", "no_tokens"];
 
 /** What a kind is called where it is not simply the next step; its sign. */
 const KINDS = {
   branch: "⑂ branch",
   parallel: "⑂ parallel call",
   choice: "⑂ choice",
+  handoff: "⇄ handoff",
   sub_agent: "⑂ sub-agent",
   compaction: "⌇ compaction",
   retried: "↻ retried, no sample",

@@ -1,0 +1,1 @@
+"""Agents on well-known client libraries, pointed at driftgate by base URL and key alone."""

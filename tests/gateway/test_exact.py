@@ -1,0 +1,298 @@
+"""Exact-token continuation: prompts begin with what was sampled, unless the agent edited it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from driftgate.trace import Trace
+from tests.gateway.conftest import END
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.gateway.conftest import Agent, StandIn
+
+RUN = "/t/run/v1/chat/completions"
+HELLO: dict[str, Any] = {"role": "user", "content": "hi"}
+NEXT: dict[str, Any] = {"role": "user", "content": "and then?"}
+
+
+def ids(trace: Trace) -> list[int]:
+    assert trace.prompt_ids is not None
+    assert trace.response_ids is not None
+    return [*trace.prompt_ids.tolist(), *trace.response_ids.tolist()]
+
+
+def prompt(trace: Trace) -> list[int]:
+    assert trace.prompt_ids is not None
+    return [*trace.prompt_ids.tolist()]
+
+
+class Talk:
+    """A run that sends back what it gets."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.messages: list[dict[str, Any]] = [HELLO]
+
+    async def ask(self, path: str = RUN, **fields: Any) -> dict[str, Any]:
+        body = {"model": "tiny", "messages": self.messages, "seed": len(self.messages), **fields}
+        status, raw = await self.agent.send(body, path=path)
+        assert status == 200, raw
+        if fields.get("stream"):
+            texts = [
+                json.loads(e[6:]) for e in raw.decode().split("\n\n") if e.startswith("data: {")
+            ]
+            said = "".join(t["choices"][0]["delta"].get("content", "") for t in texts)
+            message = {"role": "assistant", "content": said}
+        else:
+            message = json.loads(raw)["choices"][0]["message"]
+        self.messages = [*self.messages, message, NEXT]
+        return message
+
+
+@pytest.fixture
+async def talk(connect: Callable[..., Any], engine: StandIn) -> Talk:
+    engine.retokenises = True
+    return Talk(await connect(continuation="exact"))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"tools": [{"type": "function"}]}])
+async def test_each_prompt_begins_with_all_that_was_sampled(
+    talk: Talk, engine: StandIn, fields: dict[str, Any], ends: bool
+) -> None:
+    engine.ends = ends or "tools" in fields
+    for _ in range(3):
+        await talk.ask(**fields)
+    first, second, third = await talk.agent.traces()
+    assert first.meta.continuation is None
+    for before, after in ((first, second), (second, third)):
+        assert prompt(after)[: len(ids(before))] == ids(before)
+        assert after.meta.prefix_exact
+        assert after.meta.continuation is not None
+        assert after.meta.continuation.way == "exact"
+        assert after.meta.continuation.after == before.meta.trace_id
+        assert after.meta.continuation.kept == len(ids(before))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_behind_the_sampled_ids_stands_what_the_engine_renders(
+    talk: Talk, engine: StandIn, ends: bool
+) -> None:
+    engine.ends = ends
+    await talk.ask()
+    await talk.ask()
+    first, second = await talk.agent.traces()
+    following = [ord("u"), *NEXT["content"].encode(), END, ord("a")]
+    assert prompt(second) == [*ids(first), *([] if ends else [END]), *following]
+
+
+async def test_a_tool_call_that_was_cut_goes_the_ordinary_way(talk: Talk) -> None:
+    for _ in range(2):
+        await talk.ask(tools=[{"type": "function"}])
+    _, second = await talk.agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+    assert (second.meta.continuation.reason or "").startswith("a tool call was cut")
+
+
+async def test_off_by_default(connect: Callable[..., Any], engine: StandIn) -> None:
+    engine.retokenises = True
+    talk = Talk(await connect())
+    await talk.ask()
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert second.meta.continuation is None
+    assert not second.meta.prefix_exact
+    assert engine.rendered == 0
+
+
+def cut(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"content": message["content"].strip()[1:]}
+
+
+def think(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"reasoning": "I never thought so."}
+
+
+def name(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"name": "somebody"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (cut, "message 1: not an answer of this run as it was given"),
+        (name, "message 1: not an answer of this run as it was given"),
+        (think, "message 1: its reasoning, or one before, came back changed"),
+    ],
+)
+async def test_words_that_the_agent_took_out_are_not_put_back(
+    talk: Talk, edit: Callable[[dict[str, Any]], dict[str, Any]], why: str
+) -> None:
+    await talk.ask()
+    talk.messages[1] = edit(talk.messages[1])
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert prompt(second) == talk.agent.engine.render(talk.messages[:3])
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+    assert (second.meta.continuation.reason or "").startswith(why)
+
+
+async def test_before_an_edited_answer_the_exact_ones_are_kept(talk: Talk) -> None:
+    await talk.ask()
+    await talk.ask()
+    talk.messages[3] = cut(talk.messages[3])
+    await talk.ask()
+    first, _, third = await talk.agent.traces()
+    assert prompt(third)[: len(ids(first))] == ids(first)
+    assert third.meta.continuation is not None
+    assert third.meta.continuation.after == first.meta.trace_id
+    assert (third.meta.continuation.reason or "").startswith("message 3: not an answer")
+
+
+@pytest.mark.parametrize(
+    "before", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "no"}]
+)
+async def test_an_edit_before_an_answer_counts_as_well(talk: Talk, before: dict[str, Any]) -> None:
+    await talk.ask()
+    talk.messages = [before, *talk.messages]
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tools", [{"type": "function"}]), ("chat_template_kwargs", {"x": 1}), ("unheard_of", 1)],
+)
+async def test_what_a_template_may_show_must_be_the_same(
+    talk: Talk, field: str, value: Any
+) -> None:
+    await talk.ask()
+    await talk.ask(**{field: value})
+    _, second = await talk.agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+
+
+async def test_sampling_and_the_choice_of_a_tool_may_change(talk: Talk) -> None:
+    await talk.ask(tool_choice="none")
+    await talk.ask(temperature=0.5, max_tokens=3, tool_choice="auto", user="me")
+    first, second = await talk.agent.traces()
+    assert prompt(second)[: len(ids(first))] == ids(first)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"continue_final_message": True}, "continue_final_message cannot be served"),
+        ({"max_tokens": 4090}, "exact tokens and 4090 to sample are over the model's 4096"),
+        ({"kv_transfer_params": {"x": 1}}, "kv_transfer_params cannot be served"),
+    ],
+)
+async def test_what_ids_cannot_serve_goes_the_ordinary_way(
+    talk: Talk, fields: dict[str, Any], why: str
+) -> None:
+    await talk.ask()
+    await talk.ask(**fields)
+    _, second = await talk.agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+    assert why in (second.meta.continuation.reason or "")
+
+
+async def test_what_is_not_captured_is_sent_as_it_came(talk: Talk, engine: StandIn) -> None:
+    await talk.ask()
+    body = {"model": "tiny", "messages": talk.messages, "top_logprobs": 2}
+    direct, ours = await talk.agent.both(body)
+    assert ours == direct
+    assert "kv_transfer_params" not in engine.asked
+
+
+async def test_images_go_the_ordinary_way(talk: Talk) -> None:
+    await talk.ask()
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    talk.messages[-1] = {"role": "user", "content": [image]}
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.reason == "the messages hold more than text"
+
+
+async def test_a_rendering_that_fails_is_recorded_and_costs_no_call(
+    talk: Talk, engine: StandIn
+) -> None:
+    await talk.ask()
+    engine.render_status = 500
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert second.meta.status == "complete"
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+    assert second.meta.continuation.reason == "rendering failed: the engine answered 500"
+
+
+async def test_an_engine_that_takes_no_ids_is_found_out_by_its_answer(
+    talk: Talk, engine: StandIn
+) -> None:
+    engine.takes_ids = False
+    for _ in range(3):
+        await talk.ask()
+        await talk.agent.flush()  # it is found out when the answer is folded
+    _, second, third = await talk.agent.traces()
+    for trace in (second, third):
+        assert trace.meta.continuation is not None
+        assert trace.meta.continuation.way == "ordinary"
+        assert "did not take the ids" in (trace.meta.continuation.reason or "")
+    assert engine.rendered == 3, "it is not asked again"
+
+
+async def test_an_engines_error_passes(talk: Talk, engine: StandIn) -> None:
+    await talk.ask()
+    engine.status = 418
+    status, body = await talk.agent.send({"model": "tiny", "messages": talk.messages}, path=RUN)
+    assert status == 418
+    assert b"the stand-in was told so" in body
+
+
+async def test_samples_that_read_the_same_are_not_told_apart_by_guessing(
+    talk: Talk, engine: StandIn
+) -> None:
+    def sample(body: Any, choice: int) -> tuple[list[int], list[str], list[float]]:
+        return [7 + choice, 9], ["x", "yz"], [-1.0, -1.0]
+
+    engine.sample = sample  # type: ignore[method-assign]
+    await talk.ask(n=2)
+    await talk.ask()
+    *_, last = await talk.agent.traces()
+    assert last.meta.continuation is not None
+    assert last.meta.continuation.way == "ordinary"
+    assert last.meta.continuation.reason == "message 1: 2 samples of this run read the same"
+
+
+async def test_another_run_with_the_same_words_keeps_its_own_ids(talk: Talk) -> None:
+    await talk.ask()
+    await talk.ask(path="/t/other/v1/chat/completions")
+    *_, second = await talk.agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+
+
+async def test_a_run_goes_on_exactly_after_a_restart(
+    connect: Callable[..., Any], engine: StandIn
+) -> None:
+    engine.retokenises = True
+    talk = Talk(await connect(continuation="exact"))
+    await talk.ask()
+    await talk.agent.flush()
+    talk.agent = await connect(continuation="exact", port=0)
+    await talk.ask()
+    first, second = await talk.agent.traces()
+    assert prompt(second)[: len(ids(first))] == ids(first)
