@@ -8,6 +8,7 @@ from pathlib import Path
 import google_crc32c
 import msgspec
 import numpy as np
+import pytest
 import zstandard
 
 from driftgate.mismatch import Bucket
