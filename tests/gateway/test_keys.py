@@ -210,7 +210,7 @@ async def test_a_forged_key_before_the_own_one_opens_nothing_more(agent: Agent) 
     for first in ("dgk_forged", OWN):
         headers = {"Authorization": f"Bearer {first}"}
         assert await ask(agent, "GET", path, OWN, header=second, headers=headers) == 404
-        body = {"json": CHAT | {"previous_response_id": given}, "headers": headers}
+        body: dict[str, Any] = {"json": CHAT | {"previous_response_id": given}, "headers": headers}
         assert await ask(agent, "POST", "/t/own/v1/responses", OWN, header=second, **body) == 400
     assert await ask(agent, "GET", path, other) == 200
     headers = {"Authorization": "Bearer dgk_forged"}
