@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -42,6 +41,7 @@ from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.responses_answer import response_id
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Place, Sessions
+from driftgate.gateway.steps import Steps
 from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.upstreams import Entry, Upstreams
@@ -86,9 +86,9 @@ class Proxy:
         self._config = config
         self._sessions = sessions
         self._recorder = recorder
-        self._reader = reader
         self._upstreams = upstreams
-        self._neighbours = neighbours
+        refuses = config.on_capture_failure == "refuse"
+        self._steps = Steps(sessions, reader, neighbours, metrics, refuses=refuses)
         self._metrics = metrics
         self._session: aiohttp.ClientSession
         self._poster: Poster
@@ -211,7 +211,7 @@ class Proxy:
                 )
             step = await self._shared_step(place, request, read)
         except asyncio.CancelledError:
-            place = place or await self._resumed(self._place(request, read))
+            place = place or await self._steps.resumed(self._place(request, read))
             left = self._begin(place, request, read, await self._shared_step(place, request, read))
             self._sessions.failed(left)
             self._recorder.left(intent_of(left, api, model, started_ns))
@@ -321,14 +321,7 @@ class Proxy:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
             place = self._place(request, read)
-        return await self._resumed(place)
-
-    async def _resumed(self, place: Place) -> Place:
-        """The place, with its trajectory's next step known."""
-        if not self._sessions.is_known(place):
-            next_step = await asyncio.to_thread(self._next_step, place.trajectory)
-            self._sessions.resume(place.trajectory, next_step)
-        return place
+        return await self._steps.resumed(place)
 
     def _place(self, request: web.Request, read: Read) -> Place:
         return self._sessions.place(
@@ -340,26 +333,9 @@ class Proxy:
         )
 
     async def _shared_step(self, place: Place, request: web.Request, read: Read) -> int | None:
-        """The call's step where other gateways may serve its trajectory too; None: number it here.
-
-        A trajectory that begins here has a name that nobody else knows yet."""
-        if self._neighbours is None or place.attribution == "new" or not self._neighbours.any():
-            return None
-        retry = http.retry_count(request.headers)
-        step = self._sessions.next_step(place, body_sha256=read.digest, sdk_retry=retry)
-        if step is None:
-            return None
-        try:
-            return await asyncio.to_thread(self._neighbours.next_step, place.trajectory, step)
-        except sqlite3.Error as error:
-            log.warning("step %d of %s may be taken twice: %s", step, place.trajectory, error)
-            return None
-
-    def _next_step(self, trajectory: str) -> int:
-        """Behind the steps that the store knows."""
-        if self._reader is None:
-            return 0
-        return max((call.step + 1 for call in self._reader.calls(trajectory)), default=0)
+        return await self._steps.shared(
+            place, body_sha256=read.digest, sdk_retry=http.retry_count(request.headers)
+        )
 
     async def _open(self, asked: Asked, exchange: Exchange) -> None:
         call, plan = asked.call, asked.plan
