@@ -216,7 +216,7 @@ class Proxy:
             self._sessions.failed(left)
             self._recorder.left(intent_of(left, api, model, started_ns))
             raise
-        except (UpstreamError, StorageError):
+        except UpstreamError:
             if place is not None:  # what is asked again is this call, and no other with its body
                 step = await self._shared_step(place, request, read)
                 self._sessions.failed(self._begin(place, request, read, step))

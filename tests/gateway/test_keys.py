@@ -206,14 +206,15 @@ async def test_a_forged_key_before_the_own_one_opens_nothing_more(agent: Agent) 
     headers = {"Authorization": f"Bearer {other}"}
     _, said = await agent.send(CHAT, path="/v1/responses", headers=headers)
     given = json.loads(said)["id"]
+    path, second = f"/v1/responses/{given}", "x-api-key"
     for first in ("dgk_forged", OWN):
-        both = {"headers": {"Authorization": f"Bearer {first}"}, "header": "x-api-key"}
-        assert await ask(agent, "GET", f"/v1/responses/{given}", OWN, **both) == 404
-        body = CHAT | {"previous_response_id": given}
-        assert await ask(agent, "POST", "/t/own/v1/responses", OWN, json=body, **both) == 400
-    assert await ask(agent, "GET", f"/v1/responses/{given}", other) == 200
-    both = {"headers": {"Authorization": "Bearer dgk_forged"}, "header": "x-api-key"}
-    assert await ask(agent, "GET", f"/v1/responses/{given}", CALL, **both) == 400
+        headers = {"Authorization": f"Bearer {first}"}
+        assert await ask(agent, "GET", path, OWN, header=second, headers=headers) == 404
+        body: dict[str, Any] = {"json": CHAT | {"previous_response_id": given}, "headers": headers}
+        assert await ask(agent, "POST", "/t/own/v1/responses", OWN, header=second, **body) == 400
+    assert await ask(agent, "GET", path, other) == 200
+    headers = {"Authorization": "Bearer dgk_forged"}
+    assert await ask(agent, "GET", path, CALL, header=second, headers=headers) == 400
 
 
 async def test_a_refusal_says_what_is_missing_and_is_counted(agent: Agent) -> None:

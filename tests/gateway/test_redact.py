@@ -108,4 +108,4 @@ async def test_an_answer_that_repeats_its_request_is_stored_without_it(
             {"email": "[redacted]", "run": "7"},
             "[redacted]",
         )
-        assert (stored["status"], stored["instructions"]) == ("completed", None)
+        assert (stored["status"], stored["instructions"]) == ("incomplete", None)

@@ -213,6 +213,11 @@ def test_counting_asks_for_the_same_prompt() -> None:
     }
 
 
+def tool_use(given: Any) -> list[dict[str, Any]]:
+    block = {"type": "tool_use", "id": "c", "name": "f", "input": given}
+    return [USER, {"role": "assistant", "content": [block]}]
+
+
 REFUSED: list[tuple[Translated, dict[str, Any], str]] = [
     ("responses", {"input": "hi", "background": True}, "background"),
     ("responses", {"input": "hi", "conversation": "conv_1"}, "previous_response_id"),
@@ -239,9 +244,10 @@ REFUSED: list[tuple[Translated, dict[str, Any], str]] = [
                   "tools": [{"type": "bash_20250124", "name": "bash"}]}, "'bash_20250124'"),
     ("messages", {"messages": [USER], "max_tokens": 5, "tools": [M_TOOL],
                   "tool_choice": {"type": "some"}}, "'some'"),
-    *(("messages", {"max_tokens": 5, "messages": [USER, {"role": "assistant", "content": [
-        {"type": "tool_use", "id": "c", "name": "f", "input": bad}]}]}, "tool_use")
-      for bad in ("text", [], None, {"INVALID_JSON": 5})),
+    ("messages", {"messages": tool_use("text"), "max_tokens": 5}, "tool_use"),
+    ("messages", {"messages": tool_use([]), "max_tokens": 5}, "tool_use"),
+    ("messages", {"messages": tool_use(None), "max_tokens": 5}, "tool_use"),
+    ("messages", {"messages": tool_use({"INVALID_JSON": 5}), "max_tokens": 5}, "tool_use"),
 ]  # fmt: skip
 
 
