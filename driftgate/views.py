@@ -204,7 +204,7 @@ class TraceView(msgspec.Struct, frozen=True, kw_only=True):
 
     meta: TraceMeta
     request: msgspec.Raw
-    """The agent's request body."""
+    """The agent's request body; a string where it was none of strict JSON."""
     response: msgspec.Raw
     """This choice as the agent got it."""
     prompt_ids: list[int] | None

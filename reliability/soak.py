@@ -36,7 +36,7 @@ RSS_GROWTH = 1.10
 """From then to the end."""
 
 RSS_AT_S = (0, 60, 120, 240, 600)
-COLUMNS = ["way", "answers", "events", "failed", "p50 ms", "p99 ms", "cores"]
+COLUMNS = ["way", "answers", "events", "failed", "p50 ms", "p99 ms", "CPU us an event"]
 SETTLED_S = 120.0
 """For what is queued at the end."""
 
@@ -69,7 +69,7 @@ the load beside them, none pinned. {STREAMS:,} streams at once with {EVENTS_A_SE
 second each, one answer of {PACED.response} events after the other, in trajectories of
 {PACED.steps}. Memory is judged after {WARM_S:.0f} s, when every stream has been through a
 trajectory, in runs of twice that. *Added* is against the same load sent to the stand-in directly.
-Cores is the processor's time of each. Loop lag is the gateways' own
+The processor's time is that of each process over all its events. Loop lag is the gateways' own
 `driftgate_loop_lag_seconds`. The leak test makes small calls and looks, when all is stored and
 idle, at resident memory, file descriptors and tasks."""
 
@@ -104,15 +104,14 @@ class Load:
     delays: Delays = field(default_factory=Delays)
     resident: list[tuple[float, int]] = field(default_factory=list)
     """Seconds since the start, bytes of all gateways."""
-    cores: dict[str, float] = field(default_factory=dict)
-    """Processor time of each process over the time of the run."""
+    cpu_s: dict[str, float] = field(default_factory=dict)
+    """Processor time of each process."""
     answered: int = 0
     failure: str = ""
 
     def send(self, urls: list[str], seconds: float) -> None:
         """On the thread."""
         agents, before = Agents(Episode(self.size.shape), stream=True), time.thread_time()
-        started = time.monotonic()
         try:
             self.answered = paced(
                 agents,
@@ -125,7 +124,7 @@ class Load:
             )
         except (ConnectionError, TimeoutError) as error:
             self.failure = str(error)[:200] or type(error).__name__
-        self.cores["load"] = (time.thread_time() - before) / (time.monotonic() - started)
+        self.cpu_s["load"] = time.thread_time() - before
 
     def run(self, urls: list[str], pids: dict[str, int], seconds: float) -> None:
         """Send, and look at the processes."""
@@ -138,9 +137,13 @@ class Load:
                 age_s = time.monotonic() - started
                 self.resident.append((age_s, sum(map(resident_bytes, gateways))))
             thread.join(SAMPLE_S)
-        took_s = time.monotonic() - started
         for name, pid in pids.items():
-            self.cores[name] = (cpu_seconds(pid) - before[name]) / took_s
+            self.cpu_s[name] = cpu_seconds(pid) - before[name]
+
+    def cpu_us(self) -> dict[str, float]:
+        """Of each process, for an event."""
+        events = max(1, self.delays.events)
+        return {name: cpu_s * 1e6 / events for name, cpu_s in sorted(self.cpu_s.items())}
 
 
 def metrics(gateway: Gateway) -> str:
@@ -236,7 +239,7 @@ def flat(resident: list[tuple[float, int]]) -> list[Goal]:
 def row(way: str, load: Load) -> list[str]:
     """Of the table of streams."""
     late = [f"{load.delays.percentile_ms(p):.1f}" for p in (50, 99)]
-    busy = ", ".join(f"{name} {cores:.2f}" for name, cores in sorted(load.cores.items()))
+    busy = ", ".join(f"{name} {us:.0f}" for name, us in load.cpu_us().items())
     return [way, f"{load.answered:,}", f"{load.delays.events:,}", load.failure or "0", *late, busy]
 
 
@@ -262,6 +265,7 @@ def measure(folder: Path, size: Size) -> Section:
         ours.run([gateway.url for gateway in gateways], pids, size.seconds)
         lost = unrecorded(gateways, ours.answered)
         lag_ms = max(lag_p99_ms(metrics(gateway)) for gateway in gateways)
+    cores_needed = sum(ours.cpu_us().values()) * size.streams * EVENTS_A_SECOND / 1e6
     held = memory(ours.resident, size.streams)
     first, last = leaks(folder / "leaks", Cores.here(), size.leak_calls)
     added_ms = ours.delays.percentile_ms(99) - direct.delays.percentile_ms(99)
@@ -289,6 +293,7 @@ def measure(folder: Path, size: Size) -> Section:
                 last.files <= first.files and last.tasks <= first.tasks,
             ),
             reported("p99 added delay of an event", f"{added_ms:+.1f} ms"),
+            reported("cores that all of it needs at this rate", f"{cores_needed:.2f}"),
             reported("p99 loop lag", f"at most {lag_ms:.0f} ms"),
         ],
         notes=[f"Streams for {size.seconds:.0f} s, directly for {size.direct_s:.0f} s."],
