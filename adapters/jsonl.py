@@ -1,9 +1,9 @@
 """State, action, reward as JSON lines: all that a store holds about a trace, in one row.
 
 Nothing is truncated, and a row leads back to its trace (``trace_of``): ids, log-probabilities and
-routes bit for bit, bodies as JSON. JSON has no NaN: such a number is ``null``, and ``non_finite``
-says where and what it was. Rows come in a fixed order: trajectories as they began, then step,
-choice, retry.
+routes bit for bit, bodies as JSON (``driftgate.bodies``). JSON has no NaN: such a number is
+``null``, and ``non_finite`` says where and what it was. Rows come in a fixed order: trajectories as
+they began, then step, choice, retry.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from driftgate.adapters.export_select import trajectories
+from driftgate.bodies import body_of, json_of
 from driftgate.errors import NotFoundError, StorageError
 from driftgate.storage import Reader
 from driftgate.trace import (
@@ -59,7 +60,8 @@ class State(msgspec.Struct, frozen=True):
     """What the model saw."""
 
     request: msgspec.Raw
-    """The agent's request body: messages, tools, sampling parameters."""
+    """The agent's request body: messages, tools, sampling parameters; a string where it was none
+    of strict JSON."""
     prompt_ids: list[int] | None
     """[P]"""
 
@@ -163,8 +165,8 @@ def trace_of(row: Row) -> Trace:
         routes=_array(row.routes),
         token_bytes=base64.b64decode(action.token_bytes),
         token_offsets=_int32(action.token_offsets),
-        request=bytes(row.state.request),
-        response=bytes(action.response),
+        request=body_of(row.state.request),
+        response=body_of(action.response),
     )
 
 
@@ -191,9 +193,9 @@ def _row(trace: Trace, *, reward: float | None, scores: list[Scored]) -> Row:
         choice=meta.choice,
         trace_id=meta.trace_id,
         model=meta.model,
-        state=State(_json(trace.request), _ids(trace.prompt_ids)),
+        state=State(json_of(trace.request), _ids(trace.prompt_ids)),
         action=Action(
-            response=_json(trace.response),
+            response=json_of(trace.response),
             response_ids=_ids(trace.response_ids),
             logprobs=_floats(trace.logprobs, "logprobs", non_finite),
             token_texts=_texts(trace),
@@ -232,11 +234,6 @@ def _scored(reader: Reader, meta: ScoreMeta) -> Scored:
         routes=_npy(score.routes),
         non_finite=bad,
     )
-
-
-def _json(body: bytes) -> msgspec.Raw:
-    """A stored body on one line, numbers spelled as they were; ``null`` where none was stored."""
-    return msgspec.Raw(msgspec.json.format(body, indent=-1) if body else b"null")
 
 
 def _ids(array: I32 | None) -> list[int] | None:

@@ -52,13 +52,14 @@ BREAKS: dict[str, tuple[str, str]] = {
     ),
     "reasoning_dropped": (
         "The reasoning of an earlier answer is not in the prompt any more.",
-        "send `reasoning` back with each assistant message and use a template that keeps it; "
-        "otherwise each such turn is trained as a sequence of its own",
+        "send `reasoning` back with each assistant message and use a template that keeps it, or "
+        "serve with `--continuation exact`; otherwise each such turn is trained as a sequence of "
+        "its own",
     ),
     "tool_json_rerendered": (
         "A tool call came back as the same JSON in another spelling.",
-        "send the arguments back as the string that came, and use a template that renders strings "
-        "as they are",
+        "serve with `--continuation exact`; or send the arguments back as the string that came, "
+        "and use a template that renders strings as they are",
     ),
     "answer_extended": (
         "An answer that was cut at max_tokens came back longer than it was sampled.",
@@ -71,12 +72,14 @@ BREAKS: dict[str, tuple[str, str]] = {
     ),
     "retokenised": (
         "The same text was split into other tokens than were sampled.",
-        "send token ids (`/v1/completions` with `return_token_ids`) instead of text",
+        "serve with `--continuation exact`, or send token ids (`/v1/completions` with "
+        "`return_token_ids`) instead of text",
     ),
     "template_differs": (
         "The same messages were rendered with other tokens.",
         "compare the template's rendering of a past answer with what is sampled: end tokens, "
-        "blanks, generation prompt; use one that renders history as it was generated",
+        "blanks, generation prompt; use one that renders history as it was generated, or serve "
+        "with `--continuation exact`",
     ),
     "unknown_break": (
         "The prompts part, and the requests do not say why.",

@@ -117,9 +117,17 @@ class Client:
         model: str | None = None,
         complete: bool | None = None,
         scored: bool | None = None,
+        drift: bool = False,
     ) -> TrajectoryPage:
-        """A page of trajectories, newest first; ``before`` is the ``next`` of the page before."""
-        query = _query(limit=limit, before=before, model=model, complete=complete, scored=scored)
+        """A page of trajectories, newest first; ``before`` is the ``next`` of the page before;
+        ``drift``: each with its own."""
+        wanted: dict[str, str | bool | None] = {
+            "model": model,
+            "complete": complete,
+            "scored": scored,
+            "drift": drift or None,
+        }
+        query = _query(limit=limit, before=before, **wanted)
         return await self._get("/api/trajectories", TrajectoryPage, query)
 
     async def trajectory(self, trajectory: str) -> TrajectoryDetail:

@@ -142,7 +142,10 @@ def _of_message(message: Message) -> Iterator[dict[str, Any]]:
         return
     if message.role == "assistant":
         _refuse_others(message.content, {"text", "thinking", "redacted_thinking", "tool_use"})
-        yield of_blocks(message.content)
+        try:
+            yield of_blocks(message.content)
+        except UNREADABLE as error:
+            raise RequestError(f"messages: a tool_use's input is no object: {error}") from error
         return
     _refuse_others(message.content, {"text", "image", "tool_result"})
     rest = []

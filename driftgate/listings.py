@@ -15,6 +15,7 @@ __all__ = [
     "MintRequest",
     "Minted",
     "RewardRequest",
+    "RunDrift",
     "TrajectoryPage",
     "TrajectoryRow",
 ]
@@ -32,6 +33,19 @@ class ApiError(msgspec.Struct, frozen=True, kw_only=True):
     """Body of every answer with a status of 400 or more."""
 
     error: ErrorBody
+
+
+class RunDrift(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a run's comparable answers drift, under the (engine, trainer) that is furthest
+    apart: no number mixes two."""
+
+    n_tokens: int
+    abs_log_ratio_mean: float
+    """nats"""
+    abs_log_ratio_max: float
+    """nats"""
+    pairs: int
+    """Pairs (engine, trainer) with comparable scores of this run."""
 
 
 class TrajectoryRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +78,9 @@ class TrajectoryRow(msgspec.Struct, frozen=True, kw_only=True):
     reward: float | None
     gaps: list[str]
     """In words, each reason why it is not complete."""
+    drift: RunDrift | None = None
+    """Only in a list, where it is asked for: null where nothing comparable is scored, and in runs
+    that are not among the 20,000 scored last."""
 
 
 class TrajectoryPage(msgspec.Struct, frozen=True, kw_only=True):

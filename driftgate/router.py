@@ -295,7 +295,8 @@ def _chunks(a: IntArray, b: IntArray) -> Iterator[tuple[int, IntArray, IntArray]
 
 def valid_cells(rollout: IntArray, train: IntArray, num_experts: int | None = None) -> Bools:
     """[R, L]: both sides chose K experts there; see this module for what is left out."""
-    return _invalid(rollout, train, num_experts) == 0
+    valid: Bools = _invalid(rollout, train, num_experts) == 0
+    return valid
 
 
 def _invalid(a: IntArray, b: IntArray, num_experts: int | None) -> npt.NDArray[np.int8]:

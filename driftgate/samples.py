@@ -117,24 +117,16 @@ class Sample:
         return self.meta.tokens - self.meta.prompt_len
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Parts:
-    """One call's tokens, as big-endian bytes so that comparing bytes compares tokens."""
-
-    prompt: bytes
-    full: bytes
-
-
 def lines(pairs: Sequence[tuple[I32, I32]]) -> list[list[int]]:
     """Which calls form one line: lists of indices into ``pairs`` (prompt [P], response [R]).
 
     Each index is in exactly one list; lists are in order of their first index. A call continues the
     one with the longest prompt + response that its own prompt begins with.
     """
-    parts = [_Parts(_bytes(p), _bytes(p) + _bytes(r)) for p, r in pairs]
-    parent = _parents(parts)
-    below = [1] * len(parts)
-    for index in sorted(range(len(parts)), key=lambda i: -len(parts[i].full)):
+    lengths = [len(p) + len(r) for p, r in pairs]
+    parent = _parents(pairs, lengths)
+    below = [1] * len(pairs)
+    for index in sorted(range(len(pairs)), key=lambda i: -lengths[i]):
         over = parent[index]
         if over is not None:
             below[over] = max(below[over], below[index] + 1)
@@ -228,28 +220,28 @@ def _routes_meta(routes: Routes | None, valid: Bools | None) -> RoutesMeta | Non
     )
 
 
-def _bytes(ids: I32) -> bytes:
-    return ids.astype(">i4").tobytes()
+def _parents(pairs: Sequence[tuple[I32, I32]], lengths: Sequence[int]) -> list[int | None]:
+    """The call that each one continues; of equal calls the first is continued.
 
-
-def _parents(parts: Sequence[_Parts]) -> list[int | None]:
-    """The call that each one continues.
-
-    Sorted as bytes, what a sequence begins with stands before it, so a stack of prefixes finds the
-    longest in O(n log n) comparisons. Of equal calls the first is continued.
+    A run's prompts are quadratic in its length: nothing of them is copied. Compared are only calls
+    whose last token stands in the prompt where they end, from the longest down.
     """
-    items = [(part.full, False, -index) for index, part in enumerate(parts)]
-    items += [(part.prompt, True, -index) for index, part in enumerate(parts)]
-    parent: list[int | None] = [None] * len(parts)
-    stack: list[int] = []
-    for text, asks, minus in sorted(items):
-        while stack and not text.startswith(parts[stack[-1]].full):
-            stack.pop()
-        if asks:
-            parent[-minus] = stack[-1] if stack else None
-        else:
-            stack.append(-minus)
+    order = sorted((i for i, (_, r) in enumerate(pairs) if len(r)), key=lambda i: -lengths[i])
+    ends = np.array([lengths[i] for i in order], np.int64)
+    last = np.array([pairs[i][1][-1] for i in order], np.int32)
+    parent: list[int | None] = []
+    for prompt, _ in pairs:
+        first = int(np.searchsorted(-ends, -len(prompt)))
+        likely = first + np.flatnonzero(prompt[ends[first:] - 1] == last[first:])
+        found = (order[n] for n in likely.tolist())
+        parent.append(next((i for i in found if _begins(prompt, *pairs[i])), None))
     return parent
+
+
+def _begins(prompt: I32, before: I32, sampled: I32) -> bool:
+    """Whether ``prompt`` begins with another call's tokens."""
+    head, tail = np.split(prompt[: len(before) + len(sampled)], [len(before)])
+    return np.array_equal(head, before) and np.array_equal(tail, sampled)
 
 
 def _arrays(trace: Trace) -> tuple[I32, I32, F32]:
@@ -292,12 +284,14 @@ def _join(
     known = [array for _, array in parts if array is not None]
     if not known:
         return None, None
-    kinds = {(array.shape[1:], array.dtype) for array in known}
-    if len(kinds) > 1:
+    shapes = {array.shape[1:] for array in known}
+    if len(shapes) > 1:
         raise ValueError(
-            f"the line of trace {trace_id} has routes of several kinds: {sorted(map(str, kinds))}"
+            f"the line of trace {trace_id} has routes of several shapes: {sorted(shapes)}"
         )
-    (_, layers, k), dtype = known[0].shape, known[0].dtype
+    _, layers, k = known[0].shape
+    # Of an engine that sends int32 each answer has the narrowest type that its own ids fit into.
+    dtype = max((array.dtype for array in known), key=lambda one: one.itemsize)
     routes = np.zeros((sum(count for count, _ in parts), layers, k), dtype)
     valid = np.zeros(len(routes), np.bool_)
     for (start, end), (_, array) in zip(

@@ -298,7 +298,8 @@ class Trace:
     """The agent's request body, verbatim JSON but for fields that the gateway was told to redact
     (credentials are headers and never reach a trace)."""
     response: bytes
-    """JSON of this choice as the agent got it: message or text, finish_reason, and the like; of
+    """JSON of this choice as the agent got it: message or text, finish_reason, and the like, and of
+    its logprobs the ``top_logprobs`` that it asked for (``driftgate.tops``); of
     ``responses`` and ``messages`` the whole answer (``driftgate.spoken`` reads them all)."""
 
 

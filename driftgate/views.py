@@ -15,7 +15,6 @@ from typing import Any, Literal
 import msgspec
 
 from driftgate.judgements import PairVerdict
-from driftgate.lag import Lag
 from driftgate.listings import (
     ApiError,
     ErrorBody,
@@ -205,7 +204,7 @@ class TraceView(msgspec.Struct, frozen=True, kw_only=True):
 
     meta: TraceMeta
     request: msgspec.Raw
-    """The agent's request body."""
+    """The agent's request body; a string where it was none of strict JSON."""
     response: msgspec.Raw
     """This choice as the agent got it."""
     prompt_ids: list[int] | None
@@ -369,9 +368,6 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     by_lag: list[LagView] = []
     """``measures`` and ``router`` by policy lag, which is no drift of the engine."""
     worst: WorstView | None = None
-    lag: Lag | None = None
-    """Between the weights that sampled and those that scored, the largest of all scores; null of a
-    noise floor."""
     intervals: dict[str, Interval] = {}
     """Of ``measures``, by metric; empty where there are too few trajectories to tell."""
     floors: list[FloorView] = []

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from driftgate.bodies import json_of
 from driftgate.bootstrap import FEW_TRAJECTORIES
 from driftgate.comparable import CODES
 from driftgate.errors import FormatError, NotFoundError
@@ -251,8 +252,8 @@ class Answers:
             score = None
         return TraceView(
             meta=trace.meta,
-            request=shape.raw(trace.request),
-            response=shape.raw(trace.response),
+            request=json_of(trace.request),
+            response=json_of(trace.response),
             prompt_ids=None if trace.prompt_ids is None else trace.prompt_ids.tolist(),
             tokens=shape.tokens(trace, score),
             alternatives=alternatives(trace.response, tokens=trace.response_ids),
@@ -320,7 +321,6 @@ class Answers:
             replay=shape.replay(row.replay),
             by_lag=shape.lags(row.by_lag),
             worst=self.worst_token(row.worst),
-            lag=row.lag,
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),
         )

@@ -96,6 +96,7 @@ class TrajectoriesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     model: str | None = None
     complete: bool | None = None
     scored: bool | None = None
+    drift: Annotated[bool, msgspec.Meta(description="with the drift of each")] = False
 
 
 class StepQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -150,7 +151,13 @@ class Api(LiveHandlers):
         """A page of trajectories, newest first."""
         query = query_of(request, TrajectoriesQuery)
         options = msgspec.structs.asdict(query)
-        return await self.answer(lambda: self._answers.trajectories(**options))
+        with_drift = options.pop("drift")
+
+        def ask() -> TrajectoryPage:
+            page = self._answers.trajectories(**options)
+            return self.live.with_drift(page) if with_drift else page
+
+        return await self.answer(ask)
 
     async def mint_trajectory(self, request: web.Request) -> web.StreamResponse:
         """Mint a trajectory to run an agent in.

@@ -24,6 +24,7 @@ from driftgate.gateway.openapi import Route
 from driftgate.gateway.token_routes import step_routes
 from driftgate.gateway.wire import query_of, step_of
 from driftgate.glossary import METRICS, ROUTER_METRICS
+from driftgate.listings import TrajectoryPage
 from driftgate.live_views import Glossary, Overview, Series, StepRoutes, WorstTrajectory
 from driftgate.storage import Reader
 from driftgate.trace import Score
@@ -105,6 +106,11 @@ class LiveAnswers:
         self._live.refresh()
         slot_s = max(MIN_SLOT_S, self._live.span_s() / (points - 1))
         return Series(slot_s=slot_s, items=self._live.series(slot_s))
+
+    def with_drift(self, page: TrajectoryPage) -> TrajectoryPage:
+        """The page, each trajectory with its drift."""
+        self._live.refresh()
+        return TrajectoryPage(items=self._live.with_drift(page.items), next=page.next)
 
     def routes(
         self, trajectory: str, step: int, choice: int, trainer: str | None, token: int | None

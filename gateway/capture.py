@@ -178,6 +178,7 @@ class _Folder:
             missing.append(f"end: {self._end or 'no finish_reason came'}")
         if self._plan.uncaptured is not None:
             missing.append(f"tokens: {self._plan.uncaptured}")
+        missing += [f"sampling: {name} cannot be read" for name in self._plan.unread]
         prompt_ids, response_ids = self._all_ids(draft, missing)
         logprobs = self._logprobs(draft, response_ids, missing)
         token_bytes, token_offsets = self._texts(draft, response_ids, missing)

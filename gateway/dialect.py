@@ -149,7 +149,11 @@ class Teller(ABC):
 
     @abstractmethod
     def body(self) -> bytes:
-        """The answer in one piece, as far as it has come: what is recorded as given."""
+        """The answer in one piece, as far as it has come."""
+
+    def stored_body(self, body: bytes) -> bytes:
+        """``body`` as it may be stored: without what is redacted in the request that it repeats."""
+        return body
 
     def _tell(self, chunk: Chunk) -> Iterator[bytes]:
         if (error := given(chunk.error)) is not None:

@@ -24,11 +24,16 @@ def chat_fields(
 
 
 def dialect(
-    api: Translated, fields: Fields, call_id: str, remember: Callable[[bytes], None]
+    api: Translated,
+    fields: Fields,
+    call_id: str,
+    remember: Callable[[bytes], None],
+    stored: Fields | None,
 ) -> Dialect:
-    """How a call is answered. ``fields``: the agent's."""
+    """How a call is answered. ``fields``: the agent's; ``stored``: what may be stored of them,
+    where that is not all."""
     if api == "responses":
-        teller = responses_answer.ResponsesTeller(fields, call_id)
+        teller = responses_answer.ResponsesTeller(fields, call_id, stored)
         return Dialect(teller, responses_answer.error_body, remember)
     return Dialect(anthropic_answer.MessagesTeller(call_id), anthropic_answer.error_body)
 

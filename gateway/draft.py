@@ -127,6 +127,7 @@ class Draft:
     """A row does not say its text."""
     alternatives: list[bytes] = field(default_factory=list)
     """JSON of each row's ``top_logprobs`` up to the last that has any: an agent asked for them."""
+    alternatives_bytes: int = 0
     message: Message | None = None
     text: StringIO | None = None
     routes: bytes | None = None
@@ -144,7 +145,7 @@ class Draft:
         texts = self.message.size_chars if self.message is not None else 0
         texts += self.text.tell() if self.text is not None else 0
         parts = (self.prompt_ids, self.ids, self.token_bytes, self.routes, self.response)
-        arrays = 4 * (len(self.logprobs) + len(self.lengths)) + sum(map(len, self.alternatives))
+        arrays = 4 * (len(self.logprobs) + len(self.lengths)) + self.alternatives_bytes
         return texts + arrays + sum(len(part) for part in parts if part is not None)
 
     @property
@@ -257,3 +258,4 @@ class Draft:
             if (said := bytes(raw)) not in _NO_ALTERNATIVES:
                 self.alternatives += [b"[]"] * (number - len(self.alternatives))
                 self.alternatives.append(said)
+                self.alternatives_bytes += len(said)

@@ -30,6 +30,9 @@ store, in a millisecond."""
 MAX_CHAIN = 10_000
 """Responses of one conversation: ten times the longest agents, and an end to a damaged chain."""
 
+LONG_BYTES = 1 << 20
+"""Of a conversation: 8 MB took 90 ms to read, so longer ones are read on a thread."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -89,10 +92,15 @@ class Earlier:
         while named is not None and len(chain) < MAX_CHAIN:
             chain.append(await self.find(named, only=only))
             named = chain[-1].previous
-        messages: list[Any] = []
-        for kept in reversed(chain):
-            messages += [*messages_of_input(kept.input), message_of(kept.body)]
-        return messages
+        is_long = sum(kept.size_bytes for kept in chain) > LONG_BYTES
+        return await asyncio.to_thread(_messages, chain) if is_long else _messages(chain)
+
+
+def _messages(chain: Sequence[Kept]) -> list[Any]:
+    messages: list[Any] = []
+    for kept in reversed(chain):
+        messages += [*messages_of_input(kept.input), message_of(kept.body)]
+    return messages
 
 
 def kept_of(fields: Fields, trajectory: str, body: bytes) -> Kept | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -40,7 +40,7 @@ Ask: TypeAlias = Callable[[], AbstractAsyncContextManager[EngineAnswer]]
 Outcome: TypeAlias = Literal[
     "answered", "engine_error", "unreachable", "cut", "cancelled", "not_recorded"
 ]
-Fetched: TypeAlias = tuple[int, Mapping[str, str], bytes]
+Fetched: TypeAlias = tuple[int, MutableMapping[str, str], bytes]
 """Status, headers and body of an answer in one piece."""
 
 
@@ -81,6 +81,8 @@ class Ending:
         """All of the answer has come."""
         self.released = False
         """The end of the answer is on its way to the agent: what breaks now is no failed try."""
+        self.sent = False
+        """The end of the answer was written to the agent: that it leaves now says nothing."""
         self.response: bytes | None = None
         """What the agent got, in its own API, as far as it has come."""
         self._request = request
@@ -134,6 +136,8 @@ class Ending:
 
     def fail(self, outcome: Outcome, reason: str, http_status: int | None = None) -> None:
         """There is no answer to record, or it did not reach the agent."""
+        if self._recorded and self.sent:
+            return  # it is over: only the rest of the transfer broke
         self.outcome = outcome
         self.failed_try()
         if self._recorded:
@@ -169,12 +173,15 @@ class Ending:
     ) -> Recorded | None:
         self._recorded = True
         self._release()
+        response, dialect = self.response, self._asked.dialect
+        if response is not None and dialect is not None:
+            response = dialect.teller.stored_body(response)
         now_ns = time.time_ns()
         answer = Answer(
             fold=fold,
-            size_bytes=size_bytes + len(self._asked.body) + len(self.response or b""),
+            size_bytes=size_bytes + len(self._asked.body) + len(response or b""),
             request=self._asked.body,
-            response=self.response,
+            response=response,
             started_ns=self._asked.started_ns,
             first_byte_ns=self.first_byte_ns or (now_ns if self._promised else None),
             ended_ns=now_ns,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -82,6 +83,7 @@ class _Rendered(msgspec.Struct):
 
 _ID_BYTES = b"0123456789,[] "
 _ANSWER = msgspec.json.Decoder(_Answer)
+_MESSAGE = msgspec.json.Decoder(dict[str, Any])
 _RENDERED = msgspec.json.Decoder(_Rendered)
 
 
@@ -115,11 +117,11 @@ class Onward:
         self, call_id: str, raw: bytes, messages: Sequence[Raw], pieces: Pieces | None
     ) -> None:
         """Remember the choices of a JSON answer; ``pieces``: it, taken apart."""
-        if pieces is not None and len(messages) == 1:
-            message = msgspec.json.decode(messages[0], type=dict[str, Any])
-            self.keep(f"{call_id}.0", message, pieces.prompt_token_ids, pieces.token_ids)
-            return
         try:
+            if pieces is not None and len(messages) == 1:
+                message = _MESSAGE.decode(messages[0])
+                self.keep(f"{call_id}.0", message, pieces.prompt_token_ids, pieces.token_ids)
+                return
             answer = _ANSWER.decode(raw)
         except UNREADABLE:
             return  # the fold names it
@@ -274,7 +276,7 @@ class Exact:
         try:
             rows = self._reader.traces(trajectory)[-LOADED_TRACES:]
             return [self._reader.trace(row.meta.trace_id) for row in rows]
-        except DriftgateError as error:
+        except (DriftgateError, sqlite3.Error) as error:
             log.warning("trajectory %s goes on without its earlier ids: %s", trajectory, error)
             return []
 

@@ -91,6 +91,13 @@ class Exchange:
             storage = isinstance(error, StorageError)
             self._end.fail("not_recorded" if storage else "cut", str(error))
             raise
+        except Exception as error:  # a bug: the call must not stay open in the store for that
+            self._end.fail("not_recorded", f"{type(error).__name__} inside the gateway")
+            raise
+
+    def unsent(self, outcome: Outcome) -> None:
+        """The call ends before the engine was asked, and is recorded as far as it can be."""
+        self._end.outcome = outcome
 
     # An answer in one piece.
 
@@ -176,6 +183,8 @@ class Exchange:
         out: list[bytes] = []
         tape = self._tape
         for event in events:
+            if b'"error"' in event:
+                event = self._asked.hide_key(event)
             passed = tape.take(event)
             if tape.error is not None and self._end.outcome == "answered":
                 self._end.outcome = "engine_error"
@@ -187,6 +196,7 @@ class Exchange:
             if passed is not None:
                 out += self._told(event, passed)
         await self._write(response, out)
+        self._end.sent = tape.done
 
     def _told(self, event: bytes, passed: bytes) -> list[bytes]:
         """An event as the agent's API has it. A teller reads what the engine sent: it counts the
@@ -220,6 +230,8 @@ class Exchange:
     def _end_stream(self, end: str | None, *, left: bool) -> None:
         if self._teller is not None:
             self._end.response = self._teller.body()
+        if left and self._end.sent:  # at [DONE], as SDKs do, and not at the end of the transfer
+            end, left = None, False
         if end is not None:
             self._end.failed_try()
             self._end.outcome = "cancelled" if left else "cut"

@@ -6,7 +6,7 @@ import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from driftgate.gateway.config import GatewayConfig
-from driftgate.gateway.keys import minted_key
+from driftgate.gateway.keys import minted_keys
 from driftgate.gateway.sessions import TRAJECTORY_HEADER
 
 __all__ = [
@@ -83,7 +83,7 @@ _TYPES = {
 def request_headers(headers: CIMultiDictProxy[str], config: GatewayConfig) -> CIMultiDict[str]:
     """The agent's headers as the engine gets them. The gateway's own keys never leave it."""
     dropped = NOT_SENT | _named_by_connection(headers)
-    if config.asks_for_keys or config.upstream_key is not None or minted_key(headers) is not None:
+    if config.asks_for_keys or config.upstream_key is not None or minted_keys(headers):
         dropped |= CREDENTIALS
     out = CIMultiDict(
         (name, value) for name, value in headers.items() if name.lower() not in dropped

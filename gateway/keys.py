@@ -32,7 +32,7 @@ __all__ = [
     "credentials",
     "digest_of",
     "is_loopback",
-    "minted_key",
+    "minted_keys",
     "private_name",
 ]
 
@@ -201,9 +201,9 @@ def credentials(headers: Mapping[str, str]) -> list[str]:
     return [key for key in found if key]
 
 
-def minted_key(headers: Mapping[str, str]) -> str | None:
-    """The trajectory's key that a request carries as its API key."""
-    return next((key for key in credentials(headers) if key.startswith(KEY_PREFIX)), None)
+def minted_keys(headers: Mapping[str, str]) -> list[str]:
+    """What a request carries as trajectories' keys, genuine or not."""
+    return [key for key in credentials(headers) if key.startswith(KEY_PREFIX)]
 
 
 def is_loopback(host: str) -> bool:

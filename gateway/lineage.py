@@ -18,8 +18,13 @@ from driftgate.trace import I32
 
 __all__ = ["Lineage", "Parent"]
 
-MAX_BYTES = 12 << 20
-"""Of all trajectories: 350 of 8k tokens, 90 of 32k. A forgotten one is read from the store."""
+MAX_BYTES = 10 << 20
+"""Of all trajectories: 300 of 8k tokens, 80 of 32k; most of these ids are in the writer's bases as
+well. A forgotten one is read from the store."""
+
+MAX_TRAJECTORIES = 512
+"""As many as the writer keeps bases of: where prompts are short, so many agents are thought of as
+running at once."""
 
 MARK_BYTES = 512
 """Counted per trace besides its ids: short trajectories must not be free."""
@@ -93,7 +98,9 @@ class Lineage:
         self._size_bytes += line.size_bytes
         if len(lines) > MAX_LINES:
             self._size_bytes -= lines.pop(0).size_bytes
-        while self._size_bytes > MAX_BYTES and len(self._lines) > 1:
+        while len(self._lines) > 1 and (
+            self._size_bytes > MAX_BYTES or len(self._lines) > MAX_TRAJECTORIES
+        ):
             _, forgotten = self._lines.popitem(last=False)
             self._size_bytes -= sum(line.size_bytes for line in forgotten)
         return ids

@@ -11,7 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from driftgate.codes import SPOILS_ROUTES
+from driftgate.listings import RunDrift, TrajectoryRow
 from driftgate.live_views import CellSeries, SeriesPoint
 from driftgate.mismatch import Bucket, Worst
 from driftgate.router import RouterBucket
@@ -26,6 +29,9 @@ MAX_SCORES = 50_000
 
 KEPT_WORST = 200
 """Trajectories whose worst token is kept, those with the largest |D|."""
+
+KEPT_RUNS = 20_000
+"""Trajectories whose drift is kept for the list of them, those scored last: about 10 MB."""
 
 PAGE = 1000
 """Scores read from the index at once."""
@@ -119,6 +125,14 @@ class TrajectoryWorst(NamedTuple):
     worst: Worst
 
 
+class RunSums(NamedTuple):
+    """Comparable scores of one trajectory under one pair."""
+
+    n_tokens: int = 0
+    sum_abs: float = 0.0
+    max_abs: float = 0.0
+
+
 class Live:
     """The fold of one store. Thread-safe; ``read(after)`` gives scores behind a cursor."""
 
@@ -128,6 +142,7 @@ class Live:
         self._cells: dict[CellKey, deque[Sums]] = {}
         self._forgotten: dict[CellKey, int] = {}
         self._worst: dict[str, TrajectoryWorst] = {}
+        self._runs: dict[str, dict[tuple[str, str], RunSums]] = {}
         self._last_seq = 0
         self.last_score_ns: int | None = None
 
@@ -151,6 +166,11 @@ class Live:
         """Trajectories by their worst token, the largest |D| first."""
         with self._lock:
             return sorted(self._worst.values(), key=_size, reverse=True)[:limit]
+
+    def with_drift(self, rows: Sequence[TrajectoryRow]) -> list[TrajectoryRow]:
+        """The rows, each with what is known of its drift."""
+        with self._lock:
+            return [replace(row, drift=_drift(self._runs.get(row.trajectory))) for row in rows]
 
     def series(self, slot_s: float) -> list[CellSeries]:
         """Every cell's scores merged by slots of ``slot_s`` seconds."""
@@ -180,12 +200,27 @@ class Live:
         self.last_score_ns = max(self.last_score_ns or 0, meta.scored_ns)
         if meta.kind != "drift" or meta.worst is None or meta.comparable.verdict == "no":
             return
+        self._fold_run(meta, abs(meta.worst.log_ratio), key[:2])
         found = TrajectoryWorst(meta.trajectory, meta.model, meta.step, meta.choice, meta.worst)
         known = self._worst.get(meta.trajectory)
         if known is None or _size(found) > _size(known):
             self._worst[meta.trajectory] = found
         if len(self._worst) > KEPT_WORST:
             del self._worst[min(self._worst.values(), key=_size).trajectory]
+
+    def _fold_run(self, meta: ScoreMeta, largest: float, pair: tuple[str, str]) -> None:
+        if meta.bucket is None or not meta.bucket.n_tokens:
+            return
+        pairs = self._runs.pop(meta.trajectory, {})  # back at the end: the one scored last
+        known = pairs.get(pair, RunSums())
+        pairs[pair] = RunSums(
+            known.n_tokens + meta.bucket.n_tokens,
+            known.sum_abs + meta.bucket.sum_abs,
+            max(known.max_abs, largest),
+        )
+        self._runs[meta.trajectory] = pairs
+        if len(self._runs) > KEPT_RUNS:
+            del self._runs[next(iter(self._runs))]
 
 
 def stretch(rows: Sequence[Sums], holds: Callable[[Sums], bool]) -> Sums | None:
@@ -232,6 +267,18 @@ def _points(rows: Sequence[Sums], slot_ns: int) -> list[SeriesPoint]:
             )
         )
     return points
+
+
+def _drift(pairs: dict[tuple[str, str], RunSums] | None) -> RunDrift | None:
+    if not pairs:
+        return None
+    worst = max(pairs.values(), key=lambda sums: sums.sum_abs / sums.n_tokens)
+    return RunDrift(
+        n_tokens=worst.n_tokens,
+        abs_log_ratio_mean=worst.sum_abs / worst.n_tokens,
+        abs_log_ratio_max=worst.max_abs,
+        pairs=len(pairs),
+    )
 
 
 def _size(entry: TrajectoryWorst) -> float:

@@ -49,7 +49,7 @@ class Metrics:
         )
         self.lost = Counter(
             "driftgate_capture_lost",
-            "Records that did not reach storage, by kind",
+            "Records that did not reach storage, by kind; step: a number given without asking it",
             ["record"],
             registry=registry,
         )
@@ -115,7 +115,7 @@ class Metrics:
         for counter, values in (
             (self.held_back, ("released", "gave_up")),
             (self.traces, ("complete", "partial")),
-            (self.lost, ("intent", "trace", "outcome", "owed")),
+            (self.lost, ("intent", "trace", "outcome", "owed", "step")),
         ):
             for value in values:
                 counter.labels(value)

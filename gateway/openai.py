@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import Raw
@@ -19,7 +19,9 @@ from driftgate import trace
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import sse
+from driftgate.gateway.fields import Fields, is_absent, read, read_lax
 from driftgate.gateway.pieces import Pieces, take_apart
+from driftgate.gateway.sampling import sampling_of, settings_sent
 from driftgate.trace import Sampling
 
 __all__ = [
@@ -40,15 +42,13 @@ Api: TypeAlias = Literal["chat", "completions"]
 """What the engine is asked."""
 Translated: TypeAlias = Literal["responses", "messages"]
 """What agents speak and the engine is asked as chat."""
-Fields: TypeAlias = dict[str, Raw]
 StreamMode: TypeAlias = Literal["plain", "plugin", "synthesise"]
 """How a stream's routes are got: not at all, by the plugin's chunk, or by asking for JSON
 instead."""
 
-T = TypeVar("T")
-
 _NULL = Raw(b"null")
 _TRUE = Raw(b"true")
+_FALSE = Raw(b"false")
 _ZERO = Raw(b"0")
 
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
@@ -78,6 +78,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     prompts: int = 1
     """Prompts of a completions call; each gets ``n`` choices."""
     sampling: Sampling = Sampling()
+    unread: tuple[str, ...] = ()
+    """Sampling settings that were sent and cannot be read: ``sampling`` does not hold them."""
     usage_asked: bool = False
     """The agent's stream ends with a usage chunk."""
     logprobs_asked: bool = False
@@ -124,17 +126,6 @@ def read_request(body: bytes) -> Fields:
         return _FIELDS.decode(body)
     except UNREADABLE as error:
         raise RequestError(f"the request body is not a JSON object: {error}") from error
-
-
-def read(fields: Fields, name: str, type_: type[T]) -> T | None:
-    """A field as ``type_``; None where it is absent, null or something else."""
-    raw = fields.get(name)
-    if raw is None:
-        return None
-    try:
-        return msgspec.json.decode(raw, type=type_)
-    except UNREADABLE:
-        return None
 
 
 def rewrite(
@@ -192,14 +183,14 @@ def refuse_forbidden(fields: Mapping[str, Any], adapter: EngineAdapter) -> None:
     """RequestError where a field that must not reach the engine is set, however it is spelled:
     engines take "7" and 7.0 for 7. ``fields``: raw JSON or decoded values."""
     for name, why in adapter.refused_fields.items():
-        if fields.get(name) not in (None, 0, _NULL, _ZERO):
+        if fields.get(name) not in (None, 0, _NULL, _ZERO, _FALSE):
             raise RequestError(f"{name} is not allowed: {why}; leave the field out")
 
 
 def _ask_logprobs(api: Api, fields: Fields, out: Fields) -> bool:
     """Set the logprobs fields in ``out``; True where the agent gets logprobs without us."""
     if api == "completions":
-        asked = not _absent(fields, "logprobs")
+        asked = not is_absent(fields, "logprobs")
         if not asked:
             out["logprobs"] = _ZERO
         return asked
@@ -207,46 +198,45 @@ def _ask_logprobs(api: Api, fields: Fields, out: Fields) -> bool:
     out["logprobs"] = _TRUE
     if "top_logprobs" not in fields:
         out["top_logprobs"] = _ZERO
-    elif _absent(fields, "top_logprobs"):
+    elif is_absent(fields, "top_logprobs"):
         out["top_logprobs"] = _ZERO
         # An explicit null gets null logprobs from vLLM, unless single tokens were named.
-        asked = asked and not _absent(fields, "logprob_token_ids")
+        asked = asked and not is_absent(fields, "logprob_token_ids")
     return asked
 
 
 def _uncapturable(api: Api, fields: Fields, adapter: EngineAdapter) -> str | None:
     """Why this request must reach the engine as it is; None when it can be captured."""
     for name in (adapter.ask_ids, "stream"):
-        if not _absent(fields, name) and read(fields, name, bool) is None:
+        if not is_absent(fields, name) and read(fields, name, bool) is None:
             return f"{name} is not true, false or null"
-    if read(fields, "use_beam_search", bool):
+    if not is_absent(fields, "use_beam_search") and (
+        read_lax(fields["use_beam_search"], bool) is not False
+    ):
         return "beam search returns sequences that were not sampled"
     if api == "completions":
-        if not _absent(fields, "logprobs") and read(fields, "logprobs", int) is None:
+        if not is_absent(fields, "logprobs") and read(fields, "logprobs", int) is None:
             return "logprobs is not a number"
-        if read(fields, "echo", bool):
+        if not is_absent(fields, "echo") and read_lax(fields["echo"], bool) is not False:
             return "echo: asking for token ids would change the echoed text"
         return None
     if "messages" not in fields:
         return "messages are missing: the engine's refusal repeats the whole request"
-    if not _absent(fields, "logprobs") and read(fields, "logprobs", bool) is None:
+    if not is_absent(fields, "logprobs") and read(fields, "logprobs", bool) is None:
         return "logprobs is not true, false or null"
     top = read(fields, "top_logprobs", int)
-    if not _absent(fields, "top_logprobs") and top is None:
+    if not is_absent(fields, "top_logprobs") and top is None:
         return "top_logprobs is not a number"
-    if not read(fields, "logprobs", bool) and (top or not _absent(fields, "logprob_token_ids")):
+    if not read(fields, "logprobs", bool) and (top or not is_absent(fields, "logprob_token_ids")):
         return "top_logprobs or logprob_token_ids without logprobs: the engine refuses it"
     return None
-
-
-def _absent(fields: Fields, name: str) -> bool:
-    return bytes(fields.get(name, _NULL)) == b"null"
 
 
 def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
     stream = bool(read(fields, "stream", bool))
     options = read(fields, "stream_options", dict[str, Any]) or {}
-    n = max(1, read(fields, "n", int) or 1)
+    sent = settings_sent(fields)
+    n = max(1, sent.get("n") or 1)
     return Plan(
         api=api,
         model=read(fields, "model", str) or "",
@@ -254,9 +244,10 @@ def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
         mode=mode if stream else "plain",
         n=n,
         prompts=_prompts(fields) if api == "completions" else 1,
-        sampling=_sampling(fields, n),
+        sampling=sampling_of(fields, sent, n),
+        unread=tuple(name for name, value in sent.items() if value is None),
         usage_asked=bool(options.get("include_usage")),
-        echo=bool(read(fields, "echo", bool)),
+        echo=not is_absent(fields, "echo") and bool(read_lax(fields["echo"], bool)),
         hides_reasoning=read(fields, "include_reasoning", bool) is False,
     )
 
@@ -266,43 +257,6 @@ def _prompts(fields: Fields) -> int:
     if _LIST_OF_PROMPTS.match(bytes(fields.get("prompt", _NULL))) is None:
         return 1
     return len(read(fields, "prompt", list[Raw]) or [_NULL])
-
-
-def _sampling(fields: Fields, n: int) -> Sampling:
-    max_tokens = read(fields, "max_completion_tokens", int)
-    return Sampling(
-        temperature=read(fields, "temperature", float),
-        top_p=read(fields, "top_p", float),
-        top_k=read(fields, "top_k", int),
-        min_p=read(fields, "min_p", float),
-        seed=read(fields, "seed", int),
-        n=n,
-        max_tokens=max_tokens if max_tokens is not None else read(fields, "max_tokens", int),
-        min_tokens=read(fields, "min_tokens", int),
-        presence_penalty=read(fields, "presence_penalty", float),
-        frequency_penalty=read(fields, "frequency_penalty", float),
-        repetition_penalty=read(fields, "repetition_penalty", float),
-        logit_bias=bool(read(fields, "logit_bias", dict[str, float])),
-        bad_words=bool(read(fields, "bad_words", list[str])),
-        allowed_token_ids=bool(read(fields, "allowed_token_ids", list[int])),
-        structured=_structured(fields),
-        beam_search=bool(read(fields, "use_beam_search", bool)),
-    )
-
-
-def _structured(fields: Fields) -> str | None:
-    """What forced tokens, in words."""
-    forced = []
-    kind = (read(fields, "response_format", dict[str, Any]) or {}).get("type", "text")
-    if kind != "text":
-        forced.append(f"response_format={kind}")
-    named = read(fields, "tool_choice", dict[str, Any])
-    choice = "named" if named else read(fields, "tool_choice", str)
-    if choice in ("required", "named"):
-        forced.append(f"tool_choice={choice}")
-    names = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    forced += [name for name in names if not _absent(fields, name)]
-    return ", ".join(forced) or None
 
 
 def strip_answer(body: bytes, plan: Plan) -> Stripped:

@@ -2,10 +2,10 @@
 the rest of its client.
 
 For each request aiohttp's client builds a URL, a request, a session's middlewares, timers and a
-response, which takes twice as long as everything else that the gateway does for a call's bytes. A
-model call needs none of it: one method, no redirects, no cookies, no limit on how long a generation
-takes. Connecting (addresses, TLS, its errors) and reading (framing, its errors) stay aiohttp's.
-Never sends a request twice."""
+response; with it a call's way to the engine takes twice the time that it takes here. A model call
+needs none of it: one method, no redirects, no cookies, no limit on how long a generation takes.
+Connecting (addresses, TLS, its errors) and reading (framing, its errors) stay aiohttp's. Never
+sends a request twice."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -36,15 +35,16 @@ from driftgate.gateway.model_list import united
 from driftgate.gateway.openai import Api, Plan
 from driftgate.gateway.outcomes import intent_of
 from driftgate.gateway.post import KEEP_ALIVE_S, EngineAnswer, Poster
-from driftgate.gateway.reading import Read, read_own, translate, write
+from driftgate.gateway.reading import Read, Stored, read_own, storable, translate, write
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.responses_answer import response_id
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import Call, Place, Sessions
+from driftgate.gateway.steps import Steps
 from driftgate.gateway.telemetry import Spans
 from driftgate.gateway.upstream import Upstream
-from driftgate.gateway.upstreams import Upstreams
+from driftgate.gateway.upstreams import Entry, Upstreams
 from driftgate.storage import Neighbours, Reader
 from driftgate.trace import Api as AgentApi
 
@@ -86,9 +86,9 @@ class Proxy:
         self._config = config
         self._sessions = sessions
         self._recorder = recorder
-        self._reader = reader
         self._upstreams = upstreams
-        self._neighbours = neighbours
+        refuses = config.on_capture_failure == "refuse"
+        self._steps = Steps(sessions, reader, neighbours, metrics, refuses=refuses)
         self._metrics = metrics
         self._session: aiohttp.ClientSession
         self._poster: Poster
@@ -134,6 +134,8 @@ class Proxy:
         if len(answers) < 2:
             return answers[0] if answers else await self._get(asked[0], path, request)
         lists = [a.body for a in answers if a.status == 200 and isinstance(a.body, bytes)]
+        if not lists:
+            return answers[0]
         return web.Response(body=united(lists), content_type="application/json")
 
     async def _get(self, upstream: Upstream, path: str, request: web.Request) -> web.Response:
@@ -166,9 +168,8 @@ class Proxy:
     async def count_tokens(self, request: web.Request) -> web.StreamResponse:
         """``POST /v1/messages/count_tokens``: the prompt's tokens, as the engine renders it."""
         body = await request.read()
-        fields = openai.read_request(body)
-        sent = msgspec.json.encode(anthropic.count_request(body, fields))
-        upstream = self._that_serve(openai.read(fields, "model", str))[0]
+        model, sent = await _aside(body, partial(_to_count, body))
+        upstream = self._that_serve(model)[0]
         url = URL(f"{upstream.url}/tokenize", encoded=True)
         headers = http.request_headers(request.headers, self._config)
         try:
@@ -188,6 +189,10 @@ class Proxy:
 
     async def call(self, request: web.Request, api: AgentApi) -> web.StreamResponse:
         """One model call, captured."""
+        with self._upstreams.entry() as entry:
+            return await self._call(request, api, entry)
+
+    async def _call(self, request: web.Request, api: AgentApi, entry: Entry) -> web.StreamResponse:
         started_ns = time.time_ns()
         body = await request.read()
         read = await self._read(request, api, body)
@@ -196,8 +201,9 @@ class Proxy:
         place, onward = None, None
         try:
             place = await self._placed(request, read)
-            upstream = await self._upstreams.choose(place.trajectory, model)
+            upstream = await self._upstreams.choose(place.trajectory, model, entry)
             sent, plan = await _aside(body, partial(write, api, body, read, upstream))
+            stored = await _aside(body, partial(storable, body, self._config))
             if self._exact is not None:
                 aside = partial(_aside, body)
                 onward = await self._exact.onward(
@@ -205,10 +211,15 @@ class Proxy:
                 )
             step = await self._shared_step(place, request, read)
         except asyncio.CancelledError:
-            place = place or await self._resumed(self._place(request, read))
+            place = place or await self._steps.resumed(self._place(request, read))
             left = self._begin(place, request, read, await self._shared_step(place, request, read))
             self._sessions.failed(left)
             self._recorder.left(intent_of(left, api, model, started_ns))
+            raise
+        except (UpstreamError, StorageError):
+            if place is not None:  # what is asked again is this call, and no other with its body
+                step = await self._shared_step(place, request, read)
+                self._sessions.failed(self._begin(place, request, read, step))
             raise
         call = self._begin(place, request, read, step)
         if call.place.ambiguous:
@@ -225,12 +236,12 @@ class Proxy:
             return self._poster.post(base, target, headers, sent)
 
         asked = Asked(
-            send=lambda: self._upstreams.send(served, place.trajectory, model, post),
+            send=lambda: self._upstreams.send(served, entry, place.trajectory, model, post),
             served=served,
             call=call,
             plan=plan,
-            body=self._config.redacted(body),
-            dialect=self._dialect(call, plan, read),
+            body=stored.body,
+            dialect=self._dialect(call, plan, read, stored),
             history=read.history,
             onward=onward,
             started_ns=started_ns,
@@ -259,7 +270,7 @@ class Proxy:
         )
         try:
             with self._metrics.in_flight.track_inprogress():
-                await self._open(asked.call, asked.plan, asked.started_ns)
+                await self._open(asked, exchange)
                 return await exchange.run()
         except UpstreamError:
             asked.served.upstream.lost()
@@ -291,7 +302,7 @@ class Proxy:
         read = await _aside(body, partial(translate, api, body, fields, earlier, known))
         return read._replace(previous=previous)
 
-    def _dialect(self, call: Call, plan: Plan, read: Read) -> Dialect | None:
+    def _dialect(self, call: Call, plan: Plan, read: Read, stored: Stored) -> Dialect | None:
         if plan.translated is None:
             return None
 
@@ -300,7 +311,7 @@ class Proxy:
             if kept is not None:
                 self._earlier.remember(response_id(call.call_id), kept)
 
-        return dialects.dialect(plan.translated, read.agents, call.call_id, remember)
+        return dialects.dialect(plan.translated, read.agents, call.call_id, remember, stored.fields)
 
     async def _placed(self, request: web.Request, read: Read) -> Place:
         """The call's trajectory, once all that could be it is known."""
@@ -310,14 +321,7 @@ class Proxy:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.restored.wait(), RESTORE_WAIT_S)
             place = self._place(request, read)
-        return await self._resumed(place)
-
-    async def _resumed(self, place: Place) -> Place:
-        """The place, with its trajectory's next step known."""
-        if not self._sessions.is_known(place):
-            next_step = await asyncio.to_thread(self._next_step, place.trajectory)
-            self._sessions.resume(place.trajectory, next_step)
-        return place
+        return await self._steps.resumed(place)
 
     def _place(self, request: web.Request, read: Read) -> Place:
         return self._sessions.place(
@@ -329,35 +333,21 @@ class Proxy:
         )
 
     async def _shared_step(self, place: Place, request: web.Request, read: Read) -> int | None:
-        """The call's step where other gateways may serve its trajectory too; None: number it here.
+        return await self._steps.shared(
+            place, body_sha256=read.digest, sdk_retry=http.retry_count(request.headers)
+        )
 
-        A trajectory that begins here has a name that nobody else knows yet."""
-        if self._neighbours is None or place.attribution == "new" or not self._neighbours.any():
-            return None
-        retry = http.retry_count(request.headers)
-        step = self._sessions.next_step(place, body_sha256=read.digest, sdk_retry=retry)
-        if step is None:
-            return None
+    async def _open(self, asked: Asked, exchange: Exchange) -> None:
+        call, plan = asked.call, asked.plan
         try:
-            return await asyncio.to_thread(self._neighbours.next_step, place.trajectory, step)
-        except sqlite3.Error as error:
-            log.warning("step %d of %s may be taken twice: %s", step, place.trajectory, error)
-            return None
-
-    def _next_step(self, trajectory: str) -> int:
-        """Behind the steps that the store knows."""
-        if self._reader is None:
-            return 0
-        return max((call.step + 1 for call in self._reader.calls(trajectory)), default=0)
-
-    async def _open(self, call: Call, plan: Plan, started_ns: int) -> None:
-        try:
-            await self._recorder.open(intent_of(call, plan.spoken, plan.model, started_ns))
+            await self._recorder.open(intent_of(call, plan.spoken, plan.model, asked.started_ns))
         except asyncio.CancelledError:
             self._sessions.failed(call)
+            exchange.unsent("cancelled")
             raise
         except StorageError as error:
             self._sessions.failed(call)
+            exchange.unsent("not_recorded")
             raise StorageError(
                 f"the call was not sent to the engine, because it could not be recorded "
                 f"(on_capture_failure is refuse): {error}"
@@ -374,6 +364,13 @@ class Proxy:
 async def _aside(body: bytes, work: Callable[[], T]) -> T:
     """``work()``, on a thread where its body is large."""
     return await asyncio.to_thread(work) if _is_large(body) else work()
+
+
+def _to_count(body: bytes) -> tuple[str | None, bytes]:
+    """The model, and the engine's request for an agent's ``count_tokens``."""
+    fields = openai.read_request(body)
+    sent = msgspec.json.encode(anthropic.count_request(body, fields))
+    return openai.read(fields, "model", str), sent
 
 
 def _is_large(body: bytes) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 
 from driftgate.errors import RequestError
 from driftgate.gateway import dialects, openai
+from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.conversation import Seen
 from driftgate.gateway.history import History, read_history
 from driftgate.gateway.openai import Api, Fields, Plan, Translated
@@ -21,7 +22,7 @@ from driftgate.gateway.recent import Recent
 from driftgate.gateway.upstream import Upstream
 from driftgate.trace import Api as AgentApi
 
-__all__ = ["Read", "read_own", "translate", "write"]
+__all__ = ["Read", "Stored", "read_own", "storable", "translate", "write"]
 
 
 class Read(NamedTuple):
@@ -37,6 +38,14 @@ class Read(NamedTuple):
     """Why it is no JSON object."""
     previous: str | None = None
     """The trajectory of the response that the call goes on from."""
+
+
+class Stored(NamedTuple):
+    """A request's body as it is stored."""
+
+    body: bytes
+    fields: Fields | None = None
+    """None: nothing of it is redacted."""
 
 
 def read_own(api: Api, body: bytes, known: Recent[bytes, Seen] | None) -> Read:
@@ -76,6 +85,17 @@ def write(api: AgentApi, body: bytes, read: Read, upstream: Upstream) -> tuple[b
         plan = msgspec.structs.replace(plan, translated=api)
         body = msgspec.json.encode(read.fields)
     return body if rewritten is None else rewritten, plan
+
+
+def storable(body: bytes, config: GatewayConfig) -> Stored:
+    """What may be stored of a request."""
+    stored = config.redacted(body)
+    if stored is body:
+        return Stored(body)
+    try:
+        return Stored(stored, openai.read_request(stored))
+    except RequestError:
+        return Stored(stored, Fields())  # all of it is redacted
 
 
 def _digest(body: bytes) -> str:

@@ -194,7 +194,8 @@ async def _rows(source: Source, limit: int) -> tuple[list[TrajectoryRow], bool]:
     rows: list[TrajectoryRow] = []
     before: str | None = None
     while len(rows) < limit:
-        page = await source.trajectories(limit=min(PAGE, limit - len(rows)), before=before)
+        size = min(PAGE, limit - len(rows))
+        page = await source.trajectories(limit=size, before=before, drift=True)
         rows += page.items
         before = page.next
         if before is None:

@@ -42,7 +42,7 @@ class Source(Protocol):
     async def expert_load(self, cell: str) -> ExpertLoad: ...
     async def series(self, *, points: int | None = None) -> Series: ...
     async def trajectories(
-        self, *, limit: int = 50, before: str | None = None
+        self, *, limit: int = 50, before: str | None = None, drift: bool = False
     ) -> TrajectoryPage: ...
     async def trajectory(self, trajectory: str) -> TrajectoryDetail: ...
     async def mismatch(self, trajectory: str) -> MismatchView: ...
@@ -88,9 +88,12 @@ class StoreSource:
         """As ``GET /api/series``."""
         return self._live.series(points or POINTS)
 
-    async def trajectories(self, *, limit: int = 50, before: str | None = None) -> TrajectoryPage:
+    async def trajectories(
+        self, *, limit: int = 50, before: str | None = None, drift: bool = False
+    ) -> TrajectoryPage:
         """As ``GET /api/trajectories``."""
-        return self._answers.trajectories(limit=limit, before=before)
+        page = self._answers.trajectories(limit=limit, before=before)
+        return self._live.with_drift(page) if drift else page
 
     async def trajectory(self, trajectory: str) -> TrajectoryDetail:
         """As ``GET /api/trajectories/{trajectory}``."""

@@ -60,8 +60,11 @@ def obstacle(fields: Fields, adapter: EngineAdapter) -> str | None:
     ):
         if bytes(fields.get(name, _NULL)) not in (_NULL, harmless):
             return f"{name} cannot be served with token ids"
-    if any(_has_media(message) for message in _messages(fields)):
+    messages = _messages(fields)
+    if any(_has_media(message) for message in messages):
         return "the messages hold more than text"
+    if not all(_is_call(call) for message in messages for call in message.get("tool_calls") or ()):
+        return "the messages hold tool calls that are none"
     return None
 
 
@@ -70,6 +73,10 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
         return [_MESSAGE.decode(raw) for raw in _MESSAGES.decode(fields.get("messages", b"[]"))]
     except UNREADABLE:
         return []
+
+
+def _is_call(call: object) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function"), dict)
 
 
 def _has_media(message: Mapping[str, Any]) -> bool:

@@ -45,18 +45,24 @@ def error_body(status: int, message: str) -> bytes:
 class ResponsesTeller(Teller):
     """Tells one answer as a response and its typed events."""
 
-    def __init__(self, fields: Mapping[str, Raw], call_id: str) -> None:
-        """``fields``: the agent's request."""
+    def __init__(
+        self, fields: Mapping[str, Raw], call_id: str, stored: Mapping[str, Raw] | None = None
+    ) -> None:
+        """``fields``: the agent's request; ``stored``: the same where some of it is not stored."""
         include = read(dict(fields), "include", list[str]) or ()
         super().__init__(shows_logprobs=LOGPROBS in include)
         self.id = response_id(call_id)
         self._hex = self.id.removeprefix("resp_")
         self._fields = fields
         self._echoed = _echo(fields)
+        self._stored = stored
         self._number = 0
 
     def body(self) -> bytes:
         return _ENCODE(self._response())
+
+    def stored_body(self, body: bytes) -> bytes:
+        return body if self._stored is None else _ENCODE(self._response() | _echo(self._stored))
 
     def _response(self) -> dict[str, Any]:
         status, why = self._status()

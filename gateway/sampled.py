@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Raw
 
 from driftgate.errors import UNREADABLE
 from driftgate.gateway.conversation import tool_ids_of, verbatim
@@ -130,19 +129,19 @@ def read_chain(fields: Fields, tokenizer: str | None) -> Chain | None:
     try:
         messages = _MESSAGES.decode(fields.get("messages", b""))
         shown = {
-            name: _value(raw)
+            name: value
             for name, raw in fields.items()
             if name not in SAMPLING and name not in VARYING and name != "messages"
+            if (value := msgspec.json.decode(raw)) is not None
         }
+        link = Link(_digest(_canonical([tokenizer, shown])), frozenset(), ())
+        answers = list[tuple[int, Link]]()
+        for position, message in enumerate(messages):
+            link = _next(link, message)
+            if message.get("role") == "assistant":
+                answers.append((position, link))
     except UNREADABLE:
         return None
-    given = {name: value for name, value in shown.items() if value is not None}
-    link = Link(_digest(_canonical([tokenizer, given])), frozenset(), ())
-    answers = list[tuple[int, Link]]()
-    for position, message in enumerate(messages):
-        link = _next(link, message)
-        if message.get("role") == "assistant":
-            answers.append((position, link))
     varying = {name: bytes(fields[name]) for name in VARYING if name in fields}
     return Chain(link, tuple(answers), varying)
 
@@ -154,10 +153,6 @@ def _next(link: Link, message: Mapping[str, Any]) -> Link:
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     thought = _digest(_canonical(reasoning)) if reasoning else None
     return Link(digest, link.tool_ids | tool_ids_of(message), (*link.thoughts, thought))
-
-
-def _value(raw: Raw) -> Any:
-    return msgspec.json.decode(raw)
 
 
 def _canonical(value: Any) -> bytes:

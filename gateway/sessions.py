@@ -21,7 +21,7 @@ from driftgate.errors import RequestError
 from driftgate.gateway.agents import read_agent
 from driftgate.gateway.conversation import Conversation, Turn
 from driftgate.gateway.history import History
-from driftgate.gateway.keys import TrajectoryKeys, minted_key
+from driftgate.gateway.keys import TrajectoryKeys, minted_keys
 from driftgate.gateway.names import check_trajectory, is_trajectory, new_trajectory
 from driftgate.gateway.prompts import End, Kind, Prompt
 from driftgate.gateway.recent import Recent
@@ -44,6 +44,9 @@ SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-id")
 
 MAX_TRAJECTORIES = 50_000
 """Step counters kept; a forgotten one is read from the index again. About 10 MB."""
+
+MAX_UNREAD = 10_000
+"""Trajectories to be asked for again: those of an index that cannot be read for a while."""
 
 MAX_TURNS = 100_000
 """Answers that can be continued: about 40 MB; an agent that comes back later starts a new
@@ -130,6 +133,7 @@ class Sessions:
     def __init__(self, keys: TrajectoryKeys | None = None) -> None:
         self._keys = keys or TrajectoryKeys()
         self._steps: Recent[str, int] = Recent(MAX_TRAJECTORIES)
+        self._unread: set[str] = set()
         self._turns: Recent[bytes, _Known] = Recent(MAX_TURNS)
         self._lengths: Recent[bytes, set[int]] = Recent(MAX_TURNS)
         self._tool_calls: Recent[str, tuple[str, ...]] = Recent(MAX_TOOL_CALLS)
@@ -145,9 +149,18 @@ class Sessions:
         return name, self._keys.make(name)
 
     def owner(self, headers: Mapping[str, str]) -> str | None:
-        """The only trajectory that the request's key opens; None where it opens all."""
-        key = minted_key(headers)
-        return None if key is None else self._keys.trajectory_of(key)
+        """The only trajectory that the request's key opens; None where it carries none of a
+        trajectory, and opens all. RequestError where it carries such keys and none is known."""
+        keys = minted_keys(headers)
+        for key in keys:  # the guard asks for one good key among them, not for the first
+            if (trajectory := self._keys.trajectory_of(key)) is not None:
+                return trajectory
+        if keys:
+            raise RequestError(
+                "this driftgate key is not known: keys end with the gateway's process unless "
+                "it has a signing_key; mint a new one with POST /api/trajectories"
+            )
+        return None
 
     def place(
         self,
@@ -179,13 +192,7 @@ class Sessions:
             return Place(check_trajectory(url), "url")
         if (named := headers.get(TRAJECTORY_HEADER)) is not None:
             return Place(check_trajectory(named), "header")
-        if (key := minted_key(headers)) is not None:
-            trajectory = self._keys.trajectory_of(key)
-            if trajectory is None:
-                raise RequestError(
-                    "this driftgate key is not known: keys end with the gateway's process unless "
-                    "it has a signing_key; mint a new one with POST /api/trajectories"
-                )
+        if (trajectory := self.owner(headers)) is not None:
             return Place(trajectory, "key")
         for name in SESSION_HEADERS:
             if is_trajectory(headers.get(name)):
@@ -239,12 +246,20 @@ class Sessions:
         return place
 
     def is_known(self, place: Place) -> bool:
-        """False where the index has to be asked for the next step first; then ``resume``."""
-        return place.attribution == "new" or self._steps.get(place.trajectory) is not None
+        """False where the index has to be asked for the next step first; then ``resume``, or
+        ``unread`` where it gave no answer."""
+        known = self._steps.get(place.trajectory) is not None
+        return place.attribution == "new" or (known and place.trajectory not in self._unread)
 
     def resume(self, trajectory: str, next_step: int) -> None:
         """Number on from what the index holds, unless steps were given here in the meantime."""
+        self._unread.discard(trajectory)
         self._steps.put(trajectory, max(next_step, self._steps.get(trajectory) or 0))
+
+    def unread(self, trajectory: str) -> None:
+        """Number on from memory until the index can be asked."""
+        if len(self._unread) < MAX_UNREAD:
+            self._unread.add(trajectory)
 
     def next_step(self, place: Place, *, body_sha256: str, sdk_retry: int) -> int | None:
         """The step that ``begin`` would give to a call that repeats none; None where it does."""

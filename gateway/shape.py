@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from driftgate.mismatch import Bucket, Worst
@@ -27,7 +26,7 @@ from driftgate.views import (
     WorstView,
 )
 
-__all__ = ["lags", "measures", "placed", "raw", "replay", "router", "routes", "text", "tokens"]
+__all__ = ["lags", "measures", "placed", "replay", "router", "routes", "text", "tokens"]
 
 
 def measures(bucket: Bucket | None) -> Measures | None:
@@ -155,8 +154,3 @@ def _npy_base64(array: Routes) -> str:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def raw(body: bytes) -> msgspec.Raw:
-    """A stored JSON body as it is; ``null`` where none was stored."""
-    return msgspec.Raw(body or b"null")

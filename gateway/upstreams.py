@@ -23,13 +23,31 @@ from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import MAX_TRAJECTORIES
 from driftgate.gateway.upstream import Upstream
 
-__all__ = ["Upstreams"]
+__all__ = ["Entry", "Upstreams"]
 
 NOT_SERVED = (502, 503)
 """Answers of an engine, or of what stands before it, that it does not serve now. A 500 may be the
 request's own doing, and a 504 may come after the sampling."""
 
 log = logging.getLogger("driftgate.upstream")
+
+
+class Entry:
+    """Where one call is counted as under way: at one engine, from the moment that it is let in to
+    it, so that a pause which finds nobody there is one."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._at: Upstream | None = None
+
+    def at(self, upstream: Upstream | None) -> None:
+        """It is there now; None: at none."""
+        for engine, change in ((self._at, -1), (upstream, 1)):
+            if engine is not None:
+                engine.in_flight += change
+                gauge = self._metrics.child(self._metrics.upstream_in_flight, engine.url)
+                gauge.set(engine.in_flight)
+        self._at = upstream
 
 
 class Upstreams:
@@ -49,14 +67,25 @@ class Upstreams:
                 return
             await upstream.ready()
 
-    async def choose(self, trajectory: str, model: str) -> Upstream:
-        """The engine for the next call of a trajectory. UpstreamError (429) while all that could
-        take it are paused."""
+    @contextmanager
+    def entry(self) -> Iterator[Entry]:
+        """For one call, to the end of which it is counted."""
+        entry = Entry(self._metrics)
+        try:
+            yield entry
+        finally:
+            entry.at(None)
+
+    async def choose(self, trajectory: str, model: str, entry: Entry) -> Upstream:
+        """The engine for the next call of a trajectory, which is let in to it. UpstreamError (429)
+        while all that could take it are paused."""
         await self.ready()
         upstream = self._pick(trajectory, model)
+        entry.at(upstream)
         await upstream.ready()
         if not upstream.available:
             upstream = self._pick(trajectory, model)  # its probe has failed since
+            entry.at(upstream)
         return upstream
 
     def _pick(self, trajectory: str, model: str) -> Upstream:
@@ -81,6 +110,7 @@ class Upstreams:
     async def send(
         self,
         served: Served,
+        entry: Entry,
         trajectory: str,
         model: str,
         post: Callable[[str], Awaitable[EngineAnswer]],
@@ -93,17 +123,20 @@ class Upstreams:
         while True:
             upstream = served.upstream
             other = self._other(upstream, model, tried)
-            with self._counted(upstream):
-                answer = await self._ask(upstream, post, is_last=other is None)
-                if isinstance(answer, EngineAnswer):
+            answer = await self._ask(upstream, post, is_last=other is None)
+            if isinstance(answer, EngineAnswer):
+                try:
                     async with answer:
                         yield answer
-                    return
+                finally:
+                    entry.at(None)  # the engine has done its part
+                return
             assert other is not None
             log.warning("a call goes to %s: %s gave no answer: %s", other.url, upstream.url, answer)
             tried.append(other)
             served.failed_over.append(f"{upstream.url}: {answer}")
             served.at(other)
+            entry.at(other)
             self._sticky.put(trajectory, other)
 
     async def _ask(
@@ -145,14 +178,3 @@ class Upstreams:
             and u.takes_over(upstream)
         ]
         return min(others, key=lambda u: u.in_flight, default=None)
-
-    @contextmanager
-    def _counted(self, upstream: Upstream) -> Iterator[None]:
-        gauge = self._metrics.child(self._metrics.upstream_in_flight, upstream.url)
-        upstream.in_flight += 1
-        gauge.set(upstream.in_flight)
-        try:
-            yield
-        finally:
-            upstream.in_flight -= 1
-            gauge.set(upstream.in_flight)

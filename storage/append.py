@@ -3,7 +3,8 @@
 ``Appender.write`` hands a submission's records to the operating system, so that they survive the
 process. ``Appender.commit`` syncs and indexes all that was written meanwhile, on another thread: a
 slow sync holds up no write. A batch is durable as a whole or taken back as a whole; then each of
-its submissions is tried alone, so that a bad one fails alone.
+its submissions is tried alone, so that a bad one fails alone. An index that another process keeps
+locked takes nothing back: what is on disk waits for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from driftgate.errors import StorageError
 from driftgate.storage.codec import pack_record
 from driftgate.storage.encoder import AddRow, Encoder
-from driftgate.storage.index import transaction
+from driftgate.storage.index import BUSY_TIMEOUT_S, transaction
 from driftgate.storage.inserts import Place, add_score, has_score, next_seq, set_indexed
 from driftgate.storage.records import Kind, Record, ScoreHead, Small, encode_score
 from driftgate.storage.segments import FIRST_SERIAL, SegmentFile
@@ -144,7 +145,8 @@ class Appender:
 
     def _write(self, submission: Submission) -> None:
         """With the lock held."""
-        before = self._segment, self._segment.size if self._segment else 0
+        segment, left = self._segment, len(self._left)
+        size = segment.size if segment else 0
         try:
             for record in submission.records:
                 if isinstance(record, Score):
@@ -154,18 +156,14 @@ class Appender:
         except Exception as error:  # one submission's edge: OSError, sqlite3.Error or our own bug
             submission.error = _not_written(error)
             self._forget(submission)
-            self._cut(*before)
+            for one in filter(None, (*self._left[left:], self._segment)):  # all that it wrote to
+                keep = size if one is segment else one.start
+                if one.size > keep:
+                    self._truncate(one, keep)
 
     def _forget(self, submission: Submission) -> None:
         self._encoder.lost(submission.traces)
         submission.forget()
-
-    def _cut(self, segment: SegmentFile | None, size: int) -> None:
-        """Take back what was written since the open segment was ``segment`` with ``size`` bytes."""
-        if self._segment is not None and self._segment is not segment:
-            self._truncate(self._segment, self._segment.committed)
-        if segment is not None and segment.size > size:
-            self._truncate(segment, size)
 
     def _truncate(self, segment: SegmentFile, size: int) -> bool:
         """Where that fails, nothing more is written behind what could not be taken back."""
@@ -193,7 +191,7 @@ class Appender:
 
     def _commit(self, batch: _Batch) -> None:
         if any(submission.scores for submission in batch.submissions):
-            with transaction(self._connection):
+            with transaction(self._connection, on_busy=_say_locked):
                 with self._lock:
                     self._take(batch)  # lies before the scores in the segment
                     for submission in batch.submissions:
@@ -204,7 +202,7 @@ class Appender:
                 self._index(batch)
         elif batch.ends:
             self._sync(batch)
-            with transaction(self._connection):
+            with transaction(self._connection, on_busy=_say_locked):
                 self._index(batch)
         with self._lock:
             self._settle(batch)
@@ -281,18 +279,33 @@ class Appender:
             size = SEGMENT_BYTES if self._segment is None else self._segment.size
             if size < SEGMENT_BYTES // 2 or self._spare is not None:
                 return
-            self._serial += 1
-            serial = self._serial
-        try:
-            spare = self._create(serial)
-        except OSError as error:
-            log.info("no segment could be created ahead: %s", error)
-            return
+            if self._serial < FIRST_SERIAL:
+                self._spare = self._ahead()  # under the lock: no other one may be the first
+                return
+        spare = self._ahead()
         with self._lock:
             self._spare = spare
 
-    def _create(self, serial: int) -> SegmentFile:
-        return SegmentFile(self._root, name=self._name, serial=serial, start_ns=self._start_ns)
+    def _ahead(self) -> SegmentFile | None:
+        try:
+            return self._create()
+        except OSError as error:
+            log.info("no segment could be created ahead: %s", error)
+            return None
+
+    def _create(self) -> SegmentFile:
+        """The next of the series. One that cannot be made uses up no number: by the first one's
+        lock others know that this writer lives."""
+        with self._lock:
+            self._serial += 1
+            serial = self._serial
+        try:
+            return SegmentFile(self._root, name=self._name, serial=serial, start_ns=self._start_ns)
+        except OSError:
+            with self._lock:
+                if self._serial == serial:
+                    self._serial -= 1
+            raise
 
     def _writable_segment(self) -> SegmentFile:
         """The open segment; the next one after a full one."""
@@ -301,8 +314,7 @@ class Appender:
         if self._segment is None and self._spare is not None:
             self._segment, self._spare = self._spare, None
         if self._segment is None:
-            self._serial += 1
-            self._segment = self._create(self._serial)
+            self._segment = self._create()
         self._first_segment = self._first_segment or self._segment
         return self._segment
 
@@ -345,6 +357,14 @@ class Appender:
         submission.written_records += 1
         submission.written_bytes += len(data)
         return Place(segment.name, offset, len(data))
+
+
+def _say_locked() -> None:
+    log.warning(
+        "another process keeps the index locked for longer than %.0f s: records are on disk and "
+        "wait for it; look for a stopped `driftgate teach` or `serve` on this store",
+        BUSY_TIMEOUT_S,
+    )
 
 
 def _not_written(error: Exception) -> StorageError:

@@ -9,12 +9,10 @@ from typing import TypeAlias
 
 import msgspec
 
-from driftgate.lag import Lag, policy_lag
 from driftgate.mismatch import Bucket, Worst
 from driftgate.pool import Findings, Judged, Pools, larger, merged
 from driftgate.storage.rows import CellRow
-from driftgate.trace import Engine, ScoreMeta, TraceMeta
-from driftgate.weights import sampled_under
+from driftgate.trace import Engine, ScoreMeta
 
 __all__ = ["CellFold", "CellKey", "Cells"]
 
@@ -36,12 +34,9 @@ class CellFold:
         self._last_seq = 0
         self._pools = Pools()
         self._judged: Judged | None = None
-        self._versions: set[tuple[str, str | None]] = set()
 
-    def fold(self, meta: ScoreMeta, seq: int = 0, sampled: TraceMeta | None = None) -> None:
-        """Add one score. ``sampled``: of its trace, for the lag between the two sides' weights."""
-        if sampled is not None:
-            self._versions |= {(v, meta.trainer_weight_version) for v in sampled_under(sampled)}
+    def fold(self, meta: ScoreMeta, seq: int = 0) -> None:
+        """Add one score."""
         self._last_seq, self._judged = seq, None
         self._comparable[meta.comparable.verdict] += 1
         self._reasons.update({reason.code for reason in meta.comparable.reasons})
@@ -77,12 +72,8 @@ class CellFold:
             scored=self._comparable.total(),
             captured=captured,
             trajectories=len(self._trajectories),
-            lag=self._lag(),
             last_seq=self._last_seq,
         )
-
-    def _lag(self) -> Lag | None:
-        return policy_lag(self._versions) if self._versions else None
 
 
 class Cells:
@@ -106,16 +97,13 @@ class Cells:
 
     def _fold_new(self, connection: sqlite3.Connection) -> None:
         rows = connection.execute(
-            "SELECT s.seq, s.engine, s.trainer, s.model, s.kind, s.meta, t.meta FROM scores s "
-            "LEFT JOIN traces t ON t.trace_id = s.trace_id WHERE s.seq > ? ORDER BY s.seq",
+            "SELECT seq, engine, trainer, model, kind, meta FROM scores WHERE seq > ? ORDER BY seq",
             (self._last_seq,),
         )
-        for seq, engine, trainer, model, kind, text, trace in rows:
+        for seq, engine, trainer, model, kind, text in rows:
             meta = msgspec.json.decode(text, type=ScoreMeta)
             key = (engine, trainer, model, kind)
             if key not in self._cells:
                 self._cells[key] = CellFold(meta)
-            drifts = kind == "drift" and trace is not None
-            sampled = msgspec.json.decode(trace, type=TraceMeta) if drifts else None
-            self._cells[key].fold(meta, seq, sampled)
+            self._cells[key].fold(meta, seq)
             self._last_seq = seq

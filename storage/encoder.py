@@ -29,8 +29,8 @@ __all__ = ["AddRow", "Encoder"]
 
 log = logging.getLogger(__name__)
 
-CACHE_BYTES = 24 << 20
-"""Decoded traces kept as bases: about 5 with 4.4 MB of routes, 240 without. Others are read back
+CACHE_BYTES = 20 << 20
+"""Decoded traces kept as bases: about 4 with 4.4 MB of routes, 200 without. Others are read back
 from disk, in 5 ms at worst; most of a larger cache would be trajectories that have ended."""
 
 CACHE_TRACES = 512

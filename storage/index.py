@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,12 +21,15 @@ __all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
 
 INDEX_NAME = "index.sqlite"
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 """``PRAGMA user_version``. An index of another version is rebuilt, not migrated: it is derived."""
 
 BUSY_TIMEOUT_S = 30.0
 """How long a writer waits for another: a score batch holds the lock for one fsync, a recovery for a
 second or two."""
+
+PRIMARY_CODE = 0xFF
+"""Of SQLite's error codes: above are bits that say more."""
 
 _SCHEMA = """
 CREATE TABLE segments (
@@ -65,6 +68,11 @@ CREATE INDEX calls_by_trajectory ON calls (trajectory, step, retry, started_ns);
 CREATE INDEX calls_by_model ON calls (model, trajectory);
 CREATE INDEX calls_open ON calls (trajectory) WHERE captured = 0 AND status IS NULL;
 CREATE INDEX calls_gap ON calls (trajectory) WHERE gap;
+
+CREATE TABLE early_outcomes (                   -- of calls of which nothing else is here yet
+    call_id TEXT PRIMARY KEY,
+    outcome TEXT NOT NULL                       -- JSON CallOutcome
+) STRICT;
 
 CREATE TABLE traces (
     trace_id TEXT PRIMARY KEY,
@@ -194,6 +202,17 @@ class Connections:
         current: sqlite3.Connection = self._local.connection
         return current
 
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """``get`` for the length of the block; StorageError where SQLite or the disk fails."""
+        try:
+            yield self.get()
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(
+                f"the store of {self._path} cannot be read ({error}); where it is damaged, "
+                "run `driftgate index rebuild`"
+            ) from error
+
     def close(self) -> None:
         """Close the connections of all threads, which must be done with them."""
         with self._lock:
@@ -204,16 +223,37 @@ class Connections:
 
 
 @contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Take the index's write lock; commit at the end, roll back on any error."""
-    connection.execute("BEGIN IMMEDIATE")
+def transaction(
+    connection: sqlite3.Connection, *, on_busy: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Take the index's write lock; commit at the end, roll back on any error.
+
+    Where another holds the lock for longer than BUSY_TIMEOUT_S: sqlite3.OperationalError, or, with
+    ``on_busy``, a call of that and another BUSY_TIMEOUT_S, for as long as it takes.
+    """
+    _locking(connection, "BEGIN IMMEDIATE", on_busy)
     try:
         yield
-        connection.execute("COMMIT")
+        _locking(connection, "COMMIT", on_busy)
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _locking(
+    connection: sqlite3.Connection, statement: str, on_busy: Callable[[], None] | None
+) -> None:
+    """Execute a statement that may find the lock taken and leaves all as it was then."""
+    while True:
+        try:
+            connection.execute(statement)
+        except sqlite3.OperationalError as error:
+            if on_busy is None or error.sqlite_errorcode & PRIMARY_CODE != sqlite3.SQLITE_BUSY:
+                raise
+            on_busy()
+        else:
+            return
 
 
 def _create(connection: sqlite3.Connection) -> None:

@@ -75,14 +75,20 @@ def add_intent(connection: sqlite3.Connection, intent: CallIntent, segment: str)
         ),
     )
     _touch_trajectory(connection, intent.trajectory, intent.started_ns, intent.started_ns)
+    _add_early_outcome(connection, intent.call_id)
 
 
 def add_outcome(connection: sqlite3.Connection, outcome: CallOutcome) -> None:
-    """A call ended without all its traces; its writer wrote its intent before."""
-    connection.execute(
+    """A call ended without all its traces. Its intent comes later where storage took it late."""
+    ended = connection.execute(
         "UPDATE calls SET outcome = ?, status = ? WHERE call_id = ?",
         (_json(outcome), outcome.status, outcome.call_id),
     )
+    if not ended.rowcount:
+        connection.execute(
+            "INSERT OR REPLACE INTO early_outcomes VALUES (?, ?)", (outcome.call_id, _json(outcome))
+        )
+        return
     connection.execute(
         "UPDATE trajectories SET ended_ns = MAX(ended_ns, ?) "
         "WHERE trajectory = (SELECT trajectory FROM calls WHERE call_id = ?)",
@@ -148,6 +154,7 @@ def add_trace(
         ),
     )
     _touch_trajectory(connection, meta.trajectory, meta.started_ns, meta.ended_ns)
+    _add_early_outcome(connection, meta.call_id)
     _settle(connection, meta.call_id)
 
 
@@ -216,6 +223,15 @@ def _seq_of_key(connection: sqlite3.Connection, head: ScoreHead) -> int | None:
         (meta.trace_id, meta.engine.digest, meta.trainer.digest, meta.kind),
     ).fetchone()
     return int(row[0]) if row else None
+
+
+def _add_early_outcome(connection: sqlite3.Connection, call_id: str) -> None:
+    """The call is known now: so is how it ended, where that was written first."""
+    row = connection.execute(
+        "DELETE FROM early_outcomes WHERE call_id = ? RETURNING outcome", (call_id,)
+    ).fetchone()
+    if row is not None:
+        add_outcome(connection, msgspec.json.decode(row[0], type=CallOutcome))
 
 
 def _touch_trajectory(

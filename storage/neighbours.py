@@ -2,8 +2,9 @@
 
 A gateway alone numbers the steps of its trajectories in memory. Where several live on one store, an
 agent's calls may come to any of them, and records reach the index some time after the call: then
-each number is given out by a small database beside the index. It is not derived from anything and
-not needed later: the first gateway of a store begins with an empty one.
+each number is given out by a small database beside the index. A gateway that had a neighbour goes
+on asking it: its own memory lacks the steps that the other gave. The database is not derived from
+anything and not needed later: the first gateway of a store begins with an empty one.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ class Neighbours:
         self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         os.rename(temporary, self._path)
-        if not self.any():
+        if not any(map(_lives, self._others())):
             self._steps.unlink(missing_ok=True)
 
     def any(self) -> bool:
-        """Whether another gateway lives on this store, or lived when the last one came or went.
+        """Whether another gateway lives on this store, or gave steps since this one started.
 
-        Costs one ``stat`` while nobody does.
+        Costs one ``stat`` while no gateway comes or goes.
         """
         changed_ns = self._folder.stat().st_mtime_ns
         if changed_ns != self._seen_ns:
-            self._found = any(map(_lives, self._others()))
+            self._found = any(map(_lives, self._others())) or self._steps.exists()
             settled = abs(time.time_ns() - changed_ns) > SETTLED_NS
             self._seen_ns = changed_ns if settled else 0
         return self._found

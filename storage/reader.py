@@ -62,7 +62,8 @@ class Reader:
 
     def trace(self, trace_id: str) -> Trace:
         """A whole trace; its arrays are read-only (copy what you change). NotFoundError."""
-        trace = load_trace(self._connections.get(), self._root, trace_id, self._cache).trace
+        with self._connections.reading() as connection:
+            trace = load_trace(connection, self._root, trace_id, self._cache).trace
         status = self._one("SELECT status FROM calls WHERE call_id = ?", trace.meta.call_id)
         meta = _as_delivered(trace.meta, status[0] if status else None)
         return trace if meta is trace.meta else replace(trace, meta=meta)
@@ -70,12 +71,13 @@ class Reader:
     def answer_text(self, trace_id: str) -> AnswerText:
         """What an answer says, from its own record alone: cheap where ``trace`` reads its whole
         chain. NotFoundError."""
-        return read_text(self._connections.get(), self._root, trace_id)
+        with self._connections.reading() as connection:
+            return read_text(connection, self._root, trace_id)
 
     def activity(self, *, now_ns: int, window_s: float, stale_s: float) -> Activity:
         """What happened within the last ``window_s`` seconds, and what waits to be scored."""
-        connection = self._connections.get()
-        return read_activity(connection, now_ns=now_ns, window_s=window_s, stale_s=stale_s)
+        with self._connections.reading() as connection:
+            return read_activity(connection, now_ns=now_ns, window_s=window_s, stale_s=stale_s)
 
     def score(self, trace_id: str, trainer: str | None = None, *, kind: str = "drift") -> Score:
         """The score of a trace by the trainer of that digest (None: the latest). NotFoundError."""
@@ -209,7 +211,8 @@ class Reader:
 
     def cells(self) -> list[CellRow]:
         """One row per (engine, trainer, model, kind); folds only scores that are new."""
-        return self._cells.rows(self._connections.get())
+        with self._connections.reading() as connection:
+            return self._cells.rows(connection)
 
     def twins(self, *, unscored: bool = False, limit: int = 1000) -> list[tuple[str, str]]:
         """Pairs of scorable traces, earlier first, that a deterministic engine had to answer alike.
@@ -291,11 +294,12 @@ class Reader:
         return gaps
 
     def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
-        row: tuple[Any, ...] | None = self._connections.get().execute(sql, values).fetchone()
-        return row
+        rows = self._all(sql, *values)
+        return rows[0] if rows else None
 
     def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._connections.get().execute(sql, values).fetchall()
+        with self._connections.reading() as connection:
+            return connection.execute(sql, values).fetchall()
 
 
 _TWINS = (

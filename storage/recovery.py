@@ -165,7 +165,7 @@ def _catch_up(path: Path, fd: int, connection: sqlite3.Connection) -> list[Score
         end = entry.end
     if end > start:
         set_indexed(connection, path.name, end)
-    if 0 < end < size:
+    if 0 < end < size and found.scanned:
         log.warning("%s: cut %d bytes of an unfinished batch", path, size - end)
         os.ftruncate(fd, end)
         os.fsync(fd)
@@ -211,6 +211,7 @@ def _entries(path: Path, start: int | None, found: _Found) -> Iterator[Entry]:
                 found.damaged_bytes += item.end - item.start
                 log.warning("%s: bytes %d to %d are no record", path, item.start, item.end)
     except FormatError as error:
+        found.scanned = False
         found.skip(str(error))
 
 
@@ -252,6 +253,8 @@ class _Found:
     """What was met on the way through segments."""
 
     records: int = 0
+    scanned: bool = True
+    """Every file was a segment of a known version: what was not met in it is no record."""
     damaged_bytes: int = 0
     torn_bytes: int = 0
     unreadable: list[str] = field(default_factory=list)

@@ -7,7 +7,6 @@ from typing import Literal
 
 import msgspec
 
-from driftgate.lag import Lag
 from driftgate.listings import TrajectoryRow
 from driftgate.mismatch import Bucket, Worst
 from driftgate.pool import LagSums
@@ -112,9 +111,6 @@ class CellRow(msgspec.Struct, frozen=True, kw_only=True):
     captured: int
     """Traces of this engine and model in the store."""
     trajectories: int
-    lag: Lag | None
-    """Between the weights that sampled and those that scored, the largest of all scores; None of a
-    noise floor."""
     last_seq: int
 
 

@@ -28,8 +28,11 @@ WIDTH, HEIGHT = 1280, 900
 SCALE = 1.5
 """Device pixels for one of CSS: sharp enough, and half the bytes of 2."""
 
-SHOW = {"trajectory": ".split"}
+SHOW = {"trajectory": "section[aria-labelledby=response]"}
 """What is brought to the top of a picture; the others begin with the page."""
+
+BELOW_THE_HEAD = "e => scrollTo(0, e.getBoundingClientRect().top + scrollY - 60)"
+"""The page's head stays where it is."""
 
 NO_ENGINE = "http://127.0.0.1:9"
 """Looking at a store needs none."""
@@ -76,7 +79,7 @@ async def draw(browser: Browser, url: str, folder: Path) -> None:
             await page.locator("main table").first.wait_for()
             await page.locator(".waiting").first.wait_for(state="detached")
             if name in SHOW:
-                await page.locator(SHOW[name]).evaluate("e => e.scrollIntoView()")
+                await page.locator(SHOW[name]).evaluate(BELOW_THE_HEAD)
             path = folder / f"{name}-{scheme}.png"
             await page.screenshot(path=path, animations="disabled")
             print(path)

@@ -41,6 +41,7 @@ VLLM_ENV = {
     "DO_NOT_TRACK": "1",
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
 }
 
 

@@ -26,7 +26,7 @@ TOOL: Any = {
 }
 
 
-def converse(options: Any) -> list[Any]:
+def converse(options: task.Options) -> list[Any]:
     """A forced tool call, its result, an answer, another."""
     turns: list[Any] = [{"role": "user", "content": task.QUESTION}]
     transcript = []
@@ -69,5 +69,4 @@ def converse(options: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    chosen = task.options("messages", "stream")
-    task.report(("anthropic",), converse(chosen))
+    task.main(("anthropic",), {"messages": converse, "stream": converse})

@@ -26,7 +26,7 @@ PARALLEL = "\n".join(
 that the model's own tool parser reads. The choice of the tools stays ``auto``."""
 
 
-def graph(options: Any) -> Any:
+def graph(options: task.Options) -> Any:
     """model -> tools -> model."""
     tools = [tool(task.product), tool(task.list_files)]
     model = ChatOpenAI(
@@ -57,7 +57,7 @@ def graph(options: Any) -> Any:
     return built.compile()
 
 
-def run(options: Any) -> list[Any]:
+def run(options: task.Options) -> list[Any]:
     """One run, and a second question in the same conversation."""
     agent = graph(options)
     state: Any = {"messages": [SystemMessage(task.SYSTEM), HumanMessage(task.QUESTION)]}
@@ -73,5 +73,4 @@ def run(options: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    chosen = task.options("chat", "stream")
-    task.report(("langgraph", "langchain-openai"), run(chosen))
+    task.main(("langgraph", "langchain-openai"), {"chat": run, "stream": run})

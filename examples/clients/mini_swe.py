@@ -16,10 +16,10 @@ from typing import Any
 from examples.clients import task
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-TASK = "calc.py adds wrongly: repair it so that check.py says nothing."
+TASK = "calc.py adds wrongly: repair it so that check.py says so."
 FILES = {
     "calc.py": "def add(a, b):\n    return a - b\n",
-    "check.py": "from calc import add\n\nassert add(2, 3) == 5, add(2, 3)\n",
+    "check.py": "from calc import add\n\nprint('right' if add(2, 3) == 5 else 'wrong')\n",
 }
 
 
@@ -43,7 +43,7 @@ QUIET = {
 """Else mini asks for a key and a model at its first run, and litellm fetches a list of prices."""
 
 
-def run(options: Any) -> list[Any]:
+def run(options: task.Options) -> list[Any]:
     """``mini`` from the command line; what it did is read from the file that it writes."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch, "repository"), Path(scratch, "run.json")
@@ -77,4 +77,4 @@ def run(options: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    task.report(("mini-swe-agent",), run(task.options("toolcall")))
+    task.main(("mini-swe-agent",), {"toolcall": run})

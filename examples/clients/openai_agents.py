@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Literal
 
 from agents import (
@@ -30,7 +29,7 @@ class Errand(BaseModel):
     ]
 
 
-def settings(options: Any, choice: str | None = None) -> Any:
+def settings(options: task.Options, choice: str | None = None) -> Any:
     """After a tool has run, the library itself sets the choice back to the model's own."""
     return ModelSettings(
         tool_choice=choice,
@@ -39,7 +38,7 @@ def settings(options: Any, choice: str | None = None) -> Any:
     )
 
 
-def crew(options: Any) -> Any:
+def crew(options: task.Options) -> Any:
     """A guide who hands over to a reckoner, who multiplies and answers."""
     reckoner = Agent(
         name="reckoner",
@@ -57,7 +56,7 @@ def crew(options: Any) -> Any:
     )
 
 
-def with_helper(options: Any, inner: list[Any]) -> Any:
+def with_helper(options: task.Options, inner: list[Any]) -> Any:
     """A guide who asks a helper, an agent with a conversation of its own; ``inner`` takes what the
     helper said."""
 
@@ -83,7 +82,7 @@ def with_helper(options: Any, inner: list[Any]) -> Any:
     )
 
 
-async def run(options: Any) -> list[Any]:
+async def run(options: task.Options) -> list[Any]:
     """One run; ``-stream``: by ``run_streamed``."""
     set_tracing_disabled(True)
     api, _, streamed = options.variant.partition("-")
@@ -106,6 +105,7 @@ def _said(output: list[Any]) -> dict[str, Any]:
     return task.said("".join(texts), calls)
 
 
+VARIANTS = ("responses", "responses-stream", "chat", "chat-stream", "helper")
+
 if __name__ == "__main__":
-    chosen = task.options("responses", "responses-stream", "chat", "chat-stream", "helper")
-    task.report(("openai-agents",), asyncio.run(run(chosen)))
+    task.main(("openai-agents",), dict.fromkeys(VARIANTS, run))

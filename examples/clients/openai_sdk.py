@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAI, pydantic_function_tool
@@ -26,7 +25,7 @@ FORCED: Any = {"type": "function", "function": {"name": "product"}}
 RESPONSES_TOOL: Any = {"type": "function", **TOOL["function"]}
 
 
-def asked(options: Any, messages: list[Any], *, forced: bool) -> dict[str, Any]:
+def asked(options: task.Options, messages: list[Any], *, forced: bool) -> dict[str, Any]:
     """A chat request."""
     return {
         "model": options.model,
@@ -68,7 +67,7 @@ class Chat:
             self.messages.append({"role": "user", "content": task.AGAIN})
 
 
-def sync(options: Any) -> list[Any]:
+def sync(options: task.Options) -> list[Any]:
     """``client.chat.completions.create``."""
     chat = Chat()
     with OpenAI() as client:
@@ -80,23 +79,19 @@ def sync(options: Any) -> list[Any]:
     return chat.transcript
 
 
-def asynchronous(options: Any) -> list[Any]:
+async def asynchronous(options: task.Options) -> list[Any]:
     """The same by ``AsyncOpenAI``."""
-
-    async def converse() -> list[Any]:
-        chat = Chat()
-        async with AsyncOpenAI() as client:
-            for step in range(3):
-                answer = await client.chat.completions.create(
-                    **asked(options, chat.messages, forced=step == 0)
-                )
-                chat.take(answer.choices[0].message)
-        return chat.transcript
-
-    return asyncio.run(converse())
+    chat = Chat()
+    async with AsyncOpenAI() as client:
+        for step in range(3):
+            answer = await client.chat.completions.create(
+                **asked(options, chat.messages, forced=step == 0)
+            )
+            chat.take(answer.choices[0].message)
+    return chat.transcript
 
 
-def stream(options: Any) -> list[Any]:
+def stream(options: task.Options) -> list[Any]:
     """``client.chat.completions.stream``, which puts the answer together from typed events."""
     chat = Chat()
     with OpenAI() as client:
@@ -110,7 +105,7 @@ def stream(options: Any) -> list[Any]:
     return chat.transcript
 
 
-def parse(options: Any) -> list[Any]:
+def parse(options: task.Options) -> list[Any]:
     """``client.chat.completions.parse``: a tool call and two answers that are objects."""
     chat = Chat()
     with OpenAI() as client:
@@ -128,17 +123,17 @@ def parse(options: Any) -> list[Any]:
     return chat.transcript
 
 
-def responses(options: Any) -> list[Any]:
+def responses(options: task.Options) -> list[Any]:
     """``client.responses.create`` with the history, then ``parse`` by ``previous_response_id``."""
     return _respond(options, stream=False)
 
 
-def responses_stream(options: Any) -> list[Any]:
+def responses_stream(options: task.Options) -> list[Any]:
     """``client.responses.stream``, which checks and adds up the typed events."""
     return _respond(options, stream=True)
 
 
-def _respond(options: Any, *, stream: bool) -> list[Any]:
+def _respond(options: task.Options, *, stream: bool) -> list[Any]:
     items: list[Any] = [{"role": "user", "content": task.QUESTION}]
     transcript = []
     with OpenAI() as client:
@@ -179,7 +174,7 @@ def _sent_back(item: Any) -> Any:
     return item.model_dump(exclude_none=True, mode="json", exclude={"parsed_arguments"})
 
 
-VARIANTS = {
+VARIANTS: dict[str, task.Variant] = {
     "sync": sync,
     "async": asynchronous,
     "stream": stream,
@@ -189,5 +184,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    chosen = task.options(*VARIANTS)
-    task.report(("openai",), VARIANTS[chosen.variant](chosen))
+    task.main(("openai",), VARIANTS)

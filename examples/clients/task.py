@@ -1,8 +1,8 @@
 """What every client here does: a question, a tool that really runs, an answer, one more question.
 
 The model behind the tests is tiny and random. It never decides to call a tool, so each client
-forces its first call by an ordinary setting of its own; all else is sampled freely. ``--run`` seeds
-the sampling, and is all that two runs differ in.
+forces its first call by an ordinary setting of its own; all else is sampled freely. A run's number
+seeds the sampling, and is all that two runs differ in.
 
 A client prints what its library says that the model said, one item a model call, as JSON.
 """
@@ -10,11 +10,14 @@ A client prints what its library says that the model said, one item a model call
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 __all__ = [
     "AGAIN",
@@ -24,11 +27,11 @@ __all__ = [
     "SYSTEM",
     "TOKENS",
     "Factor",
+    "Options",
     "call",
     "list_files",
-    "options",
+    "main",
     "product",
-    "report",
     "said",
 ]
 
@@ -58,13 +61,48 @@ def list_files(suffix: Literal[".py", ".md", ""]) -> str:
     return "\n".join(name for name in names if name.endswith(suffix))[:200] or "no such file"
 
 
-def options(*variants: str) -> argparse.Namespace:
-    """``VARIANT --model NAME --run N``."""
+Variant: TypeAlias = "Callable[[Options], list[Any] | Coroutine[Any, Any, list[Any]]]"
+"""Runs to the end on a thread, or on the event loop that all runs of a program share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a run is told."""
+
+    variant: str
+    model: str
+    run: int
+    """Seeds the sampling."""
+
+
+def main(packages: tuple[str, ...], variants: Mapping[str, Variant]) -> None:
+    """``VARIANT:RUN … --model NAME``: the runs of a variant side by side, one variant after
+    another; each prints a line with the client's packages and what was said."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("variant", choices=variants)
+    parser.add_argument("jobs", nargs="+", metavar="VARIANT:RUN", help=", ".join(variants))
     parser.add_argument("--model", required=True)
-    parser.add_argument("--run", type=int, default=0)
-    return parser.parse_args()
+    given = parser.parse_args()
+    client = " on ".join(f"{name} {version(name)}" for name in packages)
+    named = [job.partition(":") for job in given.jobs]
+    jobs = [Options(variant, given.model, int(run or 0)) for variant, _, run in named]
+    asyncio.run(_run(jobs, client, variants))
+
+
+async def _run(jobs: list[Options], client: str, variants: Mapping[str, Variant]) -> None:
+    for variant, group in groupby(jobs, key=lambda job: job.variant):
+        chosen = list(group)
+        for options, said in zip(
+            chosen,
+            await asyncio.gather(*(_one(variants[variant], options) for options in chosen)),
+            strict=True,
+        ):
+            done = {"variant": variant, "run": options.run, "client": client, "said": said}
+            print(json.dumps(done), flush=True)
+
+
+async def _one(variant: Variant, options: Options) -> list[Any]:
+    found = await asyncio.to_thread(variant, options)
+    return found if isinstance(found, list) else await found
 
 
 def call(name: str, arguments: Any) -> list[Any]:
@@ -75,9 +113,3 @@ def call(name: str, arguments: Any) -> list[Any]:
 def said(text: str | None, calls: Iterable[list[Any]] = ()) -> dict[str, Any]:
     """One answer in a transcript."""
     return {"text": text or "", "calls": list(calls)}
-
-
-def report(packages: tuple[str, ...], transcript: list[dict[str, Any]]) -> None:
-    """Print the client's packages with their versions, and the transcript, as the last line."""
-    versions = " on ".join(f"{name} {version(name)}" for name in packages)
-    print(json.dumps({"client": versions, "said": transcript}))

@@ -128,16 +128,24 @@ async function newestCursor(signal) {
 /** Follows the scores from `back` events before now; calls `onEvent` with each, once, in order. */
 async function follow({ back, onEvent, onState, signal }) {
   let cursor = null;
+  let newest = 0;
   let wait = FIRST_RETRY_MS;
   while (!signal.aborted) {
     try {
-      cursor ??= Math.max(0, (await newestCursor(signal)) - back);
+      if (cursor == null) {
+        newest = await newestCursor(signal);
+        cursor = Math.max(0, newest - back);
+      }
       const response = await ask(`/api/drift?follow=1&after=${cursor}`, signal);
-      onState("live");
+      onState(cursor < newest ? "reading" : "live");
       wait = FIRST_RETRY_MS;
       for await (const event of lines(response.body)) {
-        cursor = event.cursor;
-        onEvent(event);
+        if (event) {
+          cursor = event.cursor;
+          onEvent(event);
+        }
+        // Nothing to say is said when all that there is was sent.
+        if (!event || cursor >= newest) onState("live");
       }
     } catch (error) {
       if (signal.aborted) return;
@@ -148,6 +156,7 @@ async function follow({ back, onEvent, onState, signal }) {
   }
 }
 
+/** Each line's event; null for an empty line, which a stream sends while it is idle. */
 async function* lines(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -156,7 +165,7 @@ async function* lines(body) {
     if (done) return;
     const parts = (rest + value).split("\n");
     rest = parts.pop();
-    for (const part of parts) if (part.trim()) yield JSON.parse(part);
+    for (const part of parts) yield part.trim() ? JSON.parse(part) : null;
   }
 }
 

@@ -127,12 +127,12 @@ export function Basis({ cell, metric }) {
   return html`${wide} · ${count(cell.n_tokens)} tokens, ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? html` <abbr title="fewer than 30 trajectories: intervals come out too narrow">(few)</abbr>` : ""}`;
 }
 
-/** The policy versions between sampling and scoring, in words. */
-export function lagWords(lag) {
-  if (!lag) return "";
-  if (lag.steps === 0) return "same weights";
-  if (lag.steps != null) return `weights up to ${plural(lag.steps, "version")} apart`;
-  return lag.at_least ? `weights at least ${plural(lag.at_least, "version")} apart` : lag.differs ? "other weights" : "weight lag not known";
+/** How many weight versions lie between sampling and scoring, in words; nothing of a noise floor. */
+export function lagWords(cell) {
+  const labels = cell.kind === "drift" ? cell.by_lag.map((part) => part.label) : [];
+  if (!labels.length) return "";
+  if (labels.length > 1) return `weights ${labels.join(", ")} versions apart`;
+  return { 0: "same weights", 1: "weights 1 version apart", unknown: "weight lag not known", differs: "other weights" }[labels[0]] ?? `weights ${labels[0]} versions apart`;
 }
 
 /** Scores are still to come: the numbers may change. */

@@ -118,6 +118,14 @@ def test_bodies_with_line_ends_stay_on_one_line(tmp_path: Path) -> None:
     assert bytes(row.state.request) == b'{"temperature":1.50,"messages":["a\\nb"]}'
 
 
+def test_a_body_that_only_engines_read_ends_no_export(tmp_path: Path) -> None:
+    trace = replace(make_trace(), request=b'{"model":"m","note":NaN}')
+    first, second = exported(tmp_path, [trace, make_trace(step=1)])
+    assert msgspec.json.decode(first.state.request) == '{"model":"m","note":NaN}'
+    assert_same_trace(trace_of(first), trace)
+    assert second.step == 1
+
+
 def test_uint16_routes_keep_their_type(tmp_path: Path) -> None:
     trace = make_trace(experts=300, k=2)
     (row,) = exported(tmp_path, [trace])

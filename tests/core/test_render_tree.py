@@ -9,7 +9,7 @@ from rich.console import Console
 
 from driftgate.render_tree import tree as draw
 from driftgate.testing.traces import make_trace
-from driftgate.trace import Trace
+from driftgate.trace import Continuation, Trace
 from driftgate.tree import Tree, build_tree
 from tests.core.rendered import FORGETFUL, SYSTEM, Run, agent, user
 
@@ -48,6 +48,19 @@ def test_a_sub_agent_is_indented_and_named(tokenizer: PreTrainedTokenizerFast) -
     assert [line.split()[:2] for line in lines] == [["0", "root"], ["└", "1"], ["2", "extends"]]
     assert "sub-agent after step 0" in lines[1]
     assert lines[1].endswith("by headers  agent child")
+
+
+def test_how_calls_went_on_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    run = Run(tokenizer)
+    messages = [*START, run.ask(START, "Look."), user("Go on.")]
+    exact = Continuation(way="exact", after="c0.0", kept=30)
+    messages = [*messages, run.ask(messages, "Yes.", continuation=exact), user("Go on.")]
+    for message in (3, 5):
+        why = f"message {message}: its reasoning, or one before, came back changed"
+        run.ask(messages, "No.", continuation=Continuation(way="ordinary", reason=why))
+    assert "continuation" not in text(build_tree("t", [], dict[str, Trace]().get))
+    shown = "exact ×1, ordinary (its reasoning, or one before, came back changed) ×2"
+    assert f"exact continuation: {shown}" in text(run.tree())
 
 
 def test_a_thousand_turns_are_two_lines() -> None:

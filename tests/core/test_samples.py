@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
 
@@ -112,11 +113,37 @@ def test_a_route_array_of_another_length_is_missing() -> None:
     assert assemble([replace(trace, routes=trace.routes[1:])], reward=None).routes is None
 
 
+def test_routes_of_two_widths_join_in_the_wider_one() -> None:
+    """Of an engine that sends int32 each answer is as narrow as its own ids."""
+    one, two = list(make_trajectory(steps=2))
+    assert one.routes is not None
+    assert two.routes is not None
+    wide = two.routes.astype(np.uint16)
+    wide[-1] = 300
+    routes = assemble([one, replace(two, routes=wide)], reward=None).routes
+    assert routes is not None
+    assert routes.dtype == np.uint16
+    assert np.array_equal(routes[: len(one.routes)], one.routes)
+    assert np.array_equal(routes[len(one.routes) :], wide[len(one.routes) :])
+
+
+def test_finding_lines_copies_no_prompts() -> None:
+    """A run's prompts are quadratic in its length."""
+    ids = np.arange(10_000, dtype=np.int32)
+    pairs = [(ids[: 100 * n + 50].copy(), ids[100 * n + 50 : 100 * n + 100]) for n in range(100)]
+    tracemalloc.start()
+    found = lines(pairs)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == [list(range(100))]
+    assert peak_bytes < sum(prompt.nbytes for prompt, _ in pairs) / 10
+
+
 def test_lines_that_do_not_join_are_refused() -> None:
     one, two = list(make_trajectory(steps=2))
     with pytest.raises(ValueError, match="does not begin with the tokens before it"):
         assemble([two, one], reward=None)
-    with pytest.raises(ValueError, match="routes of several kinds"):
+    with pytest.raises(ValueError, match="routes of several shapes"):
         assemble([one, replace(two, routes=np.zeros((33, 4, 2), np.uint8))], reward=None)
     with pytest.raises(ValueError, match="no prompt, response or logprobs"):
         assemble([replace(one, logprobs=None)], reward=None)

@@ -7,8 +7,10 @@ Every cell is of the run: versions as the programs report them, counts from the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +28,8 @@ PYTHON = Path(f"{sys.prefix}-clients", "bin", "python")
 RUNS = 2
 """Of each client, at the same time."""
 AT_ONCE = 2
-"""Clients side by side, on a machine with two cores."""
-TIMEOUT_S = 240
+"""Programs side by side, on a machine with two cores."""
+TIMEOUT_S = 600
 MARKERS = ("<!-- clients -->", "<!-- /clients -->")
 
 
@@ -80,13 +82,16 @@ class Played:
     """One finished run."""
 
     client: Client
+    run: int
     versions: str
     said: list[Any]
     """What the client's library says that the model said, call by call."""
 
 
-async def play(client: Client, run: int, *, url: str, model: str, key: str = "none") -> Played:
-    """One run against ``url``, without ``/v1``."""
+async def play(
+    program: str, jobs: Sequence[tuple[Client, int]], *, url: str, model: str, key: str = "none"
+) -> list[Played]:
+    """Runs of one program in a process of its own, against ``url``, without ``/v1``."""
     given = {
         "OPENAI_BASE_URL": f"{url}/v1",
         "OPENAI_API_KEY": key,
@@ -94,23 +99,26 @@ async def play(client: Client, run: int, *, url: str, model: str, key: str = "no
         "ANTHROPIC_API_KEY": key,
     }
     process = await asyncio.create_subprocess_exec(
-        *(str(PYTHON), "-m", f"examples.clients.{client.program}", client.variant),
-        *("--model", model, "--run", str(run)),
+        *(str(PYTHON), "-m", f"examples.clients.{program}", "--model", model),
+        *(f"{client.variant}:{run}" for client, run in jobs),
         cwd=ROOT,
         env=os.environ | given,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         out, err = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode == 0, f"{client.name} run {run}:\n{err.decode()[-4000:]}"
-    told = json.loads(out.splitlines()[-1])
-    return Played(client, told["client"], told["said"])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started holds its pipes open
+    assert process.returncode == 0, f"{program}:\n{err.decode()[-4000:]}"
+    told = [json.loads(line) for line in out.splitlines() if line.startswith(b"{")]
+    return [
+        Played(client, run, line["client"], line["said"])
+        for (client, run), line in zip(jobs, told, strict=True)
+    ]
 
 
 def stored(trace: Trace) -> dict[str, Any]:
@@ -139,7 +147,7 @@ class Row:
     versions: str
     trajectories: Sequence[TrajectoryRow]
     as_the_engine: bool | None
-    """Run 0 got what the engine says without us; None where the engine has no such API."""
+    """Run 0 got what the engine says without us; None where it is asked in another API."""
 
 
 SHORT = ("client", "speaks", "set", "runs", "trajectories", "steps", "complete", "scored")
@@ -158,7 +166,7 @@ def short_table(rows: Sequence[Row]) -> str:
 
 def long_table(rows: Sequence[Row]) -> str:
     """One line for each client and way of calling it."""
-    equal = {True: "the same", False: "NOT THE SAME", None: "no such API"}
+    equal = {True: "the same", False: "NOT THE SAME", None: "-"}
     return _markdown(
         LONG,
         [[row.versions, row.client.how, *_counts([row]), equal[row.as_the_engine]] for row in rows],

@@ -26,6 +26,7 @@ from driftgate.testing.engine import (
     wait_for_http,
 )
 from driftgate.trace import Trainer
+from tests.e2e.collector import Collector, collecting
 from tests.e2e.rollouts import roll_out
 from tests.e2e.support import Dtype, Scored, reference, teach
 
@@ -65,15 +66,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Gets the spans of the thinking engine."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
 def launched(
     request: pytest.FixtureRequest,
     checkpoints: dict[str, Path],
+    collector: Collector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, EngineProcess]]:
     """Every engine that some test of this session asks for, perhaps not ready yet."""
     logs = tmp_path_factory.mktemp("engines")
     asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     running: dict[str, EngineProcess] = {}
+    traced = {"thinking": ("--otlp-traces-endpoint", f"{collector.url}/v1/traces")}
     try:
         for name in (*DTYPES, *(name for name in EXTRA if f"{name}_engine" in asked)):
             model = "moe" if name in ("moe", "thinking") else "dense"
@@ -82,7 +92,7 @@ def launched(
                 name=model,
                 log=logs / f"{name}.log",
                 routes=model == "moe",
-                extra=FLAGS[name],
+                extra=FLAGS[name] + traced.get(name, ()),
             )
         yield running
     finally:

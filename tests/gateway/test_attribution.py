@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -234,6 +235,27 @@ async def complete(agent: Agent, prompt: Any, **extra: Any) -> list[dict[str, An
     ]
     ids = [i for part in parts for i in part.get("token_ids") or ()]
     return [{"text": "".join(part["text"] for part in parts), "token_ids": ids}]
+
+
+@pytest.mark.parametrize("policy", ["serve", "refuse"])
+async def test_a_run_whose_steps_cannot_be_read(
+    connect: Callable[..., Any], tmp_path: Path, policy: str
+) -> None:
+    """It is served from memory, and numbered behind the store again when that can be read."""
+    run = {"headers": {"x-driftgate-trajectory": "run"}}
+    before, agent = await connect(), await connect(on_capture_failure=policy)
+    for text in ("one", "two"):
+        await before.send(CHAT | {"user": text}, **run)
+    await before.flush()
+    await agent.gateway.proxy.restored.wait()
+    index = tmp_path / "store" / "index.sqlite"
+    index.rename(index.with_suffix(".away"))
+    status, body = await agent.send(CHAT | {"user": "three"}, **run)
+    index.with_suffix(".away").rename(index)
+    assert status == (200 if policy == "serve" else 503), body
+    await agent.send(CHAT | {"user": "four"}, **run)
+    steps = sorted(step for _, step, _ in await places(agent))
+    assert steps == ([0, 0, 1, 2] if policy == "serve" else [0, 1, 2])
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import Callable, Sequence
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from yarl import URL
 
 from driftgate.errors import StorageError
-from driftgate.gateway import written
+from driftgate.gateway import exchange, written
 from driftgate.gateway.ending import UNDELIVERED
+from driftgate.gateway.recorder import CLIENT_LEFT
 from driftgate.storage import Record, WriterStats
 from driftgate.trace import CallIntent, CallOutcome, Trace
 
@@ -105,6 +108,95 @@ async def test_an_error_inside_a_stream_is_passed_and_its_call_can_be_retried(
     reader = agent.gateway.reader
     assert reader is not None
     assert [row.complete for row in reader.trajectories()] == [True]
+
+
+async def test_an_agent_that_leaves_a_written_stream_is_not_the_engines_fault(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def write(*_: Any) -> None:
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    engine.routes = True
+    agent = await connect(streaming_routes="synthesise")
+    await agent.send(CHAT)
+    blamed = list[bool]()
+    monkeypatch.setattr(agent.gateway.upstreams.all[0], "lost", lambda: blamed.append(True))
+    monkeypatch.setattr(written, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(web.StreamResponse, "write", write)
+    engine.hold = asyncio.Event()
+    await agent.send(STREAM)
+    (outcome,) = await agent.outcomes()
+    assert (outcome.status, outcome.reason, blamed) == ("cancelled", CLIENT_LEFT, [])
+
+
+async def test_a_bug_of_ours_leaves_no_call_open(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: Any) -> None:
+        raise ValueError("of ours")
+
+    monkeypatch.setattr(exchange, "turns_of_answer", bug)
+    assert (await agent.send(CHAT))[0] == 500
+    (outcome,) = await agent.outcomes()
+    assert (outcome.status, outcome.reason) == ("failed", "ValueError inside the gateway")
+    assert b'outcome="not_recorded",streamed="false"} 1.0' in agent.gateway.metrics.render()
+
+
+async def test_a_call_that_was_refused_is_not_counted_as_answered(connect: Connect) -> None:
+    sink = Sink()
+    sink.full = True
+    agent = await connect(sink=sink, on_capture_failure="refuse")
+    assert (await agent.send(CHAT))[0] == 503
+    assert b'outcome="not_recorded",streamed="false"} 1.0' in agent.gateway.metrics.render()
+
+
+@pytest.mark.parametrize("durability", ["group", "strict"])
+async def test_an_agent_that_leaves_at_done_has_its_answer(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch, durability: str
+) -> None:
+    agent = await connect(durability=durability)
+    plain = engine.stream
+
+    async def stream(request: web.Request, events: list[bytes], hold: Any) -> web.StreamResponse:
+        await plain(request, events, hold)
+        await asyncio.Event().wait()  # the body's end is yet to come
+        raise AssertionError
+
+    monkeypatch.setattr(engine, "stream", stream)
+    async with agent.http.post(agent.url + "/v1/chat/completions", json=STREAM) as answer:
+        async for line in answer.content:
+            if line.startswith(b"data: [DONE]"):
+                break
+        answer.close()
+    await engine.left.wait()
+    (trace,) = await agent.traces()
+    assert (trace.meta.delivery, trace.meta.status) == ("delivered", "complete")
+    assert await agent.outcomes() == []
+    assert b'outcome="answered"' in agent.gateway.metrics.render()
+    assert b'outcome="cancelled"' not in agent.gateway.metrics.render()
+
+
+async def test_a_kept_connection_keeps_no_answer(
+    agent: Agent, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stream(request: web.Request, events: list[bytes], _: Any) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for event in events:
+            await response.write(event)
+            await asyncio.sleep(0)  # the head comes before the body
+        return response
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, aiohttp.StreamReader) for thing in gc.get_objects())
+
+    monkeypatch.setattr(engine, "stream", stream)
+    await agent.send(STREAM)
+    before = alive()
+    for _ in range(10):
+        await agent.send(STREAM)
+    assert alive() < before + 10
 
 
 async def test_an_engine_that_dies_in_a_json_answer_is_a_502(

@@ -226,6 +226,32 @@ async def test_images_go_the_ordinary_way(talk: Talk) -> None:
     assert second.meta.continuation.reason == "the messages hold more than text"
 
 
+@pytest.mark.parametrize("calls", ["x", [1], [{"function": "x"}], {"function": 1}])
+async def test_tool_calls_that_are_none_are_the_engines_to_refuse(talk: Talk, calls: Any) -> None:
+    await talk.ask()
+    talk.messages[1] = talk.messages[1] | {"tool_calls": calls}
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert second.meta.continuation is not None
+    assert second.meta.continuation.way == "ordinary"
+
+
+@pytest.mark.parametrize("message", ['"text"', "7", '{"content": 7, "tool_calls": "x"}', "null"])
+async def test_an_answer_without_a_message_costs_no_call(
+    talk: Talk, engine: StandIn, message: str
+) -> None:
+    answer = engine.chat_answer
+
+    def odd(body: dict[str, Any]) -> bytes:
+        fields = json.loads(answer(body))
+        fields["choices"][0]["message"] = json.loads(message)
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+    engine.chat_answer = odd  # type: ignore[method-assign]
+    body = {"model": "tiny", "messages": [HELLO]}
+    assert (await talk.agent.send(body, path=RUN))[0] == 200
+
+
 async def test_a_rendering_that_fails_is_recorded_and_costs_no_call(
     talk: Talk, engine: StandIn
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -105,6 +106,7 @@ TABLE: list[tuple[str, str, set[str]]] = [
     ("POST", "/api/weights", {"admin"}),
     ("GET", "/api/cells", {"read", "admin"}),
     ("GET", "/api/cells/pair?a=e/t/m&b=e/t/m", {"read", "admin"}),
+    ("GET", "/api/cells/load?cell=e/t/m", {"read", "admin"}),
     ("GET", "/api/overview", {"read", "admin"}),
     ("GET", "/api/series", {"read", "admin"}),
     ("GET", "/api/glossary", {"read", "admin"}),
@@ -169,6 +171,7 @@ async def test_openapi_says_which_key_opens_what(agent: Agent) -> None:
     told = {(method, path): who for method, path, who in TABLE}
     told["GET", "/api/drift"] = told["GET", "/api/drift?trajectory=own"]
     told["GET", "/api/cells/pair"] = told["GET", "/api/cells/pair?a=e/t/m&b=e/t/m"]
+    told["GET", "/api/cells/load"] = told["GET", "/api/cells/load?cell=e/t/m"]
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             asked = path.replace("{trajectory}", "own").replace("{step}", "0")
@@ -196,6 +199,21 @@ async def test_a_trajectorys_key_calls_for_no_other(agent: Agent) -> None:
     for headers in ({"x-session-id": "other"}, {}):
         assert await ask(agent, "POST", path, OWN, json=body, headers=headers) == 200
     assert [t.meta.trajectory for t in await agent.traces()].count("own") == 2
+
+
+async def test_a_forged_key_before_the_own_one_opens_nothing_more(agent: Agent) -> None:
+    other = TrajectoryKeys(SIGNING).make("other")
+    headers = {"Authorization": f"Bearer {other}"}
+    _, said = await agent.send(CHAT, path="/v1/responses", headers=headers)
+    given = json.loads(said)["id"]
+    for first in ("dgk_forged", OWN):
+        both = {"headers": {"Authorization": f"Bearer {first}"}, "header": "x-api-key"}
+        assert await ask(agent, "GET", f"/v1/responses/{given}", OWN, **both) == 404
+        body = CHAT | {"previous_response_id": given}
+        assert await ask(agent, "POST", "/t/own/v1/responses", OWN, json=body, **both) == 400
+    assert await ask(agent, "GET", f"/v1/responses/{given}", other) == 200
+    both = {"headers": {"Authorization": "Bearer dgk_forged"}, "header": "x-api-key"}
+    assert await ask(agent, "GET", f"/v1/responses/{given}", CALL, **both) == 400
 
 
 async def test_a_refusal_says_what_is_missing_and_is_counted(agent: Agent) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -168,6 +169,9 @@ async def parrot() -> AsyncIterator[str]:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         said = {"error": {"message": f"not this key: {request.headers['Authorization']}"}}
+        if request.headers.get("x-stream"):
+            event = b"data: " + json.dumps(said).encode() + b"\n\n"
+            return web.Response(body=event, content_type="text/event-stream")
         if request.path == "/v1/models" and not request.headers.get("x-refuse"):
             return web.json_response({"data": [{"id": "tiny"}]})
         return web.json_response(said, status=401)
@@ -193,6 +197,7 @@ async def test_an_engine_that_repeats_its_key_is_not_quoted(
         agent = Agent(app[GATEWAY], http, url, StandIn())
         for body in (chat(), chat(stream=True)):
             await send(agent, told, "EMPTY", body)
+            await send(agent, told, "EMPTY", body, headers={"x-stream": "yes"})
         for path in ("/v1/models", "/v1/models/tiny"):
             async with http.get(url + path, headers={"x-refuse": "yes"}) as answer:
                 told.add(path, await answer.read())

@@ -58,8 +58,11 @@ def test_both_choices_can_be_continued() -> None:
     assert found.parent("t", ids(1, 2, 3, 5), step=1) == Parent("c.0", 3, True)
 
 
-def test_a_forgotten_trajectory_is_read_from_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lineage, "MAX_BYTES", 20)
+@pytest.mark.parametrize(("bound", "limit"), [("MAX_BYTES", 20), ("MAX_TRAJECTORIES", 1)])
+def test_a_forgotten_trajectory_is_read_from_the_store(
+    monkeypatch: pytest.MonkeyPatch, bound: str, limit: int
+) -> None:
+    monkeypatch.setattr(lineage, bound, limit)
     found = Lineage(lambda name: iter([("a", ids(1, 2), ids(3))] if name == "t" else []))
     found.add("t", "a", ids(1, 2), ids(3))
     found.add("u", "x", ids(1, 2), ids(3))  # 24 bytes: t is forgotten

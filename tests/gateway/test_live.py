@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from driftgate.gateway.alarms import alarms
 from driftgate.gateway.live import BLOCK_TOKENS, CellKey, Live, Sums, stretch
+from driftgate.listings import TrajectoryRow
 from driftgate.mismatch import Bucket
 from driftgate.storage import Activity, ScoreRow
-from driftgate.testing.traces import STEP_NS, make_score, make_trajectory
-from driftgate.trace import Comparable, Score
+from driftgate.testing.traces import STEP_NS, TRAINER, make_score, make_trajectory
+from driftgate.trace import Comparable, Score, Trace
 
 QUIET = Activity(
     window_s=60.0, calls=0, response_tokens=0, running=0, open_calls=0, stale_calls=0,
@@ -105,3 +107,34 @@ def test_bad_tokens_and_what_waits_are_said() -> None:
     assert codes(activity=waits, now_ns=5 + 61 * 10**9) == {"worker_behind": 5}
     lost = msgspec.structs.replace(QUIET, with_gaps=2, stale_calls=1)
     assert codes(activity=lost) == {"capture_gaps": None, "stale_calls": None}
+
+
+def run(name: str) -> TrajectoryRow:
+    counts = dict.fromkeys(("steps", "choices", "captured", "scorable", "scored", "missing"), 0)
+    more = {"open_calls": 0, "failed_calls": 0, "models": [], "started_ns": 0, "ended_ns": 0}
+    known = {"trajectory": name, "complete": True, "reward": None, "gaps": []}
+    return msgspec.convert(known | counts | more, TrajectoryRow)
+
+
+def test_a_list_of_runs_has_the_drift_of_the_furthest_pair() -> None:
+    far = scores(3, noise=0.2)
+    other = msgspec.structs.replace(TRAINER, dtype="float8")
+    near = scores(3)
+    for score in near:
+        score.meta.trainer = other
+    refused = scores(1, verdict="no", noise=5.0)
+    (row,) = live(*near, *far, *refused).with_drift([run("t1")])
+    assert row.drift is not None
+    traces = make_trajectory(steps=3, response=30, routed=False)
+    d = np.concatenate([_log_ratios(t, s) for t, s in zip(traces, far, strict=True)])
+    assert (row.drift.n_tokens, row.drift.pairs) == (len(d), 2)
+    assert row.drift.abs_log_ratio_mean == pytest.approx(np.abs(d).mean(), rel=1e-9)
+    assert row.drift.abs_log_ratio_max == pytest.approx(np.abs(d).max(), rel=1e-9)
+    assert live(*refused).with_drift([run("t1")])[0].drift is None
+
+
+def _log_ratios(trace: Trace, score: Score) -> npt.NDArray[np.float64]:
+    assert trace.logprobs is not None
+    good = score.logprobs <= 1e-6  # others are no log-probabilities
+    ratios: npt.NDArray[np.float64] = score.logprobs.astype(float) - trace.logprobs.astype(float)
+    return ratios[good]

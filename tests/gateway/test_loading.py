@@ -1,17 +1,14 @@
-"""What the API says of a cell's experts and weights, against what was written."""
+"""What the API says of the load of a cell's experts, against what was written."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from driftgate.gateway.answers import Answers
 from driftgate.gateway.loading import expert_load
 from driftgate.gateway.pairing import CellName
-from driftgate.storage import Reader, Record
+from driftgate.storage import Reader
 from driftgate.testing.stores import write_store
 from driftgate.testing.traces import ENGINE, TRAINER, make_score, make_trajectory
 from driftgate.trace import Score, Trace
@@ -50,20 +47,3 @@ def test_a_cell_without_routes_has_no_load(tmp_path: Path) -> None:
     reader = Reader(write_store(tmp_path, [trace, make_score(trace)]))
     assert expert_load(reader, CELL).answers == 0
     reader.close()
-
-
-def under(pair: tuple[Trace, Score], sampled: str, scored: str | None) -> list[Record]:
-    trace, score = pair
-    meta = msgspec.structs.replace(trace.meta, weight_version=sampled)
-    by = msgspec.structs.replace(score.meta, trainer_weight_version=scored)
-    return [dataclasses.replace(trace, meta=meta), dataclasses.replace(score, meta=by)]
-
-
-def test_a_cell_says_how_far_its_weights_are_apart(tmp_path: Path) -> None:
-    first, second = scored("a")
-    records = [*under(first, "step-4", "step-4"), *under(second, "step-4", "step-7")]
-    reader = Reader(write_store(tmp_path, records))
-    (cell,) = Answers(reader).cells().items
-    reader.close()
-    assert cell.lag is not None
-    assert (cell.lag.steps, cell.lag.reason) == (3, None)

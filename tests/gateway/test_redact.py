@@ -80,3 +80,32 @@ async def test_the_engine_gets_what_is_not_stored(
     assert stored["user"] == stored["metadata"]["email"] == "[redacted]"
     assert stored["metadata"]["trajectory_id"] == trace.meta.trajectory == "m"
     assert (stored["messages"], stored["stream"]) == (sent["messages"], stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", ["chat/completions", "responses", "messages"])
+async def test_an_answer_that_repeats_its_request_is_stored_without_it(
+    connect: Callable[..., Any], api: str, stream: bool
+) -> None:
+    hidden = {"user": "s3cret", "safety_identifier": "s3cret", "prompt_cache_key": "s3cret"}
+    sent = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "input": "hi",
+        "max_tokens": 5,
+        "metadata": {"email": "s3cret", "run": "7"},
+        "stream": stream,
+        **hidden,
+    }
+    agent = await connect(redact=[*hidden, "metadata.email"])
+    status, said = await agent.send(sent, path=f"/v1/{api}")
+    assert (status, b"s3cret" in said) == (200, api == "responses")
+    (trace,) = await agent.traces()
+    assert b"s3cret" not in trace.request + trace.response
+    if api == "responses":
+        stored = json.loads(trace.response)
+        assert (stored["metadata"], stored["user"]) == (
+            {"email": "[redacted]", "run": "7"},
+            "[redacted]",
+        )
+        assert (stored["status"], stored["instructions"]) == ("completed", None)

@@ -239,6 +239,9 @@ REFUSED: list[tuple[Translated, dict[str, Any], str]] = [
                   "tools": [{"type": "bash_20250124", "name": "bash"}]}, "'bash_20250124'"),
     ("messages", {"messages": [USER], "max_tokens": 5, "tools": [M_TOOL],
                   "tool_choice": {"type": "some"}}, "'some'"),
+    *(("messages", {"max_tokens": 5, "messages": [USER, {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "c", "name": "f", "input": bad}]}]}, "tool_use")
+      for bad in ("text", [], None, {"INVALID_JSON": 5})),
 ]  # fmt: skip
 
 

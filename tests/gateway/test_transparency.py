@@ -156,3 +156,6 @@ async def test_the_prompt_start_field_is_refused(agent: Agent, engine: StandIn) 
     assert status == 400
     assert "routed_experts_prompt_start" in json.loads(answer)["error"]["message"]
     assert engine.bodies == []
+    for unset in (0, False, None):
+        status, _ = await agent.send(CHAT | {"routed_experts_prompt_start": unset})
+        assert status == 200

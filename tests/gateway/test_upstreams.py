@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from driftgate.gateway import health
 from driftgate.gateway.config import GatewayConfig
@@ -186,6 +187,17 @@ async def test_the_models_of_all_engines_are_listed(agent: Agent) -> None:
     two = json.dumps({"data": [{"id": "b"}, {"id": "c"}]}).encode()
     found = json.loads(united([one, b"no list", two]))
     assert found == {"object": "list", "data": [{"id": "a", "x": 1.5}, {"id": "b"}, {"id": "c"}]}
+
+
+async def test_where_no_engine_lists_its_models_its_answer_is_passed(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(*_: Any) -> web.Response:
+        return web.json_response({"error": "who are you?"}, status=401)
+
+    monkeypatch.setattr(agent.gateway.proxy, "_get", refused)
+    async with agent.http.get(agent.url + "/v1/models") as answer:
+        assert (answer.status, await answer.json()) == (401, {"error": "who are you?"})
 
 
 async def test_a_call_goes_to_an_engine_that_has_its_model(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
+from driftgate.adapters.export_select import Selection
 from driftgate.client import Client
 from driftgate.errors import RequestError
 from driftgate.gateway import health
@@ -207,6 +209,44 @@ async def test_while_paused_new_calls_are_answered_429(connect: Connect, engine:
     assert (body["engines"][0]["in_flight"], body["engines"][0]["paused"]) == (0, None)
     assert (await agent.send(CHAT))[0] == 200
     assert b"driftgate_calls_paused_total 1.0" in agent.gateway.metrics.render()
+
+
+async def test_what_is_asked_again_after_a_pause_is_no_retry_of_an_equal_call(
+    agent: Agent,
+) -> None:
+    ask = partial(agent.send, CHAT, path="/t/best-of-3/v1/chat/completions")
+    assert [(await ask())[0] for _ in range(2)] == [200, 200]
+    await tell(agent, pause=True)
+    assert (await ask())[0] == 429
+    await tell(agent, resume=True)
+    assert (await ask(headers={"x-stainless-retry-count": "1"}))[0] == 200
+    traces = await agent.traces()
+    assert [(t.meta.step, t.meta.retry) for t in traces] == [(0, 0), (1, 0), (2, 1)]
+    assert agent.gateway.reader is not None
+    selection = Selection(agent.gateway.reader)
+    assert (len(list(selection.samples())), selection.left_out["retried"]) == (3, 0)
+
+
+async def test_a_call_that_was_let_in_before_a_pause_is_counted(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent: Agent = await connect()
+    await agent.send(CHAT)
+    engine.came.clear()
+    opening, opened = asyncio.Event(), asyncio.Event()
+
+    async def open_(intent: Any) -> None:
+        opening.set()
+        await opened.wait()  # as a slow disk in strict
+
+    monkeypatch.setattr(agent.gateway.recorder, "open", open_)
+    calling = asyncio.create_task(agent.send(CHAT))
+    await opening.wait()
+    _, body = await tell(agent, pause=True)
+    assert (body["engines"][0]["in_flight"], engine.came.is_set()) == (1, False)
+    opened.set()
+    assert (await calling)[0] == 200
+    assert agent.gateway.upstreams.all[0].in_flight == 0
 
 
 async def test_the_client_speaks_for_a_trainer(agent: Agent) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+from aiohttp import web
 
 from driftgate.gateway.keys import TrajectoryKeys, digest_of
 from tests.gateway.conftest import Agent, StandIn
@@ -281,3 +282,22 @@ async def test_strict_records_before_the_end(connect: Connect, path: str) -> Non
     for stream in (False, True):
         parsed(path, await ask(agent, path, stream=stream), stream)
     assert [t.meta.delivery for t in await agent.traces()] == ["delivered"] * 2
+
+
+@pytest.mark.parametrize("mode", ["plain", "synthesise"])
+async def test_an_error_page_becomes_an_error_of_the_agents_api(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    engine.routes = True
+    agent: Agent = await connect(streaming_routes=mode)
+    await ask(agent, "/v1/messages")
+
+    def page(*_: Any) -> web.Response:
+        return web.Response(status=502, text="<html>Bad Gateway</html>", content_type="text/html")
+
+    monkeypatch.setattr(engine, "error", page)
+    engine.status = 502
+    body = {"model": "tiny", "messages": [USER], "max_tokens": 5, "stream": True}
+    async with agent.http.post(agent.url + "/v1/messages", json=body) as answer:
+        assert (answer.status, answer.content_type) == (502, "application/json")
+        assert "Bad Gateway" in (await answer.json())["error"]["message"]

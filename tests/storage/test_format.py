@@ -8,6 +8,7 @@ from pathlib import Path
 import google_crc32c
 import msgspec
 import numpy as np
+import pytest
 import zstandard
 
 from driftgate.mismatch import Bucket
@@ -94,7 +95,11 @@ def test_the_score(tmp_path: Path) -> None:
     assert stored.token_hits.items() <= fresh.token_hits.items()
     assert stored.seq_hits.items() <= fresh.seq_hits.items()
     counted = {"token_hits": stored.token_hits, "seq_hits": stored.seq_hits}
-    assert stored == msgspec.structs.replace(fresh, **counted)
+    # Another processor's exp ends on another bit.
+    again = msgspec.structs.replace(fresh, **counted)
+    assert stored.undefined().keys() == again.undefined().keys()
+    known = [{k: v for k, v in one.metrics().items() if v is not None} for one in (stored, again)]
+    assert known[0] == pytest.approx(known[1], rel=1e-12)
     assert score.meta.worst is not None
     assert (score.meta.worst.token_id, score.meta.worst.log_ratio) == (13, -0.25)
     assert reader.last_seq() == 1

@@ -7,6 +7,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from driftgate.storage import Neighbours
 
 
@@ -16,7 +18,7 @@ def test_one_alone_is_alone_and_sees_another_come(tmp_path: Path) -> None:
     two = Neighbours(tmp_path)
     assert (one.any(), two.any()) == (True, True)
     one.close()
-    assert not two.any()
+    assert not two.any()  # neither gave a step
     two.close()
     assert not list((tmp_path / "gateways").iterdir())
 
@@ -44,6 +46,17 @@ def test_each_step_is_given_once(tmp_path: Path) -> None:
     assert gateways[1].next_step("another", 0) == 0
     for gateway in gateways:
         gateway.close()
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_who_stays_goes_on_behind_the_steps_of_who_left(tmp_path: Path, noticed: bool) -> None:
+    stays, leaves = Neighbours(tmp_path), Neighbours(tmp_path)
+    assert not noticed or stays.any()
+    assert [leaves.next_step("t", 1) for _ in range(2)] == [1, 2]
+    leaves.close()
+    assert stays.any()
+    assert stays.next_step("t", 1) == 3
+    stays.close()
 
 
 def test_numbers_do_not_outlive_the_gateways(tmp_path: Path) -> None:

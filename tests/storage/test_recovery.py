@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from driftgate.errors import FormatError, NotFoundError, StorageError
-from driftgate.storage import Leases, Reader, Writer, read_segment, rebuild_index
+from driftgate.storage import Leases, Reader, Writer, append, read_segment, rebuild_index
 from driftgate.storage.codec import pack_payload, pack_record
-from driftgate.storage.records import Kind, encode_score
+from driftgate.storage.records import Kind, encode_score, encode_small
+from driftgate.storage.segments import MAGIC
 from driftgate.testing.traces import (
     assert_same_trace,
     make_intent,
@@ -62,6 +65,7 @@ def test_a_rebuilt_index_has_the_same_content(tmp_path: Path, dump_index: Dump) 
         "segments": 2,
         "trajectories": 2,
         "calls": 10,
+        "early_outcomes": 0,
         "traces": 6,
         "scores": 6,
         "rewards": 2,
@@ -91,6 +95,39 @@ def test_calls_of_a_dead_writer_are_ended_and_those_of_a_living_one_are_not(
     assert first.outcome is not None
     assert "the gateway ended before the call did" in first.outcome.reason
     living.close()
+
+
+def test_a_writer_whose_first_segment_came_late_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(append, "SegmentFile", full)
+        living = Writer(tmp_path)
+    living.submit(make_intent(make_trace())).result(WAIT_S)
+    Writer(tmp_path, name="another").close()
+    with closing(Reader(tmp_path)) as reader:
+        assert [call.state for call in reader.calls("t1")] == ["open"]
+    living.close()
+
+
+def test_an_outcome_that_was_written_before_its_intent_counts(
+    tmp_path: Path, dump_index: Dump
+) -> None:
+    """Storage refused the intent at first."""
+    trace = make_trace()
+    outcome = CallOutcome(call_id=trace.meta.call_id, status="failed", reason="500", ended_ns=9)
+    writer = Writer(tmp_path)
+    writer.submit(outcome).result(WAIT_S)
+    writer.submit(make_intent(trace)).result(WAIT_S)
+    writer.close()
+    with closing(Reader(tmp_path)) as reader:
+        assert [(call.state, call.outcome) for call in reader.calls("t1")] == [("failed", outcome)]
+    before = dump_index(tmp_path)
+    rebuild_index(tmp_path)
+    assert dump_index(tmp_path) == before
 
 
 def test_a_missing_index_comes_back_when_a_writer_starts(tmp_path: Path, dump_index: Dump) -> None:
@@ -197,6 +234,24 @@ def test_a_file_that_is_no_segment_stops_nothing(tmp_path: Path) -> None:
     report = rebuild_index(tmp_path)
     assert len(report.unreadable) == 2
     assert Reader(tmp_path).counts().traces == 3
+
+
+def test_a_segment_that_cannot_be_read_yet_keeps_what_is_not_indexed(tmp_path: Path) -> None:
+    """One of a newer version, and a damaged header, are no reason to cut."""
+    fill(tmp_path, trajectories=1)
+    (segment,) = tmp_path.glob("segments/gateway-*.dgs")
+    later = encode_small(Reward(trajectory="t0", value=2.0, given_ns=9))
+    whole = segment.read_bytes() + pack_record(*later, time_ns=0)
+    newer = bytearray(whole)
+    newer[len(MAGIC)] = 2
+    segment.write_bytes(newer)
+    Writer(tmp_path).close()
+    assert segment.read_bytes() == newer
+    segment.write_bytes(whole)  # upgraded
+    Writer(tmp_path).close()
+    reward = Reader(tmp_path).reward("t0")
+    assert reward is not None
+    assert reward.value == 2.0
 
 
 def test_a_record_whose_content_breaks_the_format_is_skipped_and_named(tmp_path: Path) -> None:

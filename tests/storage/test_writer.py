@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +24,8 @@ import zstandard
 
 from driftgate.errors import StorageError
 from driftgate.storage import Reader, Record, Writer, append, delta, encoder, read_segment
+from driftgate.storage.append import Appender, Submission
+from driftgate.storage.inserts import Place
 from driftgate.storage.segments import SegmentFile, segment_paths
 from driftgate.testing.traces import (
     assert_same_score,
@@ -266,6 +268,29 @@ def test_a_record_that_the_index_refuses_fails_alone(writer: Writer, reader: Rea
     assert reader.counts().traces == 2
 
 
+def test_a_submission_over_several_segments_is_taken_back_from_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(tmp_path)
+    first, *rest = (make_intent(make_trace(step=step)) for step in range(4))
+    writer.submit(first).result(WAIT_S)
+    monkeypatch.setattr(append, "SEGMENT_BYTES", 10)  # each record fills one
+    put, tries = Appender._put, [True, True, False]
+
+    def disk_full(self: Appender, data: bytes, submission: Submission) -> Place:
+        if not tries.pop(0):
+            raise OSError(errno.ENOSPC, "no space left")
+        return put(self, data, submission)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Appender, "_put", disk_full)
+        failed = writer.submit_lazy(lambda: rest, size_hint=1)
+        with pytest.raises(StorageError, match="no space left"):
+            failed.result(WAIT_S)
+    writer.close()
+    assert sum(len(list(read_segment(path))) for path in segment_paths(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("operation", ["append", "sync", "truncate"])
 def test_a_failing_disk_is_survived_wherever_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
@@ -389,6 +414,34 @@ def test_an_index_that_fails_takes_the_batch_back(
     writer.submit(make_trace()).result(WAIT_S)
     writer.close()
     assert Reader(tmp_path).counts().traces == 1
+
+
+@pytest.mark.parametrize("kind", ["trace", "score"])
+def test_a_locked_index_is_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    """A teacher that was suspended in its transaction costs no record, however long it takes."""
+    monkeypatch.setattr("driftgate.storage.index.BUSY_TIMEOUT_S", 0.01)
+    writer = Writer(tmp_path)
+    first, second = make_trajectory(steps=2)
+    writer.submit(first).result(WAIT_S)
+    with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        future = writer.submit(second if kind == "trace" else make_score(first))
+        deadline = time.monotonic() + WAIT_S
+        while caplog.text.count("keeps the index locked") < 2:
+            assert not future.done()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        other.execute("ROLLBACK")
+    future.result(WAIT_S)
+    writer.close()
+    counts = Reader(tmp_path).counts()
+    assert (counts.traces, counts.scores) == ((2, 0) if kind == "trace" else (1, 1))
+    assert (writer.stats.failed_records, writer.stats.written_records) == (0, 2)
 
 
 def test_segments_rotate_between_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ from driftgate.testing.stores import write_store
 from tests.web.stores import page_records
 from tools.browser import chromium
 
+expect.set_options(timeout=20_000)  # patience on a busy machine: what is asserted has no time in it
+
 WIDE = ViewportSize(width=1280, height=900)
 PHONE = ViewportSize(width=390, height=844)
 

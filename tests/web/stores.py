@@ -61,7 +61,8 @@ def page_records() -> Iterator[Record]:
     for n in range(4):
         for trace in make_trajectory(f"moe-{n}", steps=4, response=40):
             yield from called(trace)
-            yield routed_score(trace, flips=3 + n, seed=n, noise=0.02 * (n + 1))
+            lag = {"weight_version": "step-1", "trainer_weight_version": f"step-{1 + n // 2}"}
+            yield routed_score(trace, flips=3 + n, seed=n, noise=0.02 * (n + 1), **lag)
     dense = {"model": "tiny-dense", "engine": DENSE_ENGINE, "routed": False}
     for n in range(3):
         for trace in make_trajectory(f"dense-{n}", steps=3, response=40, **dense):

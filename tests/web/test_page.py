@@ -196,6 +196,18 @@ def test_the_first_tab_skips_to_the_content(make_page: MakePage) -> None:
     assert page.url.endswith("#/matrix")
 
 
+def test_a_cell_is_told_apart_by_weight_lag(make_page: MakePage, url: str) -> None:
+    cells = msgspec.json.decode(httpx.get(f"{url}/api/cells").content, type=Cells).items
+    cell = next(c for c in cells if len(c.by_lag) > 1)
+    page = make_page().open(f"cell/{cell.engine_digest}/{cell.trainer_digest}/{cell.model}/drift")
+    table = page.get_by_role("region", name="By weight lag", exact=True)
+    shown = table.locator("tbody tr").evaluate_all(
+        "all => all.map(r => [r.cells[0].innerText, r.cells[4].innerText])"
+    )
+    assert shown == [[part.label, f"{part.n_tokens:,}"] for part in cell.by_lag]
+    expect(page.get_by_text(re.compile("^weights 0, 1.* versions apart$"))).to_be_visible()
+
+
 def test_a_trajectory_says_whether_to_train_on_it_and_why_not(make_page: MakePage) -> None:
     page = make_page().open("t/dense-0")
     verdict = page.get_by_role("region", name="Train on it?")

@@ -36,7 +36,7 @@ VIEWS = (
     "compare?a=t:moe-0&b=t:moe-1",
     "glossary",
 )
-FULL = 8
+FULL = 9
 
 
 def run(folder: Path, *arguments: str | Path) -> Result:

@@ -37,7 +37,7 @@ function Whole({ cell, glossary }) {
         <dt>engine</dt><dd>${side(cell.engine)} · ${sideDetail(cell.engine, cell.engine_digest)}</dd>
         <dt>trainer</dt><dd>${side(cell.trainer)} · ${sideDetail(cell.trainer, cell.trainer_digest)}</dd>
         <dt>scored</dt><dd>${count(cell.scored)} of ${count(cell.captured)} captured${cell.partial && html` <${Partial} cell=${cell} />`}: ${count(cell.comparable.yes ?? 0)} comparable, ${count(cell.comparable.converted ?? 0)} converted, ${count(cell.comparable.no ?? 0)} not</dd>
-        ${cell.lag && html`<dt>weights</dt><dd>${lagWords(cell.lag)}${cell.lag.reason && html` <span class="muted">${cell.lag.reason}</span>`}</dd>`}
+        ${lagWords(cell) && html`<dt>weights</dt><dd>${lagWords(cell)}</dd>`}
         ${cell.worst &&
         html`<dt>worst token</dt>
           <dd>
@@ -51,6 +51,7 @@ function Whole({ cell, glossary }) {
     </section>
     <${Why} cell=${cell} />
     <${Metrics} cell=${cell} glossary=${glossary} moe=${moe} />
+    <${ByLag} cell=${cell} glossary=${glossary} />
     <${Replay} of=${cell} raw=${paths.cells} />
     <${Layers} cells=${moe ? [cell] : []} />
     <${ExpertLoad} cells=${moe && cell.kind === "drift" ? [cell] : []} />
@@ -68,6 +69,28 @@ function Why({ cell }) {
         <tbody>${cell.reasons.map((r) => html`<tr><th scope="row"><code>${r.code}</code></th><td>${r.meaning}</td><td class="n">${count(r.scores)}</td></tr>`)}</tbody>
       </table>
     <//>`}
+  <//>`;
+}
+
+/** One lag has nothing to be told apart from. */
+function ByLag({ cell, glossary }) {
+  if (cell.by_lag.length < 2) return null;
+  const moe = cell.router != null;
+  const value = (part, name, from = part.measures) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} moe=${moe} /></td>`;
+  return html`<${Section} id="by-lag" title="By weight lag" raw=${paths.cells}>
+    <p class="muted small">Weight versions between sampling and scoring. What grows with them is the policy's own change, no drift of the engine.</p>
+    <${Scroll} label="Drift by weight lag">
+      <table class="rows">
+        <thead><tr><th scope="col">versions apart</th><th scope="col" class="n">k3</th><th scope="col" class="n">mean |D|</th>${moe && html`<th scope="col" class="n">routes</th>`}<th scope="col" class="n">tokens</th><th scope="col" class="n">answers</th></tr></thead>
+        <tbody>
+          ${cell.by_lag.map((part) => html`<tr>
+            <th scope="row">${part.label}</th>
+            ${value(part, "kl_k3_rollout_train")}${value(part, "abs_log_ratio_mean")}${moe && value(part, "router_set_disagree_rate", part.router)}
+            <td class="n">${count(part.n_tokens)}</td><td class="n">${count(part.n_seqs)}</td>
+          </tr>`)}
+        </tbody>
+      </table>
+    <//>
   <//>`;
 }
 

@@ -58,12 +58,13 @@ export function Live({ query, go }) {
     <${Spoken} event=${shown[0]} />
     <${Section} id="events" title="Scores">
       <p class="muted small">The sign before the time is the worst band of k3, mean |D|, the share beyond ×2 and routes.</p>
-      ${shown.length ? html`<${Rows} events=${shown} glossary=${glossary} />` : html`<${Empty}>${events.length ? "No event fits the filter." : "No score yet: they appear here as the worker makes them."}<//>`}
+      ${shown.length ? html`<${Rows} events=${shown} glossary=${glossary} />` : html`<${Empty}>${events.length ? "No event fits the filter." : state === "live" ? "No score yet: they appear here as the worker makes them." : STATES[state]}<//>`}
     <//>`;
 }
 
 const STATES = {
   connecting: "connecting",
+  reading: "reading the newest scores",
   live: "live",
   lost: "connection lost, trying again",
   key: "a read key is needed",

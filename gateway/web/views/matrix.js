@@ -95,7 +95,7 @@ function Cell({ cell, metric, glossary }) {
     <span class="cell-value"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(cell, metric)} moe=${cell.router != null} /></span>
     <span class="cell-line"><${Basis} cell=${cell} metric=${metric} /></span>
     <span class="cell-line">${floors.length ? `floor ${floors.map(([s, v]) => `${s} ${num(v)}`).join(", ")}` : "floor not measured"}</span>
-    <span class="cell-line" title=${cell.lag?.reason ?? ""}>${lagWords(cell.lag)}</span>
+    <span class="cell-line">${lagWords(cell)}</span>
     <span class="cell-line"><${Verdict} verdict=${cell.verdict} />${leftOut(cell)} <${Partial} cell=${cell} /></span>
     ${cell.verdict === "no" && html`<span class="cell-line">${whyNot(cell)}</span>`}
   </a>`;

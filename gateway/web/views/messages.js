@@ -8,6 +8,7 @@ const LONG = 1200;
 
 export function Messages({ request }) {
   if (!request) return html`<p class="muted">${report ? "The request's text is left out of this report." : "The request was not stored."}</p>`;
+  if (typeof request === "string") return html`<${Text} text=${request} />`;
   if (!request.messages) return html`<${Text} text=${promptText(request.prompt)} />`;
   // What this step adds: everything after the last answer; the rest was seen in earlier steps.
   const last = request.messages.findLastIndex((m) => m.role === "assistant");

@@ -1,14 +1,15 @@
 // All agent runs, newest first, with what is missing of each.
 import { html, useEffect, useState } from "../html.js";
 import { get, paths, useAnswer } from "../api.js";
-import { count, duration, round } from "../format.js";
-import { Empty, Failure, routeTo, Scroll, Section, Select, Show, Time, Title } from "../parts.js";
+import { count, duration, num, round } from "../format.js";
+import { band } from "../scale.js";
+import { BandMark, Empty, Failure, routeTo, Scroll, Section, Select, Show, Time, Title } from "../parts.js";
 
 const PAGE = 50;
 
 export function Trajectories({ query, go }) {
   const filters = Object.fromEntries(["model", "complete", "scored"].map((k) => [k, query.get(k) ?? ""]));
-  const asked = { limit: PAGE, ...Object.fromEntries(Object.entries(filters).filter(([, v]) => v)) };
+  const asked = { limit: PAGE, drift: true, ...Object.fromEntries(Object.entries(filters).filter(([, v]) => v)) };
   const path = paths.trajectories(asked);
   const first = useAnswer(path, 10);
   const [more, setMore] = useState({ items: [], next: undefined, error: null });
@@ -40,23 +41,34 @@ export function Trajectories({ query, go }) {
     <//>`;
 }
 
+/** Of the pair of engine and trainer that is furthest apart. */
+function MeanD({ of, glossary }) {
+  if (!of) return html`<span class="muted" title="no comparable score">–<span class="sr"> no comparable score</span></span>`;
+  const value = of.abs_log_ratio_mean;
+  const why = `${count(of.n_tokens)} tokens${of.pairs > 1 ? `, the furthest apart of ${count(of.pairs)} pairs` : ""}`;
+  return html`<span class="value" title=${why}><${BandMark} colour=${band(glossary, "abs_log_ratio_mean", value)} /> ${num(value)} <span class="unit">nats</span></span>`;
+}
+
 function Rows({ rows }) {
+  const glossary = useAnswer(paths.glossary).data;
   return html`<${Scroll} label="Trajectories">
     <table class="rows">
       <thead>
-        <tr><th scope="col">trajectory</th><th scope="col">started</th><th scope="col" class="n">took</th><th scope="col">model</th><th scope="col" class="n">steps</th><th scope="col" class="n">captured</th><th scope="col" class="n">scored</th><th scope="col">capture</th><th scope="col" class="n">reward</th></tr>
+        <tr><th scope="col">trajectory</th><th scope="col" class="n">mean |D|</th><th scope="col" class="n">max |D|</th><th scope="col">started</th><th scope="col" class="n">took</th><th scope="col">model</th><th scope="col" class="n">steps</th><th scope="col" class="n">captured</th><th scope="col" class="n">scored</th><th scope="col">capture</th><th scope="col" class="n">reward</th></tr>
       </thead>
       <tbody>
         ${rows.map(
           (t) => html`<tr>
             <th scope="row"><a href=${routeTo.trajectory(t.trajectory)}>${t.trajectory}</a></th>
+            <td class="n nowrap"><${MeanD} of=${t.drift} glossary=${glossary} /></td>
+            <td class="n nowrap">${t.drift ? html`${num(t.drift.abs_log_ratio_max)} <span class="unit">nats</span>` : "–"}</td>
             <td class="nowrap"><${Time} ns=${t.started_ns} seconds /></td>
             <td class="n nowrap">${duration((t.ended_ns - t.started_ns) / 1e9)}</td>
-            <td>${t.models.join(", ")}</td>
+            <td class="nowrap">${t.models.join(", ")}</td>
             <td class="n">${count(t.steps)}</td>
             <td class="n nowrap">${count(t.captured)} of ${count(t.choices)}</td>
             <td class="n nowrap">${count(t.scored)} of ${count(t.scorable)}</td>
-            <td><${Capture} row=${t} /></td>
+            <td class="nowrap"><${Capture} row=${t} /></td>
             <td class="n">${round(t.reward)}</td>
           </tr>`,
         )}
