@@ -40,8 +40,12 @@ COLUMNS = ["way", "answers", "events", "failed", "p50 ms", "p99 ms", "CPU us an 
 SETTLED_S = 120.0
 """For what is queued at the end."""
 
-SETTLE_S = 4.0
+SETTLE_S = 5.0
 """Idle connections to the engine are closed after three."""
+
+SLACK = 8
+"""Files and tasks that come and go: a thread that reads the index opens it for itself, and the look
+is a task too. What is left by each of thousands of calls is more."""
 
 BUCKET_US = 100
 BUCKETS = 600_000
@@ -288,9 +292,9 @@ def measure(folder: Path, size: Size) -> Section:
             *flat(ours.resident),
             Goal(
                 "files and tasks left",
-                "no more",
+                f"at most {SLACK} more",
                 f"{last.files - first.files}, {last.tasks - first.tasks}",
-                last.files <= first.files and last.tasks <= first.tasks,
+                max(last.files - first.files, last.tasks - first.tasks) <= SLACK,
             ),
             reported("p99 added delay of an event", f"{added_ms:+.1f} ms"),
             reported("cores that all of it needs at this rate", f"{cores_needed:.2f}"),
