@@ -61,7 +61,7 @@ def assert_same(a: Sample, b: Sample) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(traces=runs(), wide=runs(experts=300), reward=rewards)
 def test_reading_gives_back_what_the_layout_can_hold(
     name: str, traces: list[Trace], wide: list[Trace], reward: float | None

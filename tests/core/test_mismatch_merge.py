@@ -36,7 +36,7 @@ def assert_same(a: Bucket, b: Bucket) -> None:
 
 
 @given(st.lists(pairs, min_size=1, max_size=6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_merge_is_associative_and_commutative(data: list[list[tuple[float, float]]]) -> None:
     parts = [bucket(sequence, f"{i}.0") for i, sequence in enumerate(data)]
     left = reduce(Bucket.merge, parts, Bucket())
@@ -52,7 +52,7 @@ def test_merge_is_associative_and_commutative(data: list[list[tuple[float, float
 
 
 @given(pairs, pairs)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_token_level_metrics_do_not_care_where_a_sequence_is_cut(
     first: list[tuple[float, float]], second: list[tuple[float, float]]
 ) -> None:

@@ -151,7 +151,7 @@ def test_margins_split_disagreements() -> None:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_merge_of_responses_is_exact_in_any_order(lengths: list[int], seed: int) -> None:
     parts = []
     for i, rows in enumerate(lengths):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from driftgate import forest
 from driftgate.forest import Forest
@@ -193,7 +193,6 @@ def prefixes(tokens: tuple[int, ...]) -> set[tuple[int, ...]]:
     return {tokens[: n + 1] for n in range(len(tokens))}
 
 
-@settings(deadline=None)
 @given(traces=runs())
 def test_tokens_are_counted_once_where_calls_merge(traces: list[Trace]) -> None:
     found = tree_of(traces).tokens
@@ -205,7 +204,6 @@ def test_tokens_are_counted_once_where_calls_merge(traces: list[Trace]) -> None:
     assert found.distinct == len(set().union(*map(prefixes, every)))
 
 
-@settings(deadline=None)
 @given(traces=runs())
 def test_the_lines_are_those_that_the_teacher_scores(traces: list[Trace]) -> None:
     """But for a line whose last token alone is another: that token is never fed."""
@@ -217,7 +215,6 @@ def test_the_lines_are_those_that_the_teacher_scores(traces: list[Trace]) -> Non
         assert sum(len(s.ids) + 1 for s in sequences) == found.once
 
 
-@settings(deadline=None)
 @given(traces=runs())
 def test_a_parent_is_the_longest_earlier_call_that_a_prompt_begins_with(
     traces: list[Trace],

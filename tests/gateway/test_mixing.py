@@ -102,14 +102,14 @@ def text(said: Said) -> Prompt:
     return Prompt.of_text("".join(part for _, part in said))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_chats(seed: int) -> None:
     simulation = Simulation(seed, chat, answers=["a", "b", "<think>x</think>a"], notes=["a", "n"])
     assert [wrong for _ in range(300) for wrong in simulation.step()] == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_texts_whose_notes_are_no_answers(seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +118,7 @@ def test_texts_whose_notes_are_no_answers(seed: int) -> None:
         assert [wrong for _ in range(300) for wrong in simulation.step()] == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_texts_whose_notes_look_like_answers(seed: int) -> None:
     """Only a trajectory that says itself that it may be another's can get another's call."""

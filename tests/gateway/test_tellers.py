@@ -115,7 +115,7 @@ TEXTS = st.text(max_size=12)
 CALLS = st.lists(st.tuples(st.sampled_from("abc"), st.dictionaries(TEXTS, st.integers())))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXTS, TEXTS, CALLS, st.integers(1, 5))
 def test_any_answer_however_it_is_cut(thought: str, text: str, made: list[Any], cut: int) -> None:
     message: Message = {"content": text}
