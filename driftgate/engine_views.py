@@ -30,7 +30,7 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     paused: str | None
     """Why new calls are answered 429; null while they are not."""
     in_flight: int
-    """Calls that are at the engine now: while it is paused, wait for 0."""
+    """Calls that are at the engine now, or were let in to it: while it is paused, wait for 0."""
 
 
 class Engines(msgspec.Struct, frozen=True, kw_only=True):

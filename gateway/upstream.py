@@ -61,7 +61,7 @@ class Upstream:
         """``url``: of one engine of several; else the configuration's first."""
         self.url = (url or config.urls[0]).rstrip("/")
         self.in_flight = 0
-        """Calls that are there now."""
+        """Calls that are there now, or were let in and are on their way."""
         self.paused: str | None = None
         """Why it takes no calls now, by the trainer's word."""
         self.takes_ids = True
