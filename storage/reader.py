@@ -294,8 +294,7 @@ class Reader:
         return gaps
 
     def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
-        rows = self._all(sql, *values)
-        return rows[0] if rows else None
+        return next(iter(self._all(sql, *values)), None)
 
     def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._connections.reading() as connection:

@@ -243,10 +243,11 @@ async def test_a_run_whose_steps_cannot_be_read(
 ) -> None:
     """It is served from memory, and numbered behind the store again when that can be read."""
     run = {"headers": {"x-driftgate-trajectory": "run"}}
-    before, agent = await connect(), await connect(on_capture_failure=policy)
+    before = await connect()
     for text in ("one", "two"):
         await before.send(CHAT | {"user": text}, **run)
     await before.flush()
+    agent = await connect(on_capture_failure=policy)
     await agent.gateway.proxy.restored.wait()
     index = tmp_path / "store" / "index.sqlite"
     index.rename(index.with_suffix(".away"))
