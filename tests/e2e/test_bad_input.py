@@ -99,7 +99,10 @@ async def test_what_the_engine_refuses_is_refused_alike_and_nothing_else_is_lost
             assert through == direct, name
         await proxied.call("bad", question(engine, seed=2, max_tokens=8))
         async with proxied.http.get(f"{proxied.url}/metrics") as answer:
-            assert "driftgate_capture_lost_total{" not in await answer.text()
+            told = (await answer.text()).splitlines()
+        lost = [line for line in told if line.startswith("driftgate_capture_lost_total{")]
+        assert lost
+        assert all(line.endswith(" 0.0") for line in lost)
     row, calls = calls_of(tmp_path, "bad")
     assert (row.captured, row.failed_calls, row.open_calls) == (2, len(REFUSED), 0)
     assert [call.state for call in calls] == ["done", *["failed"] * len(REFUSED), "done"]
