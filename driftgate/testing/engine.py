@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -31,6 +32,9 @@ STOP_TIMEOUT_S = 15.0
 """vLLM's API server waits for its engine process, which ends within seconds."""
 
 POLL_S = 0.2
+
+FIRST_PORT, PORTS = 10_240, 20_000
+"""Below 32,768, from where Linux gives ports to outgoing connections; other systems begin later."""
 
 VLLM_ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -56,11 +60,13 @@ class EngineProcess:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on loopback that was free a moment ago, and that no outgoing connection is given
+    meanwhile: thousands of them come and go under load, and one took a gateway's port."""
+    while True:
+        port = FIRST_PORT + secrets.randbelow(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def process_log(path: Path) -> IO[bytes]:
