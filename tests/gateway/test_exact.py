@@ -226,7 +226,7 @@ async def test_images_go_the_ordinary_way(talk: Talk) -> None:
     assert second.meta.continuation.reason == "the messages hold more than text"
 
 
-@pytest.mark.parametrize("calls", ["x", [1], [{"function": "x"}], {"function": 1}])
+@pytest.mark.parametrize("calls", ["x", 7, [1], [{"function": "x"}], {"function": 1}])
 async def test_tool_calls_that_are_none_are_the_engines_to_refuse(talk: Talk, calls: Any) -> None:
     await talk.ask()
     talk.messages[1] = talk.messages[1] | {"tool_calls": calls}
@@ -250,6 +250,25 @@ async def test_an_answer_without_a_message_costs_no_call(
     engine.chat_answer = odd  # type: ignore[method-assign]
     body = {"model": "tiny", "messages": [HELLO]}
     assert (await talk.agent.send(body, path=RUN))[0] == 200
+
+
+@pytest.mark.parametrize("odd_ids", ["[ ]", "[]", "17", "[[7],[9]]"])
+@pytest.mark.parametrize("name", ["prompt_token_ids", "token_ids"])
+async def test_ids_that_are_none_are_never_put_into_a_prompt(
+    talk: Talk, engine: StandIn, name: str, odd_ids: str
+) -> None:
+    answer = engine.chat_answer
+
+    def odd(body: dict[str, Any]) -> bytes:
+        fields = json.loads(answer(body))
+        owner = fields if name in fields else fields["choices"][0]
+        owner[name] = "HERE"
+        return json.dumps(fields).replace('"HERE"', odd_ids).encode()
+
+    engine.chat_answer = odd  # type: ignore[method-assign]
+    await talk.ask()
+    await talk.ask()
+    assert "kv_transfer_params" not in engine.asked
 
 
 async def test_a_rendering_that_fails_is_recorded_and_costs_no_call(
