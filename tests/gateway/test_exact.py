@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from driftgate.gateway.exact import Exact
 from driftgate.trace import Trace
 from tests.gateway.conftest import END
 
@@ -341,3 +344,31 @@ async def test_a_run_goes_on_exactly_after_a_restart(
     await talk.ask()
     first, second = await talk.agent.traces()
     assert prompt(second)[: len(ids(first))] == ids(first)
+
+
+async def test_a_call_that_leaves_while_the_store_is_read_takes_no_ids_along(
+    connect: Callable[..., Any], engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.retokenises = True
+    talk = Talk(await connect(continuation="exact"))
+    await talk.ask()
+    await talk.agent.flush()
+    talk.agent = await connect(continuation="exact", port=0)
+    reading, may_read, read = asyncio.Event(), threading.Event(), Exact._read
+    loop = asyncio.get_running_loop()
+
+    def slow(self: Exact, trajectory: str) -> list[Trace]:
+        loop.call_soon_threadsafe(reading.set)
+        may_read.wait(10)
+        return read(self, trajectory)
+
+    monkeypatch.setattr(Exact, "_read", slow)
+    leaving = asyncio.create_task(talk.ask(seed=99))
+    await reading.wait()
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    may_read.set()
+    await talk.ask()
+    *_, last = await talk.agent.traces()
+    assert last.meta.continuation is not None
+    assert last.meta.continuation.way == "exact"
