@@ -34,6 +34,8 @@ def read_all_ids(*arrays: bytes) -> list[I32] | None:
     The eight bytes from each number's start are one word, shifted so that what follows the number
     falls out. Three steps then join neighbouring digits, pairs and fours, in all words at once.
     """
+    if not all(array.startswith(b"[") for array in arrays):
+        return None  # a number or a text, which would lose its first and last character
     starts = list(itertools.accumulate([len(array) - 1 for array in arrays], initial=0))
     text = b",".join([b"", *[array[1:-1] for array in arrays], b"," * (_PLACES - 1)])
     view = np.frombuffer(text, np.uint8)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ class _Rendered(msgspec.Struct):
     token_ids: Raw
 
 
-_ID_BYTES = b"0123456789,[] "
+_IDS = re.compile(rb"\[\d[\d, ]*+\]")
+"""A JSON array of ids, proven as far as they are joined here: the answer's fold reads them."""
 _ANSWER = msgspec.json.Decoder(_Answer)
 _MESSAGE = msgspec.json.Decoder(dict[str, Any])
 _RENDERED = msgspec.json.Decoder(_Rendered)
@@ -152,7 +154,7 @@ class Onward:
         if self.chain is None or prompt_ids is None or response_ids is None:
             return
         prompt, response = bytes(prompt_ids), bytes(response_ids)
-        if len(response) < len("[0]") or (prompt + response).translate(None, _ID_BYTES):
+        if not (_IDS.fullmatch(prompt) and _IDS.fullmatch(response)):
             return  # nothing was sampled, or what came is no list of ids: the fold names it
         link = self.chain.after(message)
         if self.known is not None:  # reasoning that did not come back is in the ids all the same
@@ -202,9 +204,10 @@ class Exact:
         if chain is None:
             return onward
         if self._met.get(place.trajectory) is None:
-            self._met.put(place.trajectory, True)
             if place.attribution != "new":
                 self._restore(await asyncio.to_thread(self._read, place.trajectory))
+            # Now: the next call may come before they are read, and this one may leave.
+            self._met.put(place.trajectory, True)
         if not chain.answers:
             return onward
         why_not = plan.uncaptured or _cannot(upstream)

@@ -102,6 +102,8 @@ class _Line:
         self._loop = loop
         self._since = 0.0
         """When it was given back."""
+        if (closed := self.protocol.closed) is not None:
+            closed.add_done_callback(_seen)
 
     @property
     def usable(self) -> bool:
@@ -194,6 +196,12 @@ class Poster:
         request = aiohttp.ClientRequest("POST", url, loop=self._loop)
         connection = await self._connector.connect(request, traces=[], timeout=self._timeout)
         return _Line(connection, self._idle[url], self._loop)
+
+
+def _seen(closed: asyncio.Future[None]) -> None:
+    """An idle connection that the engine resets is nobody's error, and none for the log."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 async def _first(protocol: ResponseHandler) -> tuple[RawResponseMessage, aiohttp.StreamReader]:

@@ -63,7 +63,7 @@ def obstacle(fields: Fields, adapter: EngineAdapter) -> str | None:
     messages = _messages(fields)
     if any(_has_media(message) for message in messages):
         return "the messages hold more than text"
-    if not all(_is_call(call) for message in messages for call in message.get("tool_calls") or ()):
+    if not all(_are_calls(message.get("tool_calls") or []) for message in messages):
         return "the messages hold tool calls that are none"
     return None
 
@@ -75,8 +75,10 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
         return []
 
 
-def _is_call(call: object) -> bool:
-    return isinstance(call, dict) and isinstance(call.get("function"), dict)
+def _are_calls(calls: object) -> bool:
+    return isinstance(calls, list) and all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
+    )
 
 
 def _has_media(message: Mapping[str, Any]) -> bool:

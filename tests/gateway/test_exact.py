@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from driftgate.gateway.exact import Exact
 from driftgate.trace import Trace
 from tests.gateway.conftest import END
 
@@ -226,7 +229,7 @@ async def test_images_go_the_ordinary_way(talk: Talk) -> None:
     assert second.meta.continuation.reason == "the messages hold more than text"
 
 
-@pytest.mark.parametrize("calls", ["x", [1], [{"function": "x"}], {"function": 1}])
+@pytest.mark.parametrize("calls", ["x", 7, [1], [{"function": "x"}], {"function": 1}])
 async def test_tool_calls_that_are_none_are_the_engines_to_refuse(talk: Talk, calls: Any) -> None:
     await talk.ask()
     talk.messages[1] = talk.messages[1] | {"tool_calls": calls}
@@ -250,6 +253,25 @@ async def test_an_answer_without_a_message_costs_no_call(
     engine.chat_answer = odd  # type: ignore[method-assign]
     body = {"model": "tiny", "messages": [HELLO]}
     assert (await talk.agent.send(body, path=RUN))[0] == 200
+
+
+@pytest.mark.parametrize("odd_ids", ["[ ]", "[]", "17", "[[7],[9]]"])
+@pytest.mark.parametrize("name", ["prompt_token_ids", "token_ids"])
+async def test_ids_that_are_none_are_never_put_into_a_prompt(
+    talk: Talk, engine: StandIn, name: str, odd_ids: str
+) -> None:
+    answer = engine.chat_answer
+
+    def odd(body: dict[str, Any]) -> bytes:
+        fields = json.loads(answer(body))
+        owner = fields if name in fields else fields["choices"][0]
+        owner[name] = "HERE"
+        return json.dumps(fields).replace('"HERE"', odd_ids).encode()
+
+    engine.chat_answer = odd  # type: ignore[method-assign]
+    await talk.ask()
+    await talk.ask()
+    assert "kv_transfer_params" not in engine.asked
 
 
 async def test_a_rendering_that_fails_is_recorded_and_costs_no_call(
@@ -322,3 +344,31 @@ async def test_a_run_goes_on_exactly_after_a_restart(
     await talk.ask()
     first, second = await talk.agent.traces()
     assert prompt(second)[: len(ids(first))] == ids(first)
+
+
+async def test_a_call_that_leaves_while_the_store_is_read_takes_no_ids_along(
+    connect: Callable[..., Any], engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.retokenises = True
+    talk = Talk(await connect(continuation="exact"))
+    await talk.ask()
+    await talk.agent.flush()
+    talk.agent = await connect(continuation="exact", port=0)
+    reading, may_read, read = asyncio.Event(), threading.Event(), Exact._read
+    loop = asyncio.get_running_loop()
+
+    def slow(self: Exact, trajectory: str) -> list[Trace]:
+        loop.call_soon_threadsafe(reading.set)
+        may_read.wait(10)
+        return read(self, trajectory)
+
+    monkeypatch.setattr(Exact, "_read", slow)
+    leaving = asyncio.create_task(talk.ask(seed=99))
+    await reading.wait()
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    may_read.set()
+    await talk.ask()
+    *_, last = await talk.agent.traces()
+    assert last.meta.continuation is not None
+    assert last.meta.continuation.way == "exact"

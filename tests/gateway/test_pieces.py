@@ -127,7 +127,11 @@ def test_ids_are_read(lists: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "array", [b"[]", b"[1,,2]", b"[,1]", b"[1,]", b"[1, 2]", b"[-1]", b"[1.5]", b"[123456789]"]
+    "array",
+    [
+        *(b"[]", b"[1,,2]", b"[,1]", b"[1,]", b"[1, 2]", b"[-1]", b"[1.5]", b"[123456789]"),
+        *(b"12345", b'"1,2"'),
+    ],
 )
 def test_other_arrays_are_left_to_the_parser(array: bytes) -> None:
     assert read_ids(array) is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -108,6 +111,32 @@ async def test_a_connection_whose_answer_was_left_is_closed() -> None:
                 assert answer.closed is not None
             assert answer.closed is None
         assert engine.connections == 2
+
+
+async def test_an_engine_that_resets_idle_connections_is_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    may_reset = asyncio.Event()
+
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(OK + b"\r\n{}")
+        await may_reset.wait()
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+
+    async with posting(reset) as (poster, url):
+        async with await poster.post(url, "/", CIMultiDict(), b"{}") as answer:
+            await answer.content.read()
+            closed = answer.closed
+        assert closed is not None
+        may_reset.set()
+        await asyncio.wait({closed})
+        poster.close()
+        del answer, closed, poster
+    gc.collect()
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("head", [b"HTTP/1.1 103 Early Hints\r\n\r\n", b""])
