@@ -21,7 +21,7 @@ from driftgate.storage import Reader
 from reliability.agent import Seen, ask, path_of
 from reliability.answers import Said, request, say
 from reliability.engine import SSE_HEAD, End, Engine, Script, chunked, json_head, serve_engine, well
-from reliability.gateway import Gateway, running
+from reliability.gateway import Gateway, running, until
 from reliability.verdict import Call, Row, read_call
 
 __all__ = ["FAULTS", "Fault", "drip", "run"]
@@ -317,6 +317,8 @@ async def one(name: str, number: int, engine: Engine, gateway: Gateway, row: Row
         return
     row.judge(gateway.store, [after])
     reader = Reader(gateway.store)
+    # The outcome of what cannot be kept comes when the writer has given it up.
+    await until(lambda: not read_call(reader, asked).still_open)
     stored = read_call(reader, asked)
     reader.close()
     row.says(stored.reasons, fault.reason)

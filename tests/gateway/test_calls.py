@@ -190,7 +190,7 @@ async def test_a_kept_connection_keeps_no_answer(
 
     def alive() -> int:
         gc.collect()
-        return sum(isinstance(thing, aiohttp.StreamReader) for thing in gc.get_objects())
+        return sum(type(thing) is aiohttp.StreamReader for thing in gc.get_objects())
 
     monkeypatch.setattr(engine, "stream", stream)
     await agent.send(STREAM)
