@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,12 @@ def two_workers(part: str, made: Rollouts, root: Path) -> Iterator[Row]:
     store = Path(shutil.copytree(made.unscored, root / "two"))
     command = [sys.executable, "-m", "driftgate.cli", "teach", "--store", str(store)]
     command += ["--model", str(made.checkpoint), "--dtype", "float32", "--weight-version", "step-7"]
+    # As many threads as the single worker has here: sums of other threads differ in the last bit.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         for _ in range(2)
     ]
     first = [process.communicate(timeout=TIMEOUT_S) for process in running]
