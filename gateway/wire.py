@@ -78,9 +78,16 @@ def query_of(request: web.Request, kind: type[T]) -> T:
             raise RequestError(f"parameter {name!r} is given twice")
         values[name] = value
     try:
-        return msgspec.convert(values, kind, strict=False)
+        query = msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         raise RequestError(f"query of {request.path}: {error}") from error
+    for name, value in values.items():  # msgspec reads 1e2 as 100 and null as nothing given
+        read = getattr(query, name, value)
+        if read is None or (type(read) is int and str(read) != value):
+            raise RequestError(
+                f"query of {request.path}: {value!r} is no value of parameter {name!r}"
+            )
+    return query
 
 
 async def body_of(request: web.Request, kind: type[T]) -> T:

@@ -8,12 +8,15 @@ memory that any case took.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 __all__ = ["Outcome", "main", "run"]
@@ -106,8 +109,18 @@ def _one(name: str, cases: int, seed: int, replay: Path | None) -> None:
             "-print_final_stats=1",
             corpus,
         ]
-        atheris.Setup([sys.argv[0], *options], target.check)
+        atheris.Setup([sys.argv[0], *options], partial(_keeping, name, target.check))
         atheris.Fuzz()
+
+
+def _keeping(name: str, check: Callable[[bytes], None], data: bytes) -> None:
+    """libFuzzer keeps the input of a crash or a hang; of an exception its own timer may end it
+    before it does."""
+    try:
+        check(data)
+    except Exception:
+        (FINDS / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
+        raise
 
 
 def main() -> int:

@@ -129,8 +129,10 @@ def events(data: bytes) -> None:
 
 
 def _is_json(data: bytes | None) -> bool:
+    """As a strict parser sees it: half of a surrogate pair is no character."""
     try:
-        json.loads(data or b"-")
+        text = (data or b"-").decode()
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return False
     return True
