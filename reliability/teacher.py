@@ -30,8 +30,7 @@ LEASE_S = 1.0
 """A killed worker's trajectory is free again after this; users have two minutes."""
 
 AGENTS, PAUSE_S = 3, 0.2
-"""A few calls a second, while a worker takes half a minute to start: all of them are scored."""
-LOAD_S = 1.0
+"""A few calls a second, while a worker takes seconds to start: all of them are scored."""
 LATEST_KILL_S = 1.5
 """After a worker's first score, or its first lease."""
 
@@ -69,13 +68,16 @@ def scored(store: Path) -> int:
     return found
 
 
-async def killed_at_work(store: Path, model: Path, number: int, source: random.Random) -> None:
+async def killed_at_work(
+    store: Path, model: Path, number: int, source: random.Random, row: Row
+) -> None:
     """One worker, killed some time after it has begun to score."""
     before = scored(store)
     worker = teach(store, model, number)
     await until(
         lambda: scored(store) > before or worker.poll() is not None, timeout_s=SCORED_TIMEOUT_S
     )
+    row.check(scored(store) > before, f"worker {number} scored nothing")
     await asyncio.sleep(source.uniform(0, LATEST_KILL_S))
     kill(worker)
 
@@ -118,24 +120,18 @@ def count(store: Path, row: Row) -> None:
 
 
 async def worker_alone(engine: Engine, folder: Path, model: Path, tries: int) -> Row:
-    """The store is written first."""
+    """The gateway stays, and goes on being called."""
     row, source, store = Row("kill -9 of the trainer's worker"), random.Random(0), folder / "taught"
-    load = await _load(engine, store, "taught", LOAD_S * (1 + tries / 4))
-    for number in range(tries):
-        await killed_at_work(store, model, number, source)
-        row.tries += 1
+    gateway = await start(engine.url, store)
+    load = Load(gateway, engine, "taught", pause_s=PAUSE_S)
+    async with load.running(AGENTS):
+        for number in range(tries):
+            await killed_at_work(store, model, number, source, row)
+            row.tries += 1
+    await gateway.end()
     await finish(store, model, row)
     row.judge(store, load.calls)
     return row
-
-
-async def _load(engine: Engine, store: Path, label: str, seconds: float) -> Load:
-    gateway = await start(engine.url, store)
-    load = Load(gateway, engine, label, pause_s=PAUSE_S)
-    async with load.running(AGENTS):
-        await asyncio.sleep(seconds)
-    await gateway.end()
-    return load
 
 
 async def both(engine: Engine, folder: Path, model: Path, tries: int) -> Row:
@@ -151,10 +147,11 @@ async def both(engine: Engine, folder: Path, model: Path, tries: int) -> Row:
         load = Load(gateway, engine, f"both{number}", pause_s=PAUSE_S)
         async with load.running(AGENTS):
             before = scored(store)
-            await until(
+            begun = await until(
                 lambda before=before: scored(store) > before,  # type: ignore[misc]
                 timeout_s=SCORED_TIMEOUT_S,
             )
+            row.check(begun, f"worker {number} scored nothing")
             await asyncio.sleep(source.uniform(0, LATEST_KILL_S))
             killed_at = time.monotonic()
             gateway.kill()
@@ -171,7 +168,7 @@ async def run(folder: Path, *, full: bool) -> list[Row]:
     from driftgate.testing.checkpoints import make_checkpoint
 
     model = make_checkpoint(folder / "checkpoint", "dense")
-    tries = 10 if full else 1  # each starts a worker, which takes half a minute on a busy machine
+    tries = 100 if full else 1  # each starts a worker: seconds, half a minute on a busy machine
     async with serve_engine(SCRIPTS, speller(model)) as engine:
         return [
             await worker_alone(engine, folder, model, tries),
