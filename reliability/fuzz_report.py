@@ -7,6 +7,7 @@ worst that any observed.
 from __future__ import annotations
 
 import asyncio
+import re
 
 from benchmarks.report import Goal, Section, Table, write_section
 from reliability.fuzz import API, CASE_TIMEOUT_S, MAX_INPUT_BYTES, MAX_RSS_MB, Outcome
@@ -17,6 +18,9 @@ from reliability.verdict import Row
 __all__ = ["of_api", "of_target", "section", "write"]
 
 TABLE = "fuzz"
+
+_WHAT = re.compile(r"^(?:- | +)((?:[A-Z]+\d+|assert) .*)$|^(\w*Error: \w.*)$", re.MULTILINE)
+"""Of what atheris or schemathesis print."""
 
 HOW = f"""\
 Coverage-guided (atheris), each target in a process of its own, inputs up to {MAX_INPUT_BYTES}
@@ -65,16 +69,32 @@ def section(runs: list[Kept]) -> Section:
                 "" if worst.worst is None else f"{worst.worst:.0f} {worst.unit}",
             ]
         )
-    finds = sum(row.wrong for row in rows)
+    finds = sum({row.fault: row.wrong for row in rows}.values())
     columns = ["target", "reads; last run", "runs", "cases", "finds", "most memory, slowest"]
     return Section(
         name=TABLE,
         title="Fuzzing",
         command="make fuzz",
         how=HOW,
-        tables=[Table("Readers of foreign bytes, over every run", columns, lines)],
-        goals=[Goal("finds", "0", str(finds), finds == 0)],
+        tables=[Table("Readers of foreign bytes, over every run", columns, lines), *_finds(runs)],
+        goals=[Goal("finds in the last run of each", "0", str(finds), finds == 0)],
     )
+
+
+def _finds(runs: list[Kept]) -> list[Table]:
+    """Every find, with the line that says what it was; the whole is in the results."""
+    lines = [
+        [run.time, row.fault, run.commit, _what("\n".join(row.notes))]
+        for run in runs
+        for row in run.rows
+        if row.wrong
+    ]
+    return [Table("Every find", ["UTC", "target", "commit", "what"], lines)] if lines else []
+
+
+def _what(said: str) -> str:
+    found = _WHAT.search(said)
+    return "" if found is None else found.group(1) or found.group(2)
 
 
 def write(made: Kept) -> None:
