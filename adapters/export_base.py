@@ -9,8 +9,9 @@ them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from driftgate.errors import DriftgateError
-from driftgate.samples import Bools, Sample, SampleMeta, span_mask
+from driftgate.samples import Bools, Sample, SampleMeta, Span, span_mask
+from driftgate.temperature import effective_temperature
 from driftgate.trace import I32, Routes
 
 __all__ = [
@@ -90,7 +92,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Traces by reason."""
     flagged: int
     """Samples that are in only because incomplete ones were asked for."""
-    damaged: list[str]
+    verdicts: dict[str, int] = {}
+    """Samples by the verdict on their run; ``none`` where no trainer has scored all of it."""
+    other_temperature: int = 0
+    """Samples with logprobs at another temperature than was sampled at, or at one not known."""
+    damaged: list[str] = []
     """What could not be read, and why."""
 
 
@@ -111,10 +117,12 @@ def write_export(
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise DriftgateError(f"{out} is not empty; choose another --output")
-        shards, flagged = [], 0
+        shards, flagged, verdicts, elsewhere = [], 0, Counter[str](), 0
         for index, batch in enumerate(_batches(samples, fmt, shard_bytes)):
             shards.append(_write_shard(out, index, batch, fmt))
             flagged += sum(bool(sample.meta.flags) for sample in batch)
+            verdicts.update(sample.meta.verdict or "none" for sample in batch)
+            elsewhere += sum(any(map(_elsewhere, sample.meta.spans)) for sample in batch)
         manifest = Manifest(
             format=fmt.name,
             shards=shards,
@@ -122,6 +130,8 @@ def write_export(
             sampled_tokens=sum(shard.sampled_tokens for shard in shards),
             left_out=dict(sorted(left_out.items())),
             flagged=flagged,
+            verdicts=dict(sorted(verdicts.items())),
+            other_temperature=elsewhere,
             damaged=damaged,
         )
         if fmt.readme:
@@ -130,6 +140,11 @@ def write_export(
     except OSError as error:
         raise DriftgateError(f"cannot write {out}: {error}; choose another --output") from error
     return manifest
+
+
+def _elsewhere(span: Span) -> bool:
+    asked = effective_temperature(span.temperature)
+    return asked > 0.0 and span.logprobs_temperature != asked
 
 
 def read_export(out: Path, fmt: Format) -> list[Sample]:
@@ -225,23 +240,46 @@ def _routes_back(
     return cast(Routes, back), known
 
 
+@dataclass(slots=True)
+class _Batch:
+    """Alike samples that wait for more of their kind."""
+
+    samples: list[Sample] = field(default_factory=list)
+    widest: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the padded arrays."""
+        return self.widest * len(self.samples)
+
+    def has_room(self, size: int, limit: int) -> bool:
+        padded = max(self.widest, size) * (len(self.samples) + 1)
+        return not self.samples or (len(self.samples) < SHARD_SAMPLES and padded <= limit)
+
+    def add(self, sample: Sample, size: int) -> None:
+        self.samples.append(sample)
+        self.widest = max(self.widest, size)
+
+
 def _batches(samples: Iterable[Sample], fmt: Format, limit: int) -> Iterable[list[Sample]]:
-    """Runs of alike samples whose padded arrays stay under ``limit``; one alone may be larger."""
-    batch: list[Sample] = []
-    widest, kind = 0, None
+    """Alike samples whose padded arrays stay under ``limit``; one alone may be larger.
+
+    Models come by turns in a store, so each kind waits for more of its own; all that waits stays
+    under ``limit`` too.
+    """
+    waiting: dict[tuple[str, str | None, int], _Batch] = {}
     for sample in map(fmt.carries, samples):
         routes = sample.meta.routes
         cells = routes.layers * routes.k if routes else 0
         size = sample.meta.tokens * (TOKEN_BYTES + cells * fmt.route_bytes)
-        alike = (sample.meta.model, routes.dtype if routes else None, cells)
-        full = len(batch) == SHARD_SAMPLES or max(widest, size) * (len(batch) + 1) > limit
-        if batch and (full or alike != kind):
-            yield batch
-            batch, widest = [], 0
-        batch.append(sample)
-        widest, kind = max(widest, size), alike
-    if batch:
-        yield batch
+        kind = (sample.meta.model, routes.dtype if routes else None, cells)
+        if kind in waiting and not waiting[kind].has_room(size, limit):
+            yield waiting.pop(kind).samples
+        waiting.setdefault(kind, _Batch()).add(sample, size)
+        while len(waiting) > 1 and sum(batch.size for batch in waiting.values()) > limit:
+            yield waiting.pop(max(waiting, key=lambda one: waiting[one].size)).samples
+    for batch in waiting.values():
+        yield batch.samples
 
 
 def _write_shard(out: Path, index: int, batch: list[Sample], fmt: Format) -> Shard:

@@ -8,14 +8,17 @@ trajectory without gaps, has logprobs that are numbers, and no trainer's compari
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+from msgspec import structs
 
+from driftgate.comparable import asked_in_vain
 from driftgate.errors import NotFoundError, StorageError
-from driftgate.mismatch import BAD_FLOOR
-from driftgate.profiles import PROFILES
+from driftgate.mismatch import BAD_CEILING, BAD_FLOOR
+from driftgate.profiles import PROFILES, TIERS, Tier
 from driftgate.samples import Sample, assemble, lines
 from driftgate.storage import Reader, TraceRow
 from driftgate.storage.subjects import pairs
@@ -38,15 +41,19 @@ REASONS = {
     "trajectory_gap": "another call of its trajectory was not captured whole",
     "delivery_uncertain": "the agent left before the end of the answer was written to it, or it "
     "could not be sent once it was recorded",
-    "retried": "the client asked again: this answer never reached it; never exported",
-    "not_comparable": "no trainer's numbers for it are comparable: it stays as context, unmasked",
-    "quarantined": f"its run is quarantined under profile {PROFILE.name}: `driftgate verdict`",
-    "bad_logprobs": "logprobs that are NaN, infinite or the engine's floor; never exported",
+    "retried": "the client asked again, so that this answer counts for nothing; never exported "
+    "where it was cut",
+    "not_comparable": "no trainer has comparable numbers for all of its tokens, or none can have "
+    "for what it was asked with: it stays as context, unmasked",
+    "quarantined": f"its run is quarantined under profile {PROFILE.name}, by all of its scores or "
+    "by those that are there: `driftgate verdict`",
+    "bad_logprobs": "logprobs that are NaN, infinite, positive or the engine's floor, or logits in "
+    "their place; never exported",
 }
 """Why a trace is left out, in words."""
 
-FINAL = ("no_tokens", "damaged", "bad_logprobs", "retried")
-"""These are left out whatever is asked for."""
+FINAL = ("no_tokens", "damaged", "bad_logprobs")
+"""These are left out whatever is asked for; so is ``retried`` of an answer that was cut."""
 
 
 @dataclass(slots=True)
@@ -82,10 +89,14 @@ class Selection:
             trace = self._load(trace_row.meta.trace_id)
             if trace is None:
                 continue
-            reasons = [*_reasons(trace), *judged.get(trace.meta.trace_id, []), *gap]
-            if trace.meta.call_id in retried:
+            meta = trace.meta
+            reasons = [*_reasons(trace), *judged.reasons.get(meta.trace_id, []), *gap]
+            reasons = list(dict.fromkeys(reasons))
+            final = bool(set(reasons) & set(FINAL))
+            if meta.call_id in retried:
                 reasons.append("retried")
-            if (set(reasons) & set(FINAL)) if self.include_incomplete else reasons:
+                final = final or meta.delivery != "delivered"
+            if final if self.include_incomplete else reasons:
                 self.left_out.update(reasons)
                 continue
             assert trace.prompt_ids is not None
@@ -93,14 +104,23 @@ class Selection:
             flags[trace.meta.trace_id] = reasons
             pair = (trace.prompt_ids, trace.response_ids)
             models.setdefault(trace.meta.model, []).append((trace.meta.trace_id, pair))
+        number = 0
         for found in models.values():
             ids = [pair for _, pair in found]
             joined = [[n] for n in range(len(ids))] if self.per_trace else lines(ids)
             for line in joined:
-                yield from self._sample([found[n][0] for n in line], row.reward, flags)
+                trace_ids = [found[n][0] for n in line]
+                verdicts = [judged.verdicts.get(trace_id) for trace_id in trace_ids]
+                yield from self._sample(trace_ids, row.reward, flags, number, _worst(verdicts))
+                number += 1
 
     def _sample(
-        self, trace_ids: list[str], reward: float | None, flags: dict[str, list[str]]
+        self,
+        trace_ids: list[str],
+        reward: float | None,
+        flags: dict[str, list[str]],
+        number: int,
+        verdict: Tier | None,
     ) -> Iterator[Sample]:
         """One sample, or none where its traces do not join."""
         try:
@@ -108,6 +128,8 @@ class Selection:
                 (self.reader.trace(trace_id) for trace_id in trace_ids),
                 reward=reward,
                 flags=lambda trace: flags[trace.meta.trace_id],
+                line=number,
+                verdict=verdict,
             )
         except (StorageError, NotFoundError, ValueError) as error:
             self.left_out["damaged"] += len(trace_ids)
@@ -135,30 +157,53 @@ def _order(row: TraceRow) -> tuple[int, int, int, str]:
     return meta.step, meta.choice, meta.retry, meta.trace_id
 
 
-def _judged(reader: Reader, trajectory: str) -> dict[str, list[str]]:
-    """``not_comparable`` and ``quarantined`` by trace, where they hold.
+class _Judged(NamedTuple):
+    """What the scores of a run say, by trace."""
 
-    One trainer that can compare a trace, or that lets its run pass, is enough. A run without a
-    verdict is not quarantined; one that is for nothing but a gap has ``trajectory_gap``.
+    reasons: dict[str, list[str]]
+    """``not_comparable`` and ``quarantined``, where they hold."""
+    verdicts: dict[str, Tier]
+    """The mildest of the trainers that have scored all of the run."""
+
+
+def _judged(reader: Reader, trajectory: str) -> _Judged:
+    """One trainer that can compare a trace, or that lets its run pass, is enough.
+
+    Only one that has scored all can let it pass; to quarantine it, what is scored so far is enough.
+    A gap has a reason of its own.
     """
-    scored, compared, judged, passed = set[str](), set[str](), set[str](), set[str]()
+    scored, compared, condemned, passed = set[str](), set[str](), set[str](), set[str]()
+    verdicts: dict[str, Tier] = {}
     for pair in pairs(reader, trajectory, reader.cells()):
-        names = {row.meta.trace_id for row in pair.traces}
-        refused = {one.trace_id for one in pair.subject.refused}
+        subject, names = pair.subject, [row.meta.trace_id for row in pair.traces]
         scored |= pair.scored
-        compared |= pair.scored - refused
-        verdict = judge(pair.subject, PROFILE)
-        if verdict.verdict is None:
+        compared |= pair.compared
+        if not subject.scored:
             continue
-        judged |= names
+        so_far = structs.replace(subject, scorable=subject.scored, open_calls=0)
+        verdict = judge(so_far, PROFILE)
         why = {r.code for r in verdict.reasons if r.verdict == "quarantine"}
-        passed |= set() if why - {"INCOMPLETE_CAPTURE"} else names
+        whole = subject.scored == subject.scorable and not subject.open_calls
+        if why - {"INCOMPLETE_CAPTURE"}:
+            condemned |= set(names)
+        elif whole:
+            passed |= set(names)
+        if whole and verdict.verdict is not None:
+            for name in names:
+                known = verdicts.get(name, verdict.verdict)
+                verdicts[name] = min(known, verdict.verdict, key=TIERS.index)
     found: dict[str, list[str]] = {}
     for trace_id in sorted(scored - compared):
         found.setdefault(trace_id, []).append("not_comparable")
-    for trace_id in sorted(judged - passed):
+    for trace_id in sorted(condemned - passed):
         found.setdefault(trace_id, []).append("quarantined")
-    return found
+    return _Judged(found, verdicts)
+
+
+def _worst(verdicts: Sequence[Tier | None]) -> Tier | None:
+    """None where one of them is not known."""
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return max(known, key=TIERS.index) if len(known) == len(verdicts) else None
 
 
 def _reasons(trace: Trace) -> list[str]:
@@ -173,9 +218,12 @@ def _reasons(trace: Trace) -> list[str]:
         or len(logprobs) != len(trace.response_ids)
     ):
         return ["no_tokens"]
+    mode = meta.engine.logprobs_mode
+    good = (logprobs > BAD_FLOOR) & (logprobs <= BAD_CEILING)
     holds = {
         "incomplete_capture": meta.status != "complete" or bool(meta.missing),
         "delivery_uncertain": meta.delivery != "delivered",
-        "bad_logprobs": not bool(np.all(np.isfinite(logprobs) & (logprobs > BAD_FLOOR))),
+        "bad_logprobs": mode.endswith("_logits") or not bool(np.all(good)),
+        "not_comparable": bool(asked_in_vain(meta.engine, meta.sampling)),
     }
     return [code for code, holding in holds.items() if holding]

@@ -1,4 +1,4 @@
-"""State, action, reward as JSON lines: all that a store holds about a trace, in one row.
+"""State, action, reward as JSON lines: a trace and its drift scores, in one row.
 
 Nothing is truncated, and a row leads back to its trace (``trace_of``): ids, log-probabilities and
 routes bit for bit, bodies as JSON (``driftgate.bodies``). JSON has no NaN: such a number is
@@ -95,6 +95,11 @@ class Scored(msgspec.Struct, frozen=True):
     """[R] nats at T = 1."""
     entropy: list[float | None]
     logprobs_at_temperature: list[float | None] | None
+    logprobs_replay: list[float | None] | None
+    """[R] nats at ``temperature``, under the rollout's routes."""
+    replay_coverage: float | None
+    weight_version: str
+    trainer_weight_version: str | None
     routes: Array | None
     """[R, L, K]"""
     non_finite: list[NonFinite]
@@ -231,6 +236,10 @@ def _scored(reader: Reader, meta: ScoreMeta) -> Scored:
         logprobs_at_temperature=_floats(
             score.logprobs_at_temperature, "logprobs_at_temperature", bad
         ),
+        logprobs_replay=_floats(score.logprobs_replay, "logprobs_replay", bad),
+        replay_coverage=meta.replay_coverage,
+        weight_version=meta.weight_version,
+        trainer_weight_version=meta.trainer_weight_version,
         routes=_npy(score.routes),
         non_finite=bad,
     )

@@ -61,7 +61,11 @@ class TrainingSample(msgspec.Struct, array_like=True, gc=False, omit_defaults=Tr
 def _training_sample(sample: Sample) -> TrainingSample:
     temperatures = np.ones(sample.meta.tokens)
     for span in sample.meta.spans:
-        temperatures[span.start : span.end] = effective_temperature(span.temperature)
+        # prime-rl divides its logits by it: that of the density that the logprobs are of.
+        known = span.logprobs_temperature
+        temperatures[span.start : span.end] = (
+            effective_temperature(span.temperature) if known is None else known
+        )
     return TrainingSample(
         token_ids=sample.tokens.tolist(),
         mask=sample.mask.tolist(),

@@ -49,12 +49,6 @@ class GeneratorOutput(msgspec.Struct, kw_only=True):
 def _write(path: Path, samples: Sequence[Sample]) -> None:
     starts = [sample.meta.prompt_len for sample in samples]
     both = list(zip(samples, starts, strict=True))
-    seen: dict[str, int] = {}
-    ids = []
-    for sample in samples:
-        name = sample.meta.trajectory
-        ids.append(TrajectoryID(name, seen.setdefault(name, 0)))
-        seen[name] += 1
     routes = [sample.routes.tolist() for sample in samples if sample.routes is not None]
     output = GeneratorOutput(
         prompt_token_ids=[s.tokens[:p].tolist() for s, p in both],
@@ -63,7 +57,7 @@ def _write(path: Path, samples: Sequence[Sample]) -> None:
         loss_masks=[s.mask[p:].astype(int).tolist() for s, p in both],
         stop_reasons=[s.meta.spans[-1].finish_reason or "unknown" for s in samples],
         rollout_logprobs=[s.logprobs[p:].tolist() for s, p in both],
-        trajectory_ids=ids,
+        trajectory_ids=[TrajectoryID(s.meta.trajectory, s.meta.line) for s in samples],
         rollout_expert_indices=routes or None,
     )
     path.write_bytes(msgspec.json.encode(output))

@@ -118,6 +118,7 @@ def replay_intervals(
     share of the whole is undefined, it has no interval.
     """
     rows = [pair for _, pair in sorted(pairs.items()) if pair.under.n_tokens]
+    alike = all(pair.native.n_tokens == pair.under.n_tokens for pair in rows)
     columns: dict[str, tuple[F64, F64]] = {}
     for name in REPLAY_METRICS if rows else ():
         sums = [pair.sums()[name] for pair in rows]
@@ -125,7 +126,7 @@ def replay_intervals(
         native = np.array([n for n, _ in known], dtype=np.float64)
         under = np.array([u for _, u in known], dtype=np.float64)
         # A resample of trajectories without drift would divide 0 by 0.
-        if len(known) == len(rows) and native.all():
+        if len(known) == len(rows) and native.all() and alike:
             columns[name] = (native - under, native)
     return _resample(len(rows), columns, {}, seed, resamples)
 

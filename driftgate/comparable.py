@@ -34,6 +34,7 @@ __all__ = [
     "CODES",
     "SEVERITY",
     "Severity",
+    "asked_in_vain",
     "headline_temperature",
     "judge",
     "judge_merged",
@@ -290,6 +291,22 @@ def _undeclared(pair: _Pair) -> tuple[Convention, list[Reason]]:
     return "unknown", [reason("logprobs_mode_unknown", f"undeclared, with {asked}", fix)]
 
 
+def asked_in_vain(engine: Engine, sampling: Sampling) -> list[str]:
+    """Codes of severity ``no`` that what was asked gives alone, whatever a trainer says."""
+    asked = as_sampled(engine, sampling)
+    codes = ["grammar_masked"] if asked.structured else []
+    codes += ["beam_search"] if asked.beam_search else []
+    if engine.logprobs_mode == "processed_logprobs":
+        codes += _processed(engine, asked)
+    return [code for code in codes if SEVERITY[code] == "no"]
+
+
+def _processed(engine: Engine, sampling: Sampling) -> dict[str, list[str]]:
+    """`constraints` by the code that they have on processed logprobs; SGLang truncates later."""
+    later = {"processed_truncation": "scaled_before_truncation"} if engine.name == "sglang" else {}
+    return {later.get(code, code): what for code, what in constraints(sampling).items()}
+
+
 def _asked(pair: _Pair) -> list[str]:
     """In words, everything that makes the sampling density differ from softmax at T = 1."""
     heat = [] if pair.temperature == 1.0 else [f"temperature={pair.temperature:g}"]
@@ -310,9 +327,7 @@ def _density(pair: _Pair, convention: Convention) -> list[Reason]:
         out.append(reason("raw_logprobs_not_sampling_density", detail, fix))
     if convention == "processed":
         fix = "sample without it, or start the engine with --logprobs-mode raw_logprobs"
-        for code, what in constraints(pair.sampling).items():
-            cut_later = code == "processed_truncation" and pair.engine.name == "sglang"
-            code = "scaled_before_truncation" if cut_later else code
+        for code, what in _processed(pair.engine, pair.sampling).items():
             out.append(reason(code, ", ".join(what), fix))
         if pair.at_requested is not None:
             detail = f"T = {pair.temperature:g} on both sides"

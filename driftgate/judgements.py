@@ -59,7 +59,7 @@ class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
 class GroupVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """The runs that began with the same prompt, judged as one; drop members by their own verdict.
 
-    No verdict before every member has all its scores.
+    No verdict before every member has all its scores, but for a gap: that quarantines at once.
     """
 
     model: str
@@ -112,6 +112,8 @@ class Feedback(msgspec.Struct, frozen=True, kw_only=True):
     profile: Profile
     trajectories: int
     """The newest ones, behind ``items``."""
+    without_answers: int
+    """Of them, those without an answer, whose calls all failed or have not ended: in no item."""
     of: int
     """Trajectories in the store."""
     items: list[FeedbackRow]

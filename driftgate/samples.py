@@ -25,7 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from driftgate.facts import as_sampled
-from driftgate.trace import F32, I32, Routes, Trace
+from driftgate.profiles import Tier
+from driftgate.temperature import effective_temperature
+from driftgate.trace import F32, I32, LogprobsMode, Routes, Trace
 
 __all__ = [
     "Bools",
@@ -53,8 +55,19 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
     """One past the last."""
     temperature: float | None
     """That the engine sampled at; None where neither request nor engine said."""
+    logprobs_mode: LogprobsMode = "unknown"
+    """``raw_logprobs``: the logprobs are those at T = 1, whatever was sampled at.
+    ``processed_logprobs``: of the density that was sampled from."""
     weight_version: str
     finish_reason: str | None
+
+    @property
+    def logprobs_temperature(self) -> float | None:
+        """Temperature of the density that the logprobs are of; None where that is not known."""
+        asked = effective_temperature(self.temperature)
+        if self.logprobs_mode == "raw_logprobs" or asked in (0.0, 1.0):
+            return 1.0
+        return asked if self.logprobs_mode == "processed_logprobs" else None
 
 
 class RoutesMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +96,10 @@ class SampleMeta(msgspec.Struct, frozen=True, kw_only=True):
     """In order of position."""
     reward: float | None
     """Of the whole trajectory; None where none was given."""
+    line: int = 0
+    """Which of its trajectory's samples."""
+    verdict: Tier | None = None
+    """Of its run by trainers that have scored all of it, the mildest; None where none has."""
     flags: list[str] = []
     """Why the sample is left out by default; empty for a clean one."""
     routes: RoutesMeta | None = None
@@ -150,6 +167,8 @@ def assemble(
     *,
     reward: float | None,
     flags: Callable[[Trace], list[str]] | None = None,
+    line: int = 0,
+    verdict: Tier | None = None,
 ) -> Sample:
     """The sample of one line: ``traces`` in order, each prompt beginning with all tokens before it.
 
@@ -186,6 +205,8 @@ def assemble(
             prompt_len=spans[0].start,
             spans=spans,
             reward=reward,
+            line=line,
+            verdict=verdict,
             flags=list(noted),
             routes=_routes_meta(routes, valid),
         ),
@@ -272,6 +293,7 @@ def _span(trace: Trace, start: int, end: int) -> Span:
         start=start,
         end=end,
         temperature=as_sampled(meta.engine, meta.sampling).temperature,
+        logprobs_mode=meta.engine.logprobs_mode,
         weight_version=meta.weight_version,
         finish_reason=meta.finish_reason,
     )

@@ -53,7 +53,10 @@ FIXES: dict[Code, str] = {
 }
 """What to do about each."""
 
-MASK_FIX = "mask these tokens out of the loss (`driftgate export` does); they stay as context"
+MASK_FIX = (
+    "mask these tokens out of the loss (`driftgate export` masks the whole of their answers); they "
+    "stay as context"
+)
 """For ``NOT_COMPARABLE`` where the rest can be trained on."""
 
 

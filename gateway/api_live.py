@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -19,14 +19,15 @@ from driftgate.comparable import CODES
 from driftgate.errors import NotFoundError
 from driftgate.gateway.alarms import alarms
 from driftgate.gateway.answers import Answers
-from driftgate.gateway.live import Live, TrajectoryWorst
+from driftgate.gateway.live import Live, Refuted, TrajectoryWorst
 from driftgate.gateway.openapi import Route
 from driftgate.gateway.token_routes import step_routes
 from driftgate.gateway.wire import query_of, step_of
 from driftgate.glossary import METRICS, ROUTER_METRICS
 from driftgate.listings import TrajectoryPage
 from driftgate.live_views import Glossary, Overview, Series, StepRoutes, WorstTrajectory
-from driftgate.storage import Reader
+from driftgate.pool import refutes
+from driftgate.storage import CellRow, Reader
 from driftgate.trace import Score
 
 __all__ = ["LIVE_ROUTES", "LiveAnswers", "LiveHandlers"]
@@ -105,12 +106,15 @@ class LiveAnswers:
         """Drift over time in at most ``points`` slots a cell."""
         self._live.refresh()
         slot_s = max(MIN_SLOT_S, self._live.span_s() / (points - 1))
-        return Series(slot_s=slot_s, items=self._live.series(slot_s))
+        return Series(
+            slot_s=slot_s, items=self._live.series(slot_s, _refuted(self._reader.cells()))
+        )
 
     def with_drift(self, page: TrajectoryPage) -> TrajectoryPage:
         """The page, each trajectory with its drift."""
         self._live.refresh()
-        return TrajectoryPage(items=self._live.with_drift(page.items), next=page.next)
+        items = self._live.with_drift(page.items, _refuted(self._reader.cells()))
+        return TrajectoryPage(items=items, next=page.next)
 
     def routes(
         self, trajectory: str, step: int, choice: int, trainer: str | None, token: int | None
@@ -131,7 +135,9 @@ class LiveAnswers:
         live.refresh()
         counts = reader.counts()
         activity = reader.activity(now_ns=now_ns, window_s=WINDOW_S, stale_s=STALE_S)
-        found = alarms(live.cells(), reader.cells(), activity, counts.trajectories, now_ns=now_ns)
+        cells = reader.cells()
+        refuted = _refuted(cells)
+        found = alarms(live.cells(refuted), cells, activity, counts.trajectories, now_ns=now_ns)
         return Overview(
             now_ns=now_ns,
             window_s=activity.window_s,
@@ -151,7 +157,7 @@ class LiveAnswers:
             last_call_ns=activity.last_call_ns,
             last_score_ns=live.last_score_ns,
             alarms=found,
-            worst=[view for view in map(self._worst, live.worst(SHOWN_WORST)) if view],
+            worst=[view for view in map(self._worst, live.worst(SHOWN_WORST, refuted)) if view],
         )
 
     def _worst(self, found: TrajectoryWorst) -> WorstTrajectory | None:
@@ -165,6 +171,16 @@ class LiveAnswers:
             return self._reader.score(trace_id, trainer)
         except NotFoundError:
             return None
+
+
+def _refuted(cells: Sequence[CellRow]) -> Refuted:
+    """Pools of scores that their cell refutes."""
+    return {
+        (row.engine.digest, row.trainer.digest, row.model, row.kind): {
+            pool for pool, found in row.findings.items() if refutes(found)
+        }
+        for row in cells
+    }
 
 
 class LiveHandlers:

@@ -13,7 +13,7 @@ from driftgate.errors import FormatError, NotFoundError
 from driftgate.explain import Explanation, Refusal, TrajectoryExplanation, explain
 from driftgate.pool import refusals
 from driftgate.storage import CellRow, Reader, TraceRow
-from driftgate.storage.subjects import findings_of, scores_of
+from driftgate.storage.subjects import findings_of, scores_of, standing
 from driftgate.trace import Reason, ScoreMeta
 
 __all__ = ["Explanations", "chosen"]
@@ -38,12 +38,12 @@ class Explanations:
         """One explanation for each (engine, trainer); ``trainer``: only of this digest.
         NotFoundError."""
         self.reader.trajectory(trajectory)
+        rows = {row.meta.trace_id: row for row in standing(self.reader.traces(trajectory))}
         pairs: dict[tuple[str, str, str], list[ScoreMeta]] = {}
         for meta in scores_of(self.reader, trajectory):
-            if trainer in (None, meta.trainer.digest):
+            if meta.trace_id in rows and trainer in (None, meta.trainer.digest):
                 key = (meta.model, meta.engine.digest, meta.trainer.digest)
                 pairs.setdefault(key, []).append(meta)
-        rows = {row.meta.trace_id: row for row in self.reader.traces(trajectory)}
         cells = self.reader.cells()
         return TrajectoryExplanation(
             trajectory=trajectory,

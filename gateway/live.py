@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -17,12 +17,13 @@ from driftgate.codes import SPOILS_ROUTES
 from driftgate.listings import RunDrift, TrajectoryRow
 from driftgate.live_views import CellSeries, SeriesPoint
 from driftgate.mismatch import Bucket, Worst
+from driftgate.pool import pool_of
 from driftgate.router import RouterBucket
 from driftgate.storage import ScoreRow
 from driftgate.trace import ScoreMeta
 from driftgate.views import Kind
 
-__all__ = ["BLOCK_TOKENS", "CellKey", "Live", "Sums", "TrajectoryWorst", "stretch"]
+__all__ = ["BLOCK_TOKENS", "CellKey", "Live", "Refuted", "Sums", "TrajectoryWorst", "stretch"]
 
 MAX_SCORES = 50_000
 """Rows kept of one cell, the newest: about 15 MB."""
@@ -42,6 +43,10 @@ drift from chance."""
 
 CellKey = tuple[str, str, str, Kind]
 """Engine digest, trainer digest, model, kind."""
+
+Refuted = Mapping[CellKey, Collection[str]]
+"""Pools of each cell (`driftgate.pool`) whose scores together are no evidence, whatever each says
+itself. Known only once they have been merged, so it is asked for with each question."""
 
 
 class Sums(NamedTuple):
@@ -64,9 +69,11 @@ class Sums(NamedTuple):
     """Valid pairs of all routes, misaligned ones too."""
     zero_overlap: int = 0
     """Of ``all_cells``: this is how misaligned ones show."""
+    pool: str = ""
+    """Of its cell."""
 
     @classmethod
-    def of(cls, meta: ScoreMeta) -> Sums:
+    def of(cls, meta: ScoreMeta, pool: str = "") -> Sums:
         """Of one score; numbers that are not comparable are left out, the score is counted."""
         counted = meta.bucket is not None and meta.comparable.verdict != "no"
         bucket = meta.bucket if counted and meta.bucket is not None else Bucket()
@@ -86,6 +93,19 @@ class Sums(NamedTuple):
             disagree=0 if spoiled else router.n_cells - same,
             all_cells=router.n_cells,
             zero_overlap=sum(layer[0] for layer in router.shared),
+            pool=pool,
+        )
+
+    def refuted(self) -> Sums:
+        """The same with nothing that is comparable; its routes stay."""
+        return self._replace(
+            scores=0,
+            not_comparable=self.scores + self.not_comparable,
+            n_tokens=0,
+            n_bad_tokens=0,
+            k3=0.0,
+            abs_log_ratio=0.0,
+            over_2=0,
         )
 
     @classmethod
@@ -96,7 +116,7 @@ class Sums(NamedTuple):
         total = {
             name: sum(getattr(row, name) for row in rows)
             for name in cls._fields
-            if name not in ("scored_ns", "k3")
+            if name not in ("scored_ns", "k3", "pool")
         }
         return cls(
             scored_ns=rows[0].scored_ns if rows else 0,
@@ -123,10 +143,12 @@ class TrajectoryWorst(NamedTuple):
     step: int
     choice: int
     worst: Worst
+    cell: CellKey
+    pool: str
 
 
 class RunSums(NamedTuple):
-    """Comparable scores of one trajectory under one pair."""
+    """Comparable scores of one trajectory in one pool of a cell."""
 
     n_tokens: int = 0
     sum_abs: float = 0.0
@@ -142,7 +164,8 @@ class Live:
         self._cells: dict[CellKey, deque[Sums]] = {}
         self._forgotten: dict[CellKey, int] = {}
         self._worst: dict[str, TrajectoryWorst] = {}
-        self._runs: dict[str, dict[tuple[str, str], RunSums]] = {}
+        self._runs: dict[str, dict[tuple[CellKey, str], RunSums]] = {}
+        self._pools: dict[CellKey, dict[str, None]] = {}
         self._last_seq = 0
         self.last_score_ns: int | None = None
 
@@ -157,22 +180,31 @@ class Live:
                     self._last_seq = row.seq
                 page = len(rows)
 
-    def cells(self) -> dict[CellKey, list[Sums]]:
+    def cells(self, refuted: Refuted) -> dict[CellKey, list[Sums]]:
         """Each cell's scores in the order they came."""
         with self._lock:
-            return {key: list(rows) for key, rows in self._cells.items()}
+            return {
+                key: [row.refuted() if row.pool in refuted.get(key, ()) else row for row in rows]
+                for key, rows in self._cells.items()
+            }
 
-    def worst(self, limit: int) -> list[TrajectoryWorst]:
+    def worst(self, limit: int, refuted: Refuted) -> list[TrajectoryWorst]:
         """Trajectories by their worst token, the largest |D| first."""
         with self._lock:
-            return sorted(self._worst.values(), key=_size, reverse=True)[:limit]
+            found = [
+                one for one in self._worst.values() if one.pool not in refuted.get(one.cell, ())
+            ]
+        return sorted(found, key=_size, reverse=True)[:limit]
 
-    def with_drift(self, rows: Sequence[TrajectoryRow]) -> list[TrajectoryRow]:
+    def with_drift(self, rows: Sequence[TrajectoryRow], refuted: Refuted) -> list[TrajectoryRow]:
         """The rows, each with what is known of its drift."""
         with self._lock:
-            return [replace(row, drift=_drift(self._runs.get(row.trajectory))) for row in rows]
+            return [
+                replace(row, drift=_drift(self._runs.get(row.trajectory, {}), refuted))
+                for row in rows
+            ]
 
-    def series(self, slot_s: float) -> list[CellSeries]:
+    def series(self, slot_s: float, refuted: Refuted) -> list[CellSeries]:
         """Every cell's scores merged by slots of ``slot_s`` seconds."""
         return [
             CellSeries(
@@ -183,12 +215,12 @@ class Live:
                 points=_points(rows, int(slot_s * 1e9)),
                 forgotten=self._forgotten.get((engine, trainer, model, kind), 0),
             )
-            for (engine, trainer, model, kind), rows in sorted(self.cells().items())
+            for (engine, trainer, model, kind), rows in sorted(self.cells(refuted).items())
         ]
 
     def span_s(self) -> float:
         """From the first to the last score that is kept, in seconds."""
-        times = [row.scored_ns for rows in self.cells().values() for row in rows]
+        times = [row.scored_ns for rows in self.cells({}).values() for row in rows]
         return (max(times) - min(times)) / 1e9 if times else 0.0
 
     def _fold(self, meta: ScoreMeta) -> None:
@@ -196,29 +228,34 @@ class Live:
         rows = self._cells.setdefault(key, deque(maxlen=MAX_SCORES))
         if len(rows) == MAX_SCORES:
             self._forgotten[key] = self._forgotten.get(key, 0) + 1
-        rows.append(Sums.of(meta))
+        pools = self._pools.setdefault(key, {})
+        pool = pool_of(meta, pools)
+        pools[pool] = None
+        rows.append(Sums.of(meta, pool))
         self.last_score_ns = max(self.last_score_ns or 0, meta.scored_ns)
         if meta.kind != "drift" or meta.worst is None or meta.comparable.verdict == "no":
             return
-        self._fold_run(meta, abs(meta.worst.log_ratio), key[:2])
-        found = TrajectoryWorst(meta.trajectory, meta.model, meta.step, meta.choice, meta.worst)
+        self._fold_run(meta, abs(meta.worst.log_ratio), (key, pool))
+        found = TrajectoryWorst(
+            meta.trajectory, meta.model, meta.step, meta.choice, meta.worst, key, pool
+        )
         known = self._worst.get(meta.trajectory)
         if known is None or _size(found) > _size(known):
             self._worst[meta.trajectory] = found
         if len(self._worst) > KEPT_WORST:
             del self._worst[min(self._worst.values(), key=_size).trajectory]
 
-    def _fold_run(self, meta: ScoreMeta, largest: float, pair: tuple[str, str]) -> None:
+    def _fold_run(self, meta: ScoreMeta, largest: float, at: tuple[CellKey, str]) -> None:
         if meta.bucket is None or not meta.bucket.n_tokens:
             return
-        pairs = self._runs.pop(meta.trajectory, {})  # back at the end: the one scored last
-        known = pairs.get(pair, RunSums())
-        pairs[pair] = RunSums(
+        sums = self._runs.pop(meta.trajectory, {})  # back at the end: the one scored last
+        known = sums.get(at, RunSums())
+        sums[at] = RunSums(
             known.n_tokens + meta.bucket.n_tokens,
             known.sum_abs + meta.bucket.sum_abs,
             max(known.max_abs, largest),
         )
-        self._runs[meta.trajectory] = pairs
+        self._runs[meta.trajectory] = sums
         if len(self._runs) > KEPT_RUNS:
             del self._runs[next(iter(self._runs))]
 
@@ -269,7 +306,16 @@ def _points(rows: Sequence[Sums], slot_ns: int) -> list[SeriesPoint]:
     return points
 
 
-def _drift(pairs: dict[tuple[str, str], RunSums] | None) -> RunDrift | None:
+def _drift(sums: Mapping[tuple[CellKey, str], RunSums], refuted: Refuted) -> RunDrift | None:
+    pairs: dict[CellKey, RunSums] = {}
+    for (cell, pool), one in sums.items():
+        if pool not in refuted.get(cell, ()):
+            known = pairs.get(cell, RunSums())
+            pairs[cell] = RunSums(
+                known.n_tokens + one.n_tokens,
+                known.sum_abs + one.sum_abs,
+                max(known.max_abs, one.max_abs),
+            )
     if not pairs:
         return None
     worst = max(pairs.values(), key=lambda sums: sums.sum_abs / sums.n_tokens)

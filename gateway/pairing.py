@@ -10,14 +10,15 @@ import functools
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from driftgate.errors import FormatError, NotFoundError
 from driftgate.gateway import shape
 from driftgate.live_views import PairedAnswer, PairedCells, PairedSide
 from driftgate.mismatch import Bucket
-from driftgate.storage import Reader
+from driftgate.pool import Findings, refusals
+from driftgate.storage import CellRow, Reader
 from driftgate.trace import I32, ScoreMeta
 
 __all__ = ["CellName", "Pairing"]
@@ -49,6 +50,13 @@ class _Known(NamedTuple):
     sampled: I32
 
 
+class _Scored(NamedTuple):
+    """A score, and its sums where they are evidence."""
+
+    meta: ScoreMeta
+    bucket: Bucket | None
+
+
 class Pairing:
     """Asked of one store. Thread-safe as far as its reader is."""
 
@@ -58,7 +66,8 @@ class Pairing:
 
     def pair(self, a: CellName, b: CellName) -> PairedCells:
         """Both cells over the prompts that they share."""
-        found = [self._answers(cell) for cell in (a, b)]
+        cells = self._reader.cells()
+        found = [self._answers(cell, _findings(cell, cells)) for cell in (a, b)]
         shared = found[0].keys() & found[1].keys()
         sides = [
             PairedSide(
@@ -78,13 +87,14 @@ class Pairing:
             prompts=len(shared), limit=LOOKED, a=sides[0], b=sides[1], items=pairs[:LISTED]
         )
 
-    def _answers(self, cell: CellName) -> dict[bytes, list[ScoreMeta]]:
+    def _answers(self, cell: CellName, findings: Findings) -> dict[bytes, list[_Scored]]:
         """Scores of a cell by the digest of their prompt, oldest first."""
-        by_prompt: defaultdict[bytes, list[ScoreMeta]] = defaultdict(list)
+        by_prompt: defaultdict[bytes, list[_Scored]] = defaultdict(list)
         for trace_id in self._reader.answers_of(cell.engine, cell.model, limit=LOOKED):
             try:
                 score = self._reader.score(trace_id, cell.trainer).meta
-                by_prompt[self._known(trace_id).prompt].append(score)
+                bucket = None if refusals(score, findings) else score.bucket
+                by_prompt[self._known(trace_id).prompt].append(_Scored(score, bucket))
             except NotFoundError:  # not scored by this trainer
                 continue
             except FormatError as error:
@@ -97,7 +107,8 @@ class Pairing:
         assert trace.response_ids is not None
         return _Known(hashlib.sha256(trace.prompt_ids.tobytes()).digest(), trace.response_ids)
 
-    def _paired(self, a: ScoreMeta, b: ScoreMeta) -> PairedAnswer:
+    def _paired(self, one: _Scored, other: _Scored) -> PairedAnswer:
+        a, b = one.meta, other.meta
         first, second = (self._known(score.trace_id).sampled for score in (a, b))
         same = next(
             (i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y),
@@ -109,16 +120,21 @@ class Pairing:
             choices=[a.choice, b.choice],
             tokens=[len(first), len(second)],
             alike=same,
-            kl_k3_rollout_train=[_k3(a), _k3(b)],
+            kl_k3_rollout_train=[_k3(one.bucket), _k3(other.bucket)],
         )
 
 
-def _counted(score: ScoreMeta) -> Bucket | None:
-    return score.bucket if score.comparable.verdict != "no" else None
+def _findings(cell: CellName, cells: Sequence[CellRow]) -> Findings:
+    """What the cell's scores together refute."""
+    for row in cells:
+        named = CellName(row.engine.digest, row.trainer.digest, row.model)
+        if named == cell and row.kind == "drift":
+            return row.findings
+    return {}
 
 
-def _k3(score: ScoreMeta) -> float | None:
-    measures = shape.measures(_counted(score))
+def _k3(bucket: Bucket | None) -> float | None:
+    measures = shape.measures(bucket)
     return measures.metrics["kl_k3_rollout_train"] if measures else None
 
 
@@ -127,13 +143,7 @@ def _apart(pair: PairedAnswer) -> float:
     return -1.0 if a is None or b is None else abs(a - b)
 
 
-def _buckets(scores: Iterable[ScoreMeta]) -> Iterator[Bucket]:
-    for score in scores:
-        if (bucket := _counted(score)) is not None:
-            yield bucket
-
-
-def _merged(scores: Iterable[ScoreMeta]) -> Bucket | None:
+def _merged(scores: Iterable[_Scored]) -> Bucket | None:
     """The comparable ones' sums; None where there is none."""
-    buckets = list(_buckets(scores))
+    buckets = [score.bucket for score in scores if score.bucket is not None]
     return functools.reduce(Bucket.merge, buckets) if buckets else None

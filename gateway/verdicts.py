@@ -75,13 +75,17 @@ class Verdicts:
         budget, cells = PROFILES[profile], self.reader.cells()
         rows = self.reader.trajectories(limit=min(limit, MAX_FEEDBACK))
         tallies: dict[tuple[str, ...], _Tally] = {}
+        without = 0
         for row in rows:
-            for pair in pairs(self.reader, row.trajectory, cells):
+            found = pairs(self.reader, row.trajectory, cells)
+            without += not found
+            for pair in found:
                 key = (*pair.key, *pair.versions)
                 tallies.setdefault(key, _Tally(pair)).add(pair, judge(pair.subject, budget))
         return Feedback(
             profile=budget,
             trajectories=len(rows),
+            without_answers=without,
             of=self.reader.counts().trajectories,
             items=[tallies[key].row() for key in sorted(tallies)],
         )

@@ -321,10 +321,10 @@ _WINDOW = (
 )
 # Of its first steps, the nearest before and after.
 _GROUP = (
-    "SELECT * FROM (SELECT trajectory, started_ns FROM traces WHERE prompt_key = ?1 "
-    "AND started_ns BETWEEN ?3 AND ?2 ORDER BY started_ns DESC LIMIT ?5) UNION ALL "
-    "SELECT * FROM (SELECT trajectory, started_ns FROM traces WHERE prompt_key = ?1 "
-    "AND started_ns > ?2 AND started_ns <= ?4 ORDER BY started_ns LIMIT ?5)"
+    "SELECT * FROM (SELECT trajectory, MAX(started_ns) AS at FROM traces WHERE prompt_key = ?1 "
+    "AND started_ns BETWEEN ?3 AND ?2 GROUP BY trajectory ORDER BY at DESC LIMIT ?5) UNION ALL "
+    "SELECT * FROM (SELECT trajectory, MIN(started_ns) AS at FROM traces WHERE prompt_key = ?1 "
+    "AND started_ns > ?2 AND started_ns <= ?4 GROUP BY trajectory ORDER BY at LIMIT ?5)"
 )
 _HAS_GAP = "EXISTS (SELECT 1 FROM calls c WHERE c.trajectory = t.trajectory AND c.gap)"
 _IS_SCORED = (

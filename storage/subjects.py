@@ -6,7 +6,7 @@ subject for each pair. Verdicts, explanations and exports all ask here which sco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from driftgate.lag import Lag, policy_lag
@@ -16,9 +16,10 @@ from driftgate.storage.reader import Reader
 from driftgate.storage.rows import CellRow, TraceRow
 from driftgate.subject import Refused, Subject
 from driftgate.trace import Engine, ScoreMeta, Trainer
+from driftgate.tree import retried_calls
 from driftgate.weights import sampled_under
 
-__all__ = ["Pair", "findings_of", "pairs", "scores_of", "unscored"]
+__all__ = ["Pair", "findings_of", "pairs", "scores_of", "standing", "unscored"]
 
 SCORES_PAGE = 1000
 """Rows read from the index at once."""
@@ -37,6 +38,8 @@ class Pair(NamedTuple):
     """The engine's, scored or not."""
     scored: frozenset[str]
     """Traces that the trainer has scored."""
+    compared: frozenset[str]
+    """Of them, those whose every sampled token has numbers that are evidence."""
     subject: Subject
 
     @property
@@ -58,11 +61,12 @@ def scores_of(reader: Reader, trajectory: str) -> Iterator[ScoreMeta]:
 def pairs(reader: Reader, trajectory: str, cells: Sequence[CellRow]) -> list[Pair]:
     """Every engine that sampled for it with every trainer that scored any of it, or alone.
 
-    ``cells``: of the store, whose findings hold here too. NotFoundError.
+    ``cells``: of the store, whose findings hold here too. An answer that a retry replaced is none
+    of the run's. NotFoundError.
     """
     row = reader.trajectory(trajectory)
     engines: dict[tuple[str, str], list[TraceRow]] = {}
-    for trace in reader.traces(trajectory):
+    for trace in standing(reader.traces(trajectory)):
         engines.setdefault((trace.meta.model, trace.meta.engine.digest), []).append(trace)
     metas: dict[str, dict[str, ScoreMeta]] = {}
     trainers: dict[str, Engine | Trainer] = {}
@@ -74,7 +78,8 @@ def pairs(reader: Reader, trajectory: str, cells: Sequence[CellRow]) -> list[Pai
     for (model, _), traces in sorted(engines.items(), key=lambda item: item[0]):
         versions = tuple(sorted({v for trace in traces for v in sampled_under(trace.meta)}))
         for trainer in sorted(trainers) or [""]:
-            scores = metas.get(trainer, {})
+            known = metas.get(trainer, {})
+            scores = {t.meta.trace_id: m for t in traces if (m := known.get(t.meta.trace_id))}
             subject = _subject(traces, scores, cells, gaps=row.gaps, open_calls=row.open_calls)
             out.append(
                 Pair(
@@ -83,7 +88,8 @@ def pairs(reader: Reader, trajectory: str, cells: Sequence[CellRow]) -> list[Pai
                     trainer=trainers.get(trainer),
                     versions=versions,
                     traces=traces,
-                    scored=frozenset(scores.keys() & {t.meta.trace_id for t in traces}),
+                    scored=frozenset(scores),
+                    compared=_compared(subject, scores.values()),
                     subject=subject,
                 )
             )
@@ -95,7 +101,14 @@ def unscored(pair: Pair) -> Pair:
     subject = _subject(
         pair.traces, {}, (), gaps=pair.subject.gaps, open_calls=pair.subject.open_calls
     )
-    return pair._replace(trainer=None, scored=frozenset(), subject=subject)
+    nothing = frozenset[str]()
+    return pair._replace(trainer=None, scored=nothing, compared=nothing, subject=subject)
+
+
+def standing(traces: Sequence[TraceRow]) -> list[TraceRow]:
+    """Without the answers that a retry replaced."""
+    retried = retried_calls([row.meta for row in traces])
+    return [row for row in traces if row.meta.call_id not in retried]
 
 
 def findings_of(metas: Sequence[ScoreMeta], cells: Sequence[CellRow]) -> Findings:
@@ -132,6 +145,15 @@ def _subject(
         router=folded.router if folded else None,
         router_reason=next((meta.router_reason for meta in scores if meta.router_reason), None),
         lag=policy_lag(lags) if lags else Lag(steps=None, reason="not scored"),
+    )
+
+
+def _compared(subject: Subject, metas: Iterable[ScoreMeta]) -> frozenset[str]:
+    refused = {one.trace_id for one in subject.refused}
+    return frozenset(
+        meta.trace_id
+        for meta in metas
+        if meta.bucket is not None and not meta.bucket.n_bad_tokens and meta.trace_id not in refused
     )
 
 

@@ -139,5 +139,19 @@ def _report(manifest: Manifest, output: Path) -> None:
     )
     if manifest.flagged:
         typer.echo(f"{manifest.flagged} samples are flagged: see flags in .meta.jsonl", err=True)
+    if off_policy := manifest.verdicts.get("replay"):
+        typer.echo(
+            f"{off_policy} samples have the verdict replay, off-policy data only: see verdict in "
+            ".meta.jsonl",
+            err=True,
+        )
+    if manifest.other_temperature:
+        typer.echo(
+            f"{manifest.other_temperature} samples were sampled at another temperature than their "
+            "logprobs are at, or it is not known: a trainer that scales its logits must not "
+            "compare with these; see logprobs_mode in .meta.jsonl, and vLLM's --logprobs-mode "
+            "processed_logprobs",
+            err=True,
+        )
     for code, count in manifest.left_out.items():
         typer.echo(f"left out: {count} traces, {code}: {REASONS[code]}", err=True)

@@ -101,14 +101,83 @@ def test_what_cannot_be_trained_on_is_never_kept(tmp_path: Path, reason: str) ->
     assert selection.left_out[reason] == 1
 
 
+def cut(trace: Trace) -> Trace:
+    return replace(trace, meta=msgspec.structs.replace(trace.meta, delivery="uncertain"))
+
+
 @pytest.mark.parametrize("include", [False, True])
-def test_an_answer_that_was_asked_for_again_is_never_a_sample(
+def test_an_answer_that_was_cut_and_asked_for_again_is_never_a_sample(
     tmp_path: Path, include: bool
 ) -> None:
-    lost, again = make_trace(), make_trace(call_id="again", retry=1)
+    lost, again = cut(make_trace()), make_trace(call_id="again", retry=1)
     (sample,), selection = select(tmp_path, called(lost, again), include_incomplete=include)
     assert sample.meta.spans[0].trace_id == again.meta.trace_id
+    assert selection.left_out["retried"] == 1
+
+
+def test_one_that_was_sent_whole_and_asked_for_again_is_kept_if_asked(tmp_path: Path) -> None:
+    """A retry header does not say which call it repeats: the answer may have been used."""
+    sent, again = make_trace(), make_trace(call_id="again", retry=1, seed=1)
+    found, selection = select(tmp_path / "a", called(sent, again))
+    assert [sample.meta.sample_id for sample in found] == [again.meta.trace_id]
     assert selection.left_out == {"retried": 1}
+    found, _ = select(tmp_path / "b", called(sent, again), include_incomplete=True)
+    assert [sample.meta.flags for sample in found] == [["retried"], []]
+
+
+def test_the_score_of_an_answer_that_a_retry_replaced_decides_nothing(tmp_path: Path) -> None:
+    lost, again = cut(make_trace(response=200)), make_trace(call_id="again", retry=1)
+    nothing = make_score(lost, comparable=NO, bucket=Bucket(n_bad_tokens=200))
+    found, _ = select(tmp_path, [*called(lost, again), nothing, drifted(again, 0.0)])
+    assert [sample.meta.verdict for sample in found] == ["train"]
+
+
+def test_a_token_without_a_trainers_number_takes_its_answer_out_of_the_loss(tmp_path: Path) -> None:
+    """Minus infinity: the verdict says to mask it."""
+    one, two = list(make_trajectory(steps=2, response=40))
+    assert one.logprobs is not None
+    train = one.logprobs.copy()
+    train[3] = -np.inf
+    score = make_score(one, bucket=Bucket.of(train, one.logprobs))
+    found, selection = select(tmp_path, [*called(one, two), score, drifted(two, 0.0)])
+    (sample,) = found
+    assert [span.step for span in sample.meta.spans] == [1]
+    assert selection.left_out == {"not_comparable": 1}
+
+
+def test_what_is_scored_so_far_can_condemn_a_run_and_not_acquit_it(tmp_path: Path) -> None:
+    one, two = list(make_trajectory(steps=2))
+    found, selection = select(tmp_path / "bad", [*called(one, two), drifted(one, -12.0)])
+    assert found == []
+    assert selection.left_out == {"quarantined": 2}
+    half = [drifted(one, -12.0), drifted(two, 0.0, trainer=BAD_TRAINER)]
+    assert select(tmp_path / "halves", [*called(one, two), *half])[0] == []
+    found, _ = select(tmp_path / "good", [*called(one, two), drifted(one, 0.0)])
+    assert [sample.meta.verdict for sample in found] == [None]
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("bad_logprobs", {"mode": "raw_logits"}),
+        ("bad_logprobs", {"logprob": 0.5}),
+        ("not_comparable", {"structured": "tool_choice=required"}),
+        ("not_comparable", {"mode": "processed_logprobs", "top_p": 0.9}),
+    ],
+)
+def test_what_a_trace_declares_needs_no_trainer(
+    tmp_path: Path, reason: str, changes: dict[str, Any]
+) -> None:
+    made = make_trace()
+    assert made.logprobs is not None
+    made.logprobs[2] = changes.pop("logprob", -1.0)
+    mode = changes.pop("mode", "raw_logprobs")
+    change = msgspec.structs.replace
+    made.meta.engine = change(made.meta.engine, logprobs_mode=mode)
+    made.meta.sampling = change(made.meta.sampling, **changes)
+    found, selection = select(tmp_path, called(made))
+    assert found == []
+    assert selection.left_out == {reason: 1}
 
 
 def test_one_trainer_that_can_compare_is_enough(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ from driftgate.errors import DriftgateError
 from driftgate.samples import Sample, assemble, lines
 from driftgate.testing.traces import make_trace, make_trajectory
 from driftgate.testing.trajectories import runs
-from driftgate.trace import Trace
+from driftgate.trace import Sampling, Trace
 
 NAMES = [name for name in get_args(FormatOption) if name != "jsonl"]
 rewards = st.none() | st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -71,7 +71,12 @@ def test_reading_gives_back_what_the_layout_can_hold(
     with TemporaryDirectory() as folder:
         fmt = export(samples, Path(folder), name)
         found = read_export(Path(folder), fmt)
-    for given_, got in zip(samples, found, strict=True):
+
+    def name_of(sample: Sample) -> tuple[str, str]:
+        return sample.meta.model, sample.meta.sample_id
+
+    pairs = zip(sorted(samples, key=name_of), sorted(found, key=name_of), strict=True)
+    for given_, got in pairs:
         assert_same(got, fmt.carries(given_))
 
 
@@ -101,8 +106,18 @@ def test_shards_are_bounded_and_hold_like_samples(name: str, tmp_path: Path) -> 
     manifest = msgspec.json.decode((tmp_path / MANIFEST).read_bytes(), type=Manifest)
     assert sum(shard.samples for shard in manifest.shards) == 8
     if name != "trl":
-        assert [shard.samples for shard in manifest.shards] == [2, 1, 2, 2, 1]
-    assert [s.meta.trajectory for s in read_export(tmp_path, fmt)] == [f"t{n}" for n in range(8)]
+        assert sorted(shard.samples for shard in manifest.shards) == [2, 2, 2, 2]
+    found = sorted(s.meta.trajectory for s in read_export(tmp_path, fmt))
+    assert found == [f"t{n}" for n in range(8)]
+
+
+def test_models_that_come_by_turns_share_no_shard_and_fill_their_own(tmp_path: Path) -> None:
+    samples = [
+        assemble([make_trace(trajectory=f"t{n}", model=f"m{n % 2}")], reward=0.0) for n in range(20)
+    ]
+    export(samples, tmp_path, "slime")
+    manifest = msgspec.json.decode((tmp_path / MANIFEST).read_bytes(), type=Manifest)
+    assert [shard.samples for shard in manifest.shards] == [10, 10]
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path: Path) -> None:
@@ -206,6 +221,42 @@ def test_prime_rl_is_positional(tmp_path: Path) -> None:
     assert np.array_equal(rows[:3], trace.routes)
     assert rows[3].tolist() == [[0, 1]]
     assert TrainingSample.__struct_fields__[7] == "routed_experts"
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked", "divided", "elsewhere"),
+    [
+        ("raw_logprobs", 0.7, 1.0, 1),
+        ("processed_logprobs", 0.7, 0.7, 0),
+        ("unknown", 0.7, 0.7, 1),
+        ("unknown", None, 1.0, 0),
+        ("raw_logprobs", 0.0, 1.0, 0),
+        ("processed_logprobs", 0.0, 1.0, 0),
+    ],
+)
+def test_prime_rl_divides_by_the_temperature_that_the_logprobs_are_at(
+    tmp_path: Path, mode: Any, asked: float | None, divided: float, elsewhere: int
+) -> None:
+    made = make_trace(prompt=2, response=2, sampling=Sampling(temperature=asked))
+    made.meta.engine = msgspec.structs.replace(made.meta.engine, logprobs_mode=mode)
+    export([assemble([made], reward=None)], tmp_path, "prime-rl")
+    (row,) = msgspec.msgpack.decode((tmp_path / "shard-00000.msgpack").read_bytes())
+    assert row[3] == [1.0, 1.0, divided, divided]
+    manifest = msgspec.json.decode((tmp_path / MANIFEST).read_bytes(), type=Manifest)
+    assert (manifest.other_temperature, manifest.verdicts) == (elsewhere, {"none": 1})
+
+
+def test_skyrl_numbers_the_lines_of_a_run_over_all_shards(tmp_path: Path) -> None:
+    lines_of_run = [make_trace(prompt=2, response=2, routed=n != 1, seed=n) for n in range(3)]
+    samples = [assemble([t], reward=0.0, line=n) for n, t in enumerate(lines_of_run)]
+    export(samples, tmp_path, "skyrl")
+    names = [
+        (one["instance_id"], one["repetition_id"])
+        for shard in sorted(tmp_path.glob("shard-*.json"))
+        if not shard.name.endswith(".meta.jsonl")
+        for one in msgspec.json.decode(shard.read_bytes())["trajectory_ids"]
+    ]
+    assert sorted(names) == [("t1", 0), ("t1", 1), ("t1", 2)]
 
 
 @given(st.sampled_from(["int8", "int16", "int32"]), st.integers(0, 5), st.integers(0, 3))

@@ -38,7 +38,7 @@ def live(*found: Score) -> Live:
 
 def test_a_slot_has_the_metrics_of_its_merged_buckets() -> None:
     found = scores(4)
-    (line,) = live(*found).series(2 * STEP_NS / 1e9)
+    (line,) = live(*found).series(2 * STEP_NS / 1e9, {})
     assert sum(point.scores for point in line.points) == 4
     for point in line.points:
         bucket = Bucket()
@@ -52,16 +52,16 @@ def test_a_slot_has_the_metrics_of_its_merged_buckets() -> None:
 
 
 def test_what_is_not_comparable_is_counted_and_left_out() -> None:
-    (line,) = live(*scores(3, verdict="no")).series(1e6)
+    (line,) = live(*scores(3, verdict="no")).series(1e6, {})
     (point,) = line.points
     assert (point.scores, point.not_comparable, point.n_tokens) == (0, 3, 0)
     assert set(point.metrics.values()) == {None}
-    assert live(*scores(3, verdict="no")).worst(5) == []
+    assert live(*scores(3, verdict="no")).worst(5, {}) == []
 
 
 def test_the_worst_token_of_a_trajectory_is_its_largest() -> None:
     found = scores(5)
-    (worst,) = live(*found).worst(5)
+    (worst,) = live(*found).worst(5, {})
     sizes = [abs(score.meta.worst.log_ratio) for score in found if score.meta.worst]
     assert abs(worst.worst.log_ratio) == max(sizes)
     assert worst.step == int(np.argmax(sizes))
@@ -123,14 +123,28 @@ def test_a_list_of_runs_has_the_drift_of_the_furthest_pair() -> None:
     for score in near:
         score.meta.trainer = other
     refused = scores(1, verdict="no", noise=5.0)
-    (row,) = live(*near, *far, *refused).with_drift([run("t1")])
+    (row,) = live(*near, *far, *refused).with_drift([run("t1")], {})
     assert row.drift is not None
     traces = make_trajectory(steps=3, response=30, routed=False)
     d = np.concatenate([_log_ratios(t, s) for t, s in zip(traces, far, strict=True)])
     assert (row.drift.n_tokens, row.drift.pairs) == (len(d), 2)
     assert row.drift.abs_log_ratio_mean == pytest.approx(np.abs(d).mean(), rel=1e-9)
     assert row.drift.abs_log_ratio_max == pytest.approx(np.abs(d).max(), rel=1e-9)
-    assert live(*refused).with_drift([run("t1")])[0].drift is None
+    assert live(*refused).with_drift([run("t1")], {})[0].drift is None
+
+
+def test_what_a_cell_refutes_is_no_evidence_anywhere() -> None:
+    found = scores(3)
+    folded = live(*found)
+    ((key, rows),) = folded.cells({}).items()
+    refuted = {key: {row.pool for row in rows}}
+    (line,) = folded.series(1e6, refuted)
+    assert [(p.scores, p.not_comparable, p.n_tokens) for p in line.points] == [(0, 3, 0)]
+    assert folded.worst(5, {})
+    assert folded.worst(5, refuted) == []
+    assert folded.with_drift([run("t1")], refuted)[0].drift is None
+    other = {key: {"another pool"}}
+    assert folded.series(1e6, other) == folded.series(1e6, {})
 
 
 def _log_ratios(trace: Trace, score: Score) -> npt.NDArray[np.float64]:

@@ -150,6 +150,18 @@ def test_a_prompt_group_is_of_one_prompt_and_model_and_near_in_time(
     assert reader.prompt_group("c") == list("bcde")
 
 
+def test_a_prompt_group_counts_runs_and_not_their_choices(
+    writer: Writer, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("driftgate.storage.reader.GROUP_WINDOW", 4)
+    for at, name in enumerate("abcd"):
+        for choice in range(4):
+            made = make_trace(trajectory=name, choice=choice, n=4, started_ns=1 + at)
+            shared = make_trace(trajectory="a").prompt_ids
+            put(writer, replace(made, prompt_ids=shared))
+    assert reader.prompt_group("b") == list("abcd")
+
+
 def test_a_prompt_group_is_found_without_a_scan(writer: Writer, reader: Reader) -> None:
     put(writer, make_intent(make_trace()))
     connection = reader._connections.get()
