@@ -107,7 +107,7 @@ def add_trace(
 ) -> None:
     """A trace is in a segment. A second record with the same trace id is ignored."""
     meta = head.meta
-    scorable = head.prompt_len is not None and head.response_len is not None and has_logprobs
+    scorable = bool(head.prompt_len and head.response_len and has_logprobs)
     connection.execute(
         "INSERT OR IGNORE INTO traces VALUES (?,?,?,?,?,?,?,?,?,?,?, EXISTS"
         "(SELECT 1 FROM scores WHERE trace_id = ? AND kind = 'drift'),?,?,?,?,?,?,?,?,?,?,?)",

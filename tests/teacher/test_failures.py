@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 
 from driftgate.errors import StorageError, TeacherError
+from driftgate.profiles import PROFILES
 from driftgate.storage import Leases, Reader, Writer
+from driftgate.storage.subjects import pairs
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.held import hold
 from driftgate.teacher.reference import ReferenceBackend
+from driftgate.teacher.scores import refusal
 from driftgate.teacher.sequences import Sequence as Forward
 from driftgate.teacher.worker import Worker
-from tests.teacher.support import Say, Stub, store, teach, tokens
+from driftgate.trace import Reason
+from driftgate.verdict import judge
+from tests.teacher.support import MakeTrace, Say, Stub, store, teach, tokens
 
 
 def test_a_killed_workers_trajectory_is_taken_up_and_counted_once(
@@ -104,6 +109,27 @@ def test_foreign_ids_and_spellings_are_refused_with_the_reason(
     assert "151000 is outside" in details["a.0"].reasons[0].detail
     assert "2 of 3 response tokens are spelt differently" in details["b.0"].reasons[0].detail
     assert teach(config, backend).refused == 0, "they are not tried again"
+
+
+def test_an_answer_without_tokens_doubts_nothing(
+    config: TeacherConfig,
+    backend: ReferenceBackend,
+    say: Say,
+    make_trace: MakeTrace,
+    reader: Reader,
+) -> None:
+    """Stopped at once, or aborted. An earlier version stored that it could not be scored."""
+    empty = make_trace("b", tokens(3, 20), [], step=1)
+    store(config, say("a", tokens(1, 20), tokens(2, 40)), empty)
+    assert teach(config, backend).refused == 0
+    assert reader.trajectory("t").scored == reader.trajectory("t").scorable == 1
+    why = Reason(code="incomplete_capture", detail="no ids or logprobs", fix="")
+    writer = Writer(Path(config.store), name="earlier")
+    writer.submit(refusal(empty.meta, why, trainer=backend.trainer, now_ns=9)).result(timeout=30)
+    writer.close()
+    (pair,) = pairs(reader, "t", reader.cells())
+    assert judge(pair.subject, PROFILES["default"]).verdict == "train"
+    assert (reader.counts().scorable, reader.counts().scored) == (1, 1)
 
 
 def test_a_text_too_long_for_the_trainer_does_not_stop_the_others(
