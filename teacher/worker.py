@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,9 +191,7 @@ class Worker:
         if not is_scorable(trace):
             missing = "; ".join(trace.meta.missing) or "no ids or logprobs"
             return Reason(code="incomplete_capture", detail=missing, fix="see `driftgate probe`")
-        assert trace.prompt_ids is not None
-        assert trace.response_ids is not None
-        fed = len(trace.prompt_ids) + len(trace.response_ids) - 1
+        fed = _fed(trace)
         if fed > self._limit:
             return Reason(
                 code="sequence_too_long",
@@ -204,22 +201,25 @@ class Worker:
         return self._check.mismatch(trace)
 
     def _score(self, held: list[Held]) -> list[Score]:
-        """Scores of all traces; where a batch fails, of each trajectory alone, or why it failed."""
-        if not held:
-            return []
-        try:
-            return self._forward(held)
-        except TeacherError as error:
-            groups = _by_trajectory(held)
-            if len(groups) > 1:
-                return [score for group in groups.values() for score in self._score(group)]
-            log.exception("scoring trajectory %s failed", held[0].trace.meta.trajectory)
-            reason = Reason(
-                code="scoring_failed",
-                detail=str(error)[:500],
-                fix="see the teacher's log; lower max_tokens if it ran out of memory",
-            )
-            return [self._refusal(one.trace.meta, reason) for one in held]
+        """Scores of all traces; where they fail together, of smaller parts, and why a trace failed
+        alone."""
+        scores: list[Score] = []
+        left = [held] if held else []
+        while left:
+            part = left.pop()
+            try:
+                scores += self._forward(part)
+            except TeacherError as error:
+                smaller = _smaller(part)
+                left += reversed(smaller)
+                if not smaller:
+                    scores.append(self._failed(part[0].trace.meta, error))
+        return scores
+
+    def _failed(self, meta: TraceMeta, error: TeacherError) -> Score:
+        log.error("scoring trace %s failed", meta.trace_id, exc_info=error)
+        fix = "see the teacher's log; lower max_tokens if it ran out of memory"
+        return self._refusal(meta, Reason(code="scoring_failed", detail=str(error)[:500], fix=fix))
 
     def _forward(self, held: list[Held]) -> list[Score]:
         """One pass over all traces, and a second one over those that the noise floor is taken
@@ -245,7 +245,11 @@ class Worker:
             for one in held
         ]
         again = [one.trace for one in held if self._floors.takes(one.trace.meta.trajectory)]
-        return [*scores, *trainer_floors(backend, again, sequences, results)]
+        try:
+            return [*scores, *trainer_floors(backend, again, sequences, results)]
+        except TeacherError as error:
+            log.warning("no noise floor from %d traces: %s", len(again), error)
+            return scores
 
     def _measure_floor(self) -> None:
         """Run the trainer twice over the newest traces that it has no floor of."""
@@ -346,7 +350,7 @@ def _crashed(lease: Lease) -> Reason | None:
     if lease.crashes < MAX_CRASHES:
         return None
     return Reason(
-        code="scoring_failed",
+        code="scoring_crashed",
         detail=f"{lease.crashes} workers ended while they scored trajectory {lease.trajectory}",
         fix="see the logs of those workers; lower max_tokens if they ran out of memory",
     )
@@ -358,8 +362,27 @@ def _parent(row: TraceRow | None) -> Parent | None:
     return Parent(row.meta.trace_id, row.prompt_len, row.meta.weight_version)
 
 
-def _by_trajectory(held: Seq[Held]) -> dict[str, list[Held]]:
+def _smaller(held: list[Held]) -> list[list[Held]]:
+    """Parts to try by themselves where all failed together: trajectories, then forwards, then the
+    longest trace of a forward and the rest; nothing of a single trace."""
     groups: dict[str, list[Held]] = {}
     for one in held:
         groups.setdefault(one.trace.meta.trajectory, []).append(one)
-    return groups
+    if len(groups) > 1:
+        return list(groups.values())
+    by_id = {one.trace.meta.trace_id: one for one in held}
+    forwards = [
+        [by_id[part.trace_id] for part in sequence.slices]
+        for sequence in assemble([one.trace for one in held])
+    ]
+    if len(forwards) > 1:
+        return forwards
+    *rest, longest = sorted(held, key=lambda one: _fed(one.trace))
+    return [[longest], rest] if rest else []
+
+
+def _fed(trace: Trace) -> int:
+    """Tokens that have to be fed to score ``trace``."""
+    assert trace.prompt_ids is not None
+    assert trace.response_ids is not None
+    return len(trace.prompt_ids) + len(trace.response_ids) - 1

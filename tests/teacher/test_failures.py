@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from driftgate.errors import StorageError, TeacherError
@@ -162,6 +163,55 @@ def test_a_failing_trajectory_takes_no_other_with_it(
     assert (reason.code, reason.detail) == ("scoring_failed", "out of memory")
 
 
+def test_only_the_forwards_that_fail_alone_are_refused(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    """One too long for memory, of its own or the last turns of one that grew: not the others."""
+    history = tokens(5, 90)
+    for step, (name, prompt) in enumerate(
+        {
+            "a": tokens(1, 10),
+            "b": tokens(3, 80),
+            "c": history[:30],
+            "d": history[:60],
+            "e": history,
+        }.items()
+    ):
+        store(config, say(name, prompt, [400, 401], step=step))
+    fed: list[int] = []
+
+    def score(sequences: list[Forward]) -> list[SliceResult]:
+        fed.extend(len(sequence.ids) for sequence in sequences)
+        if any(len(sequence.ids) > 70 for sequence in sequences):
+            raise TeacherError("out of memory")
+        return backend.score(sequences)
+
+    report = teach(config, Stub(backend, score))
+    assert (report.scored, report.refused) == (3, 2)
+    scores = {row.meta.trace_id: row.meta for row in reader.scores(kind="drift")}
+    assert {name for name, meta in scores.items() if meta.bucket is None} == {"b.0", "e.0"}
+    (pair,) = pairs(reader, "t", reader.cells())
+    (reason,) = judge(pair.subject, PROFILES["default"]).reasons
+    assert (reason.code, reason.verdict) == ("NOT_COMPARABLE", "train_with_correction")
+    assert "scoring_failed in step 1, 4" in reason.detail
+
+
+def test_a_floor_that_cannot_be_measured_costs_no_score(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say
+) -> None:
+    store(config, say("a", tokens(1, 20), [400, 401]))
+    calls: list[int] = []
+
+    def score(sequences: list[Forward]) -> list[SliceResult]:
+        calls.append(len(sequences))
+        if len(calls) > 1:
+            raise TeacherError("out of memory")
+        return backend.score(sequences)
+
+    report = teach(msgspec.structs.replace(config, replay=False), Stub(backend, score))
+    assert (report.scored, report.refused, report.noise_floor) == (1, 0, 0)
+
+
 def test_a_trajectory_that_ends_its_worker_is_refused_after_two(
     config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
 ) -> None:
@@ -187,7 +237,7 @@ def test_a_trajectory_that_ends_its_worker_is_refused_after_two(
     assert set(scores) == set(names)
     assert [name for name in names if scores[name].bucket is None] == ["b"]
     (reason,) = scores["b"].comparable.reasons
-    assert reason.code == "scoring_failed"
+    assert reason.code == "scoring_crashed"
     assert reason.detail == "2 workers ended while they scored trajectory b"
 
 
