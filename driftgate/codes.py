@@ -11,7 +11,7 @@ from typing import Literal
 
 from driftgate.trace import Reason
 
-__all__ = ["CODES", "MASKABLE", "SEVERITY", "SPOILS_ROUTES", "Severity", "reason"]
+__all__ = ["CODES", "MASKABLE", "PASSING", "SEVERITY", "SPOILS_ROUTES", "Severity", "reason"]
 
 Severity = Literal["no", "converted", "note"]
 
@@ -179,6 +179,11 @@ MASKABLE = frozenset(
 """Reasons of severity ``no`` that lie in what one answer was asked with, or in its size: its tokens
 cannot be judged and can be masked, and the rest of the run stands. Every other one doubts a side of
 the pair, and with it what looks sound too (docs/design/0007-what-cannot-be-compared.md)."""
+
+
+PASSING = frozenset({"scoring_failed", "sequence_too_long", "trace_unreadable"})
+"""Why a trace has no numbers, where that may have passed: memory is free or a limit is higher, a
+file is back. A teacher that starts takes such traces up once more."""
 
 
 def reason(code: str, detail: str, fix: str) -> Reason:

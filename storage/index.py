@@ -117,6 +117,7 @@ CREATE TABLE scores (
     segment TEXT NOT NULL,
     offset INTEGER NOT NULL,
     size_bytes INTEGER NOT NULL,
+    passing INTEGER NOT NULL,                   -- no numbers, for a reason that may have passed
     meta TEXT NOT NULL,                         -- JSON ScoreMeta
     UNIQUE (trace_id, engine, trainer, kind)
 ) STRICT;

@@ -1,6 +1,7 @@
 """The loop beside the trainer: lease a trajectory, score it, store the scores, give the lease back.
 
-Invariants: a trace gets a score or a stored reason why not, so nothing is tried forever; a lease is
+Invariants: a trace gets a score or a stored reason why not, so nothing is tried forever (a reason
+that may pass, `driftgate.codes.PASSING`, is tried again by the next worker that starts); a lease is
 renewed while its trajectory is worked on and given back only after the scores are durable, so a
 killed worker's trajectory is taken up again and a score is never counted twice (the store's key is
 trace, engine, trainer, kind). A trajectory that ended its worker is tried once more, with no other,
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from driftgate.errors import DriftgateError, StorageError, TeacherError
+from driftgate.errors import DriftgateError, FormatError, StorageError, TeacherError
 from driftgate.facts import Parent
 from driftgate.storage import Lease, Leases, Reader, TraceRow, Writer
 from driftgate.teacher.base import Backend
@@ -72,14 +73,15 @@ class Worker:
     """Scores the traces of one store with one backend, in one thread (and one that renews
     leases)."""
 
-    def __init__(self, config: TeacherConfig, backend: Backend) -> None:
+    def __init__(self, config: TeacherConfig, backend: Backend, *, refused: bool = True) -> None:
+        """``refused``: take up once more what was refused for a reason that may have passed."""
         root = Path(config.store)
         self._config = config
         self._backend = backend
         self._name = f"{socket.gethostname()}-{os.getpid()}"
         self._writer = Writer(root, name="teacher")
         self._reader = Reader(root)
-        self._leases = Leases(root)
+        self._leases = Leases(root, refused=refused)
         self._limit = min(config.max_tokens or backend.max_tokens, backend.max_tokens)
         self._check = TokenCheck(load_tokenizer(config.model), vocab_size=backend.vocab_size)
         self._watch = Watch(root)
@@ -161,7 +163,7 @@ class Worker:
 
     def _read(self, lease: Lease, refused: list[Score]) -> list[Held]:
         """The traces of a lease that can be scored; a score with the reason for each that
-        cannot."""
+        cannot, and nothing for one that cannot be read now."""
         fit: list[Held] = []
         rows = {row.meta.trace_id: row for row in self._reader.traces(lease.trajectory)}
         for trace_id in lease.trace_ids:
@@ -169,17 +171,23 @@ class Worker:
             found = _crashed(lease) or self._fit(trace_id, before)
             if isinstance(found, Held):
                 fit.append(found)
+            elif isinstance(found, StorageError):
+                log.warning("trace %s is left unscored, for the next start: %s", trace_id, found)
+                self._leases.set_aside([trace_id])
             else:
                 log.warning("trace %s is not scored: %s", trace_id, found.detail)
                 refused.append(self._refusal(rows[trace_id].meta, found))
         return fit
 
-    def _fit(self, trace_id: str, before: TraceRow | None) -> Held | Reason:
-        """What is to be scored of a trace, or why it cannot be. ``before``: its parent."""
+    def _fit(self, trace_id: str, before: TraceRow | None) -> Held | Reason | StorageError:
+        """What is to be scored of a trace, or why it cannot be: an error where it cannot be read
+        now. ``before``: its parent."""
         try:
             trace = self._reader.trace(trace_id)
             return self._unfit(trace) or hold(trace, _parent(before))
         except DriftgateError as error:
+            if isinstance(error, StorageError) and not _is_damage(error):
+                return error
             return Reason(
                 code="trace_unreadable",
                 detail=f"{type(error).__name__}: {error}",
@@ -343,6 +351,11 @@ class Worker:
         finally:
             done.set()
             thread.join()
+
+
+def _is_damage(error: StorageError) -> bool:
+    """What is read is wrong; otherwise its file is away or cannot be read at the moment."""
+    return isinstance(error, FormatError) and not isinstance(error.__cause__, FileNotFoundError)
 
 
 def _crashed(lease: Lease) -> Reason | None:

@@ -212,6 +212,36 @@ def test_a_floor_that_cannot_be_measured_costs_no_score(
     assert (report.scored, report.refused, report.noise_floor) == (1, 0, 0)
 
 
+def test_what_failed_is_tried_again_by_the_next_teacher_that_starts(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    store(config, say("a", tokens(1, 20), [400, 401]))
+
+    def score(sequences: list[Forward]) -> list[SliceResult]:
+        raise TeacherError("out of memory")
+
+    assert teach(config, Stub(backend, score)).refused == 1
+    assert teach(config, backend).scored == 1
+    assert reader.score("a.0").meta.bucket is not None
+    assert teach(config, backend).trajectories == 0
+
+
+def test_a_segment_that_is_away_refuses_nothing(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    store(config, say("a", tokens(1, 20), [400, 401]))
+    (segment,) = (Path(config.store) / "segments").glob("*.dgs")
+    store(config, say("b", tokens(2, 20), [400, 401], step=1))
+    away = segment.rename(segment.with_suffix(".away"))
+    assert (report := teach(config, backend)).scored == 1
+    assert report.refused == 0
+    assert any("a.0 is left unscored" in text for text in caplog.messages)
+    away.rename(segment)
+    assert teach(config, backend).scored == 1
+    assert reader.score("a.0").meta.bucket is not None
+
+
 def test_a_trajectory_that_ends_its_worker_is_refused_after_two(
     config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
 ) -> None:
