@@ -187,6 +187,11 @@ def test_a_dense_model_has_no_routing_cause() -> None:
     assert found["routing"].found == "absent"
 
 
+def test_routers_that_are_not_known_are_untested() -> None:
+    found = causes(simple([0.05], router_reason="the routers of x are not known to driftgate"))
+    assert found["routing"].found == "untested"
+
+
 def test_noise_up_to_the_floor_is_precision() -> None:
     found = simple([0.02] * 3)
     cause = causes(found, FLOOR)["precision"]

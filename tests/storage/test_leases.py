@@ -150,8 +150,9 @@ def test_a_refusal_that_may_have_passed_is_work_for_who_starts_later(
     writer: Writer, leases: Leases, tmp_path: Path
 ) -> None:
     traces = list(make_trajectory(steps=3))
-    for record in (*traces, make_score(traces[0])):
-        writer.submit(record).result(WAIT_S)
+    for trace in traces:
+        writer.submit(trace).result(WAIT_S)
+    writer.submit(make_score(traces[0])).result(WAIT_S)
     for trace, code in zip(traces[1:], ("scoring_failed", "tokenizer_mismatch"), strict=True):
         writer.submit(refused(trace, code)).result(WAIT_S)
     assert leases.acquire(ME, worker="a", ttl_s=10) is None
