@@ -115,8 +115,7 @@ class FsdpModel:
         """See ``TrainerAdapter``: the model's own logits, whole. Tells ``no_replay``."""
         with _undisturbed(self._model), watched(self._tap.modules) as faults:
             logits_TV = self._model(input_ids=ids_T[None].to(self.device), use_cache=False).logits
-        none = None if self._tap.modules else "the trainer's model has no routers"
-        self.no_replay = faults[0] if faults else none
+        self.no_replay = faults[0] if faults else self._tap.without
         full: Tensor = logits_TV[0].float().log_softmax(-1)
         return full.gather(-1, targets_T.to(self.device)[:, None])[:, 0]
 

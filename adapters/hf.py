@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ __all__ = ["Routed", "RouterTap", "checkpoint_digest", "inspect_model"]
 F32 = npt.NDArray[np.float32]
 
 ROUTER_CLASS = re.compile(r"Top[Kk]Router$")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of a config that say how many experts a layer has; above 1, each is chosen by a router."""
 LAYER_NAME = re.compile(r"\.layers\.(\d+)(?:\.|$)")
 ROTARY_TOLERANCE = 1e-6
 """Relative; a device may round a power differently, a cast to 16 bits errs by 1e-4 or more."""
@@ -102,6 +104,8 @@ class RouterTap:
             raise TeacherError(f"two routers claim one layer: {self.layer_ids}")
         self.modules = [module for _, module in self._routers]
         """By layer, as ``layer_ids``."""
+        self.without = None if found else _without_routers(getattr(model, "config", None))
+        """Why there is nothing to read; None where there is."""
         self.experts: list[int] = []
         """[L] experts of each router; known once a forward was captured."""
 
@@ -119,6 +123,19 @@ class RouterTap:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _without_routers(config: Any) -> str:
+    """What a model in which no router was found is to be called."""
+    if config is not None and _has_experts(config.to_dict()):
+        return f"the routers of {config.model_type} are not known to driftgate"
+    return "the trainer's model has no routers"
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    nested = (value for value in config.values() if isinstance(value, Mapping))
+    counts = (config.get(key) for key in EXPERT_COUNTS)
+    return any(isinstance(n, int) and n > 1 for n in counts) or any(map(_has_experts, nested))
 
 
 class _Capture:

@@ -26,7 +26,7 @@ from driftgate.baseline import (
 )
 from driftgate.comparable import DUAL_T_FACTOR, DUAL_T_FLOOR, DUAL_T_MIN_TOKENS
 from driftgate.evidence import SLOPE_MIN_CORRELATION, SLOPE_TOLERANCE, SLOPE_Z, TEST_MIN_TOKENS
-from driftgate.mismatch import LOGIT_EDGE, Bucket
+from driftgate.mismatch import LOGIT_EDGE, Bucket, good_tokens
 from driftgate.sums import CoMoments
 from driftgate.words import listed
 
@@ -242,17 +242,22 @@ def routing(run: Run, d: F64) -> Undone:
         rate = whole.metrics()["router_set_disagree_rate"]
         disagree = float(rate) if isinstance(rate, (int, float)) else None
     evidence: Evidence = {"router_set_disagree_rate": disagree}
-    replayed = [r.replayed is not None for r in run.responses]
+    given = [
+        np.zeros(r.index.size, np.bool_)
+        if r.replayed is None
+        else good_tokens(r.replayed, r.rollout, None)[0]
+        for r in run.responses
+    ]
+    chosen = np.concatenate(given)
     fix = "train under the rollout's routes (routing replay, R3)"
-    if any(replayed):
+    if chosen.any():
         effect = run.of(
-            np.zeros(r.index.size) if r.replayed is None else r.train - r.replayed
-            for r in run.responses
+            np.zeros(good.size) if r.replayed is None else np.where(good, r.train - r.replayed, 0.0)
+            for r, good in zip(run.responses, given, strict=True)
         )
         raw = np.abs(run.d)
         # of what is left of each token after the causes before
         effect *= np.minimum(1.0, np.abs(d) / np.where(raw > 0.0, raw, 1.0))
-        chosen = run.where(replayed)
         evidence |= {
             "tokens_replayed": int(chosen.sum()),
             "abs_log_ratio_mean": mean_abs(d[chosen]),

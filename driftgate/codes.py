@@ -11,7 +11,7 @@ from typing import Literal
 
 from driftgate.trace import Reason
 
-__all__ = ["CODES", "MASKABLE", "SEVERITY", "SPOILS_ROUTES", "Severity", "reason"]
+__all__ = ["CODES", "MASKABLE", "PASSING", "SEVERITY", "SPOILS_ROUTES", "Severity", "reason"]
 
 Severity = Literal["no", "converted", "note"]
 
@@ -21,7 +21,9 @@ _TABLE: dict[str, tuple[Severity, str]] = {
     "incomplete_capture": ("no", "The trace lacks the ids or logprobs that scoring needs."),
     "trace_unreadable": ("no", "The stored trace could not be read."),
     "sequence_too_long": ("no", "More tokens than this trainer takes."),
-    "scoring_failed": ("no", "The trainer failed on this trace."),
+    "scoring_failed": ("no", "The trainer failed on this trace, scored alone."),
+    "scoring_crashed": ("no", "Workers ended, one after the other, while they scored this run."),
+    "reason_unknown": ("no", "Not comparable, for no reason that this driftgate knows."),
     # which density the recorded logprobs are of
     "logprob_convention_mismatch": (
         "no",
@@ -169,12 +171,19 @@ MASKABLE = frozenset(
         "logprobs_mode_unknown",
         "not_scored_at_temperature",
         "sequence_too_long",
+        "scoring_failed",
+        "scoring_crashed",
         "nothing_to_compare",
     }
 )
-"""Reasons of severity ``no`` that lie in what one answer was asked with: its tokens cannot be
-judged and can be masked, and the rest of the run stands. Every other one doubts a side of the pair,
-and with it what looks sound too (docs/design/0007-what-cannot-be-compared.md)."""
+"""Reasons of severity ``no`` that lie in what one answer was asked with, or in its size: its tokens
+cannot be judged and can be masked, and the rest of the run stands. Every other one doubts a side of
+the pair, and with it what looks sound too (docs/design/0007-what-cannot-be-compared.md)."""
+
+
+PASSING = frozenset({"scoring_failed", "sequence_too_long", "trace_unreadable"})
+"""Why a trace has no numbers, where that may have passed: memory is free or a limit is higher, a
+file is back. A teacher that starts takes such traces up once more."""
 
 
 def reason(code: str, detail: str, fix: str) -> Reason:

@@ -49,6 +49,9 @@ SOFTENED = {
 }
 """What digests that differ are where the numbers agree."""
 
+GREEDY_AT_ONE = ("vllm", "sglang")
+"""Engines that divide by 1 where T = 0 is asked: their raw and scaled logprobs are the same."""
+
 DUAL_T_MIN_TOKENS = 16
 """The two conventions differ by 0.3 nats a token at T = .7 and noise by 0.03: 16 tokens tell."""
 DUAL_T_FACTOR = 0.5
@@ -274,7 +277,8 @@ def _undeclared(pair: _Pair) -> tuple[Convention, list[Reason]]:
     if "temperature" in pair.assumed:
         detail = "undeclared, no temperature sent, and the engine's default is not known"
         return "unknown", [reason("logprobs_mode_unknown", detail, fix)]
-    if pair.temperature == 1.0 and not constraints(pair.sampling):
+    at_one = pair.temperature == 1.0 or (pair.greedy and pair.engine.name in GREEDY_AT_ONE)
+    if at_one and not constraints(pair.sampling):
         return "either", []
     dual = pair.at_requested
     if dual is not None and not pair.greedy:

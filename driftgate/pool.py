@@ -45,8 +45,8 @@ OTHERS = "others"
 SHOWN = ("low_power",)
 """Notes of a pool that are told besides what refutes it: it was not tested."""
 
-NO_REASON = reason("scoring_failed", "not comparable, and no known reason", "score it again")
-"""Of a score that is not comparable and does not say why."""
+NO_REASON = reason("reason_unknown", "not comparable, and no known reason", "score it again")
+"""Of a score that is not comparable and does not say why: it may doubt anything."""
 
 Findings = Mapping[str, Sequence[Reason]]
 """What the merged sums of each pool gave, by its key; every pool has an entry."""

@@ -35,6 +35,8 @@ ELSEWHERE = {
     "trace_unreadable": "the worker",
     "sequence_too_long": "the worker",
     "scoring_failed": "the worker",
+    "scoring_crashed": "the worker",
+    "reason_unknown": "a score of another version",
     "samples_diverged": "a noise floor",
 }
 """Codes that no comparison gives, and what does; tests/teacher has a case for each."""

@@ -11,6 +11,7 @@ import msgspec
 
 from driftgate.mismatch import Bucket, Worst
 from driftgate.pool import Findings, Judged, Pools, larger, merged
+from driftgate.storage.inserts import is_passing
 from driftgate.storage.rows import CellRow
 from driftgate.trace import Engine, ScoreMeta
 
@@ -82,6 +83,8 @@ class Cells:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._cells: dict[CellKey, CellFold] = {}
+        self._passing: set[tuple[str, CellKey]] = set()
+        """Refusals among what is folded that another score may take the place of."""
         self._last_seq = 0
 
     def rows(self, connection: sqlite3.Connection) -> list[CellRow]:
@@ -103,6 +106,11 @@ class Cells:
         for seq, engine, trainer, model, kind, text in rows:
             meta = msgspec.json.decode(text, type=ScoreMeta)
             key = (engine, trainer, model, kind)
+            if (meta.trace_id, key) in self._passing:  # sums cannot be taken out again
+                self._cells, self._passing, self._last_seq = {}, set(), 0
+                return self._fold_new(connection)
+            if is_passing(meta):
+                self._passing.add((meta.trace_id, key))
             if key not in self._cells:
                 self._cells[key] = CellFold(meta)
             self._cells[key].fold(meta, seq)

@@ -21,7 +21,7 @@ __all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
 
 INDEX_NAME = "index.sqlite"
 
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 """``PRAGMA user_version``. An index of another version is rebuilt, not migrated: it is derived."""
 
 BUSY_TIMEOUT_S = 30.0
@@ -85,7 +85,7 @@ CREATE TABLE traces (
     started_ns INTEGER NOT NULL,
     retry INTEGER NOT NULL,
     flawed INTEGER NOT NULL,
-    scorable INTEGER NOT NULL,                  -- has prompt ids, response ids and logprobs
+    scorable INTEGER NOT NULL,                  -- has prompt, response and logprobs: none is empty
     scored INTEGER NOT NULL,                    -- has a drift score by some trainer
     prompt_len INTEGER,
     response_len INTEGER,
@@ -117,6 +117,7 @@ CREATE TABLE scores (
     segment TEXT NOT NULL,
     offset INTEGER NOT NULL,
     size_bytes INTEGER NOT NULL,
+    passing INTEGER NOT NULL,                   -- no numbers, for a reason that may have passed
     meta TEXT NOT NULL,                         -- JSON ScoreMeta
     UNIQUE (trace_id, engine, trainer, kind)
 ) STRICT;

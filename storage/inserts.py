@@ -12,9 +12,10 @@ from typing import Literal
 
 import msgspec
 
+from driftgate.codes import PASSING
 from driftgate.storage.delta import TraceHead
 from driftgate.storage.records import ScoreHead
-from driftgate.trace import CallIntent, CallOutcome, Reward
+from driftgate.trace import CallIntent, CallOutcome, Reward, ScoreMeta
 
 __all__ = [
     "Place",
@@ -25,6 +26,7 @@ __all__ = [
     "add_trace",
     "has_score",
     "indexed_bytes",
+    "is_passing",
     "next_seq",
     "set_indexed",
 ]
@@ -107,7 +109,7 @@ def add_trace(
 ) -> None:
     """A trace is in a segment. A second record with the same trace id is ignored."""
     meta = head.meta
-    scorable = head.prompt_len is not None and head.response_len is not None and has_logprobs
+    scorable = bool(head.prompt_len and head.response_len and has_logprobs)
     connection.execute(
         "INSERT OR IGNORE INTO traces VALUES (?,?,?,?,?,?,?,?,?,?,?, EXISTS"
         "(SELECT 1 FROM scores WHERE trace_id = ? AND kind = 'drift'),?,?,?,?,?,?,?,?,?,?,?)",
@@ -165,8 +167,9 @@ def next_seq(connection: sqlite3.Connection) -> int:
 
 
 def has_score(connection: sqlite3.Connection, head: ScoreHead) -> bool:
-    """Whether the index has a score for this (trace, engine, trainer, kind)."""
-    return _seq_of_key(connection, head) is not None
+    """Whether the index has a score for this (trace, engine, trainer, kind) that stands."""
+    row = connection.execute(f"SELECT passing FROM scores WHERE {_KEY}", _key(head)).fetchone()
+    return row is not None and not row[0]
 
 
 def add_score(
@@ -182,7 +185,7 @@ def add_score(
         connection.execute("DELETE FROM scores WHERE seq = ?", (old,))
     meta = head.meta
     connection.execute(
-        "INSERT INTO scores VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+        "INSERT INTO scores VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             head.seq,
             meta.trace_id,
@@ -194,12 +197,18 @@ def add_score(
             place.segment,
             place.offset,
             place.size_bytes,
+            int(is_passing(meta)),
             _json(meta),
         ),
     )
     if meta.kind == "drift":
         connection.execute("UPDATE traces SET scored = 1 WHERE trace_id = ?", (meta.trace_id,))
     return "added"
+
+
+def is_passing(meta: ScoreMeta) -> bool:
+    """A refusal that a later score may take the place of."""
+    return meta.bucket is None and any(r.code in PASSING for r in meta.comparable.reasons)
 
 
 def add_reward(connection: sqlite3.Connection, reward: Reward) -> None:
@@ -212,16 +221,20 @@ def add_reward(connection: sqlite3.Connection, reward: Reward) -> None:
     )
 
 
+_KEY = "trace_id = ? AND engine = ? AND trainer = ? AND kind = ?"
+
+
+def _key(head: ScoreHead) -> tuple[str, str, str, str]:
+    meta = head.meta
+    return meta.trace_id, meta.engine.digest, meta.trainer.digest, meta.kind
+
+
 def _json(value: msgspec.Struct) -> str:
     return msgspec.json.encode(value).decode()
 
 
 def _seq_of_key(connection: sqlite3.Connection, head: ScoreHead) -> int | None:
-    meta = head.meta
-    row = connection.execute(
-        "SELECT seq FROM scores WHERE trace_id = ? AND engine = ? AND trainer = ? AND kind = ?",
-        (meta.trace_id, meta.engine.digest, meta.trainer.digest, meta.kind),
-    ).fetchone()
+    row = connection.execute(f"SELECT seq FROM scores WHERE {_KEY}", _key(head)).fetchone()
     return int(row[0]) if row else None
 
 

@@ -1,6 +1,7 @@
 """The teacher's work queue: who may score which trajectory for which trainer, and until when.
 
-A view over the index: work is every scorable trace without a drift score by that trainer. A worker
+A view over the index: work is every scorable trace without a drift score by that trainer, and for a
+teacher that starts also those it was refused for a reason that may have passed. A worker
 that dies loses its lease at ``expires``, and the next one takes the trajectory. A score that was
 written twice is stored once (``Writer``), so a lease taken too early costs time, not truth.
 
@@ -14,9 +15,11 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from driftgate.storage.index import INDEX_NAME, open_index, transaction
+from driftgate.storage.inserts import next_seq
 from driftgate.storage.recovery import StoreLock
 from driftgate.storage.rows import Lease, OpenWork
 
@@ -24,7 +27,9 @@ __all__ = ["Leases"]
 
 _UNSCORED = (
     "scorable AND (:model IS NULL OR model = :model) AND NOT EXISTS (SELECT 1 FROM scores s "
-    "WHERE s.trace_id = t.trace_id AND s.trainer = :trainer AND s.kind = 'drift')"
+    "WHERE s.trace_id = t.trace_id AND s.trainer = :trainer AND s.kind = 'drift' "
+    "AND NOT (s.passing AND s.seq <= :before)) "
+    "AND NOT EXISTS (SELECT 1 FROM temp.aside a WHERE a.trace_id = t.trace_id)"
 )
 # rowid is the order of indexing: all work at or below ``done`` is finished and stays so.
 _DONE = (
@@ -50,11 +55,15 @@ _OPEN = (
 class Leases:
     """Work queue of one store; creates the store where it is missing. Thread-safe."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, refused: bool = False) -> None:
+        """``refused``: what was refused before now for a reason that may have passed
+        (`driftgate.codes.PASSING`) is work once more."""
         root.mkdir(parents=True, exist_ok=True)
         self._store_lock = StoreLock(root)
         try:
             self._connection = open_index(root / INDEX_NAME, create=True)
+            self._connection.execute("CREATE TEMP TABLE aside (trace_id TEXT PRIMARY KEY)")
+            self._before = next_seq(self._connection) - 1 if refused else 0
         except BaseException:
             self._store_lock.close()
             raise
@@ -82,6 +91,7 @@ class Leases:
             "model": model,
             "now": now,
             "untried": untried,
+            "before": self._before,
         }
         with self._lock:
             asked["done"] = self._advance(asked, (trainer, model))
@@ -95,7 +105,7 @@ class Leases:
 
         Empty exactly where ``acquire`` has nothing left to give, now or when leases run out.
         """
-        asked: dict[str, object] = {"trainer": trainer, "model": model}
+        asked: dict[str, object] = {"trainer": trainer, "model": model, "before": self._before}
         with self._lock:
             asked["done"] = self._advance(asked, (trainer, model))
             rows = self._connection.execute(_OPEN, asked).fetchall()
@@ -115,6 +125,13 @@ class Leases:
             "DELETE FROM leases WHERE trajectory = ? AND trainer = ? AND token = ?",
             (lease.trajectory, lease.trainer, lease.token),
         )
+
+    def set_aside(self, trace_ids: Iterable[str]) -> None:
+        """Leave these as they are: they are work for others, and no more for this object."""
+        with self._lock:
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO aside VALUES (?)", [(one,) for one in trace_ids]
+            )
 
     def close(self) -> None:
         """Close the index; leases stay until they expire. Idempotent."""

@@ -86,8 +86,9 @@ def load_payload(root: Path, segment: str, offset: int, kind: Kind) -> Payload:
     path = segments_dir(root) / segment
     try:
         entry = read_entry(path, offset)
-    except FileNotFoundError:
-        raise FormatError(f"{path} is gone: put it back or run `driftgate index rebuild`") from None
+    except FileNotFoundError as error:
+        fix = "put it back or run `driftgate index rebuild`"
+        raise FormatError(f"{path} is gone: {fix}") from error
     if entry.header.kind != kind:
         raise FormatError(f"{path} at {offset}: kind {entry.header.kind}, the index says {kind}")
     return entry.payload()

@@ -348,7 +348,8 @@ _COUNTS = (
     "(SELECT COUNT(*) FROM (SELECT DISTINCT trajectory, step FROM calls)), "
     "(SELECT COUNT(*) FROM calls), (SELECT COUNT(*) FROM traces), "
     f"(SELECT COUNT(*) FROM trajectories t WHERE NOT {_HAS_GAP}), "
-    "(SELECT COUNT(*) FROM traces WHERE scorable), (SELECT COUNT(*) FROM traces WHERE scored), "
+    "(SELECT COUNT(*) FROM traces WHERE scorable), "
+    "(SELECT COUNT(*) FROM traces WHERE scorable AND scored), "
     "(SELECT COUNT(*) FROM scores)"
 )
 

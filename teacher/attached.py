@@ -180,7 +180,7 @@ class AttachedBackend:
         dist.destroy_process_group(self._control)
 
     def _worked(self, config: TeacherConfig) -> Report:
-        worker = Worker(config, self)
+        worker = Worker(config, self, refused=False)  # each update of the weights starts one
         try:
             return worker.run(threading.Event())
         finally:

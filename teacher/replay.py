@@ -88,7 +88,7 @@ class Replayer:
         """Why ``one`` cannot be replayed, or None."""
         native = results[one.trace.meta.trace_id]
         if native.routes is None:
-            return "the trainer's model has no routers"
+            return self._backend.no_replay or "the trainer's model has no routers"
         if not self._enabled:
             return "replay is switched off"
         if self._backend.no_replay is not None:

@@ -116,7 +116,7 @@ class Scorer(nn.Module):
     ) -> str | None:
         """Why this model's routers do not take given routes, or None: proven by giving some."""
         if routed is None:
-            return "the trainer's model has no routers"
+            return self.tap.without
         own = torch.from_numpy(routed.routes.astype(np.int64)).to(ids.device)
         counts = torch.tensor(self.tap.experts, device=ids.device)[None, :, None]
         given = torch.ones(own.shape[:2], dtype=torch.bool, device=ids.device)

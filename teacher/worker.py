@@ -1,6 +1,7 @@
 """The loop beside the trainer: lease a trajectory, score it, store the scores, give the lease back.
 
-Invariants: a trace gets a score or a stored reason why not, so nothing is tried forever; a lease is
+Invariants: a trace gets a score or a stored reason why not, so nothing is tried forever (a reason
+that may pass, `driftgate.codes.PASSING`, is tried again by the next worker that starts); a lease is
 renewed while its trajectory is worked on and given back only after the scores are durable, so a
 killed worker's trajectory is taken up again and a score is never counted twice (the store's key is
 trace, engine, trainer, kind). A trajectory that ended its worker is tried once more, with no other,
@@ -15,21 +16,21 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from driftgate.errors import DriftgateError, StorageError, TeacherError
+from driftgate.errors import DriftgateError, FormatError, StorageError, TeacherError
 from driftgate.facts import Parent
 from driftgate.storage import Lease, Leases, Reader, TraceRow, Writer
-from driftgate.teacher.base import Backend
+from driftgate.teacher.base import Backend, SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.floors import Floors, choose, trainer_floors
 from driftgate.teacher.held import Held, hold
-from driftgate.teacher.replay import Replayer
+from driftgate.teacher.replay import Replayed, Replayer
 from driftgate.teacher.scores import drift, engine_floor, refusal
 from driftgate.teacher.sequences import assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
@@ -73,14 +74,15 @@ class Worker:
     """Scores the traces of one store with one backend, in one thread (and one that renews
     leases)."""
 
-    def __init__(self, config: TeacherConfig, backend: Backend) -> None:
+    def __init__(self, config: TeacherConfig, backend: Backend, *, refused: bool = True) -> None:
+        """``refused``: take up once more what was refused for a reason that may have passed."""
         root = Path(config.store)
         self._config = config
         self._backend = backend
         self._name = f"{socket.gethostname()}-{os.getpid()}"
         self._writer = Writer(root, name="teacher")
         self._reader = Reader(root)
-        self._leases = Leases(root)
+        self._leases = Leases(root, refused=refused)
         self._limit = min(config.max_tokens or backend.max_tokens, backend.max_tokens)
         self._check = TokenCheck(load_tokenizer(config.model), vocab_size=backend.vocab_size)
         self._watch = Watch(root)
@@ -162,7 +164,7 @@ class Worker:
 
     def _read(self, lease: Lease, refused: list[Score]) -> list[Held]:
         """The traces of a lease that can be scored; a score with the reason for each that
-        cannot."""
+        cannot, and nothing for one that cannot be read now."""
         fit: list[Held] = []
         rows = {row.meta.trace_id: row for row in self._reader.traces(lease.trajectory)}
         for trace_id in lease.trace_ids:
@@ -170,17 +172,23 @@ class Worker:
             found = _crashed(lease) or self._fit(trace_id, before)
             if isinstance(found, Held):
                 fit.append(found)
+            elif isinstance(found, StorageError):
+                log.warning("trace %s is left unscored, for the next start: %s", trace_id, found)
+                self._leases.set_aside([trace_id])
             else:
                 log.warning("trace %s is not scored: %s", trace_id, found.detail)
                 refused.append(self._refusal(rows[trace_id].meta, found))
         return fit
 
-    def _fit(self, trace_id: str, before: TraceRow | None) -> Held | Reason:
-        """What is to be scored of a trace, or why it cannot be. ``before``: its parent."""
+    def _fit(self, trace_id: str, before: TraceRow | None) -> Held | Reason | StorageError:
+        """What is to be scored of a trace, or why it cannot be: an error where it cannot be read
+        now. ``before``: its parent."""
         try:
             trace = self._reader.trace(trace_id)
             return self._unfit(trace) or hold(trace, _parent(before))
         except DriftgateError as error:
+            if isinstance(error, StorageError) and not _is_damage(error):
+                return error
             return Reason(
                 code="trace_unreadable",
                 detail=f"{type(error).__name__}: {error}",
@@ -192,9 +200,7 @@ class Worker:
         if not is_scorable(trace):
             missing = "; ".join(trace.meta.missing) or "no ids or logprobs"
             return Reason(code="incomplete_capture", detail=missing, fix="see `driftgate probe`")
-        assert trace.prompt_ids is not None
-        assert trace.response_ids is not None
-        fed = len(trace.prompt_ids) + len(trace.response_ids) - 1
+        fed = _fed(trace)
         if fed > self._limit:
             return Reason(
                 code="sequence_too_long",
@@ -204,22 +210,25 @@ class Worker:
         return self._check.mismatch(trace)
 
     def _score(self, held: list[Held]) -> list[Score]:
-        """Scores of all traces; where a batch fails, of each trajectory alone, or why it failed."""
-        if not held:
-            return []
-        try:
-            return self._forward(held)
-        except TeacherError as error:
-            groups = _by_trajectory(held)
-            if len(groups) > 1:
-                return [score for group in groups.values() for score in self._score(group)]
-            log.exception("scoring trajectory %s failed", held[0].trace.meta.trajectory)
-            reason = Reason(
-                code="scoring_failed",
-                detail=str(error)[:500],
-                fix="see the teacher's log; lower max_tokens if it ran out of memory",
-            )
-            return [self._refusal(one.trace.meta, reason) for one in held]
+        """Scores of all traces; where they fail together, of smaller parts, and why a trace failed
+        alone."""
+        scores: list[Score] = []
+        left = [held] if held else []
+        while left:
+            part = left.pop()
+            try:
+                scores += self._forward(part)
+            except TeacherError as error:
+                smaller = _smaller(part)
+                left += reversed(smaller)
+                if not smaller:
+                    scores.append(self._failed(part[0].trace.meta, error))
+        return scores
+
+    def _failed(self, meta: TraceMeta, error: TeacherError) -> Score:
+        log.error("scoring trace %s failed", meta.trace_id, exc_info=error)
+        fix = "see the teacher's log; lower max_tokens if it ran out of memory"
+        return self._refusal(meta, Reason(code="scoring_failed", detail=str(error)[:500], fix=fix))
 
     def _forward(self, held: list[Held]) -> list[Score]:
         """One pass over all traces, and a second one over those that the noise floor is taken
@@ -233,19 +242,31 @@ class Worker:
         replayed = self._replayer.run(held, sequences, results)
         self.report.replay_s = self._replayer.forward_s
         scores = [
-            drift(
-                one,
-                results[one.trace.meta.trace_id],
-                trainer=backend.trainer,
-                findings=backend.findings,
-                weight_version=self._config.weight_version,
-                replayed=replayed[one.trace.meta.trace_id],
-                now_ns=time.time_ns(),
-            )
+            self._drift(one, results[one.trace.meta.trace_id], replayed[one.trace.meta.trace_id])
             for one in held
         ]
         again = [one.trace for one in held if self._floors.takes(one.trace.meta.trajectory)]
-        return [*scores, *trainer_floors(backend, again, sequences, results)]
+        try:
+            return [*scores, *trainer_floors(backend, again, sequences, results)]
+        except TeacherError as error:
+            log.warning("no noise floor from %d traces: %s", len(again), error)
+            return scores
+
+    def _drift(self, one: Held, result: SliceResult, replayed: Replayed) -> Score:
+        score = drift(
+            one,
+            result,
+            trainer=self._backend.trainer,
+            findings=self._backend.findings,
+            weight_version=self._config.weight_version,
+            replayed=replayed,
+            now_ns=time.time_ns(),
+        )
+        if result.routes is not None:
+            return score
+        # No routers, or none that driftgate knows: the backend can tell.
+        meta = msgspec.structs.replace(score.meta, router_reason=replayed.reason)
+        return replace(score, meta=meta)
 
     def _measure_floor(self) -> None:
         """Run the trainer twice over the newest traces that it has no floor of."""
@@ -341,12 +362,17 @@ class Worker:
             thread.join()
 
 
+def _is_damage(error: StorageError) -> bool:
+    """What is read is wrong; otherwise its file is away or cannot be read at the moment."""
+    return isinstance(error, FormatError) and not isinstance(error.__cause__, FileNotFoundError)
+
+
 def _crashed(lease: Lease) -> Reason | None:
     """Why no trace of ``lease`` is to be scored, if too many workers ended over it."""
     if lease.crashes < MAX_CRASHES:
         return None
     return Reason(
-        code="scoring_failed",
+        code="scoring_crashed",
         detail=f"{lease.crashes} workers ended while they scored trajectory {lease.trajectory}",
         fix="see the logs of those workers; lower max_tokens if they ran out of memory",
     )
@@ -358,8 +384,27 @@ def _parent(row: TraceRow | None) -> Parent | None:
     return Parent(row.meta.trace_id, row.prompt_len, row.meta.weight_version)
 
 
-def _by_trajectory(held: Seq[Held]) -> dict[str, list[Held]]:
+def _smaller(held: list[Held]) -> list[list[Held]]:
+    """Parts to try by themselves where all failed together: trajectories, then forwards, then the
+    longest trace of a forward and the rest; nothing of a single trace."""
     groups: dict[str, list[Held]] = {}
     for one in held:
         groups.setdefault(one.trace.meta.trajectory, []).append(one)
-    return groups
+    if len(groups) > 1:
+        return list(groups.values())
+    by_id = {one.trace.meta.trace_id: one for one in held}
+    forwards = [
+        [by_id[part.trace_id] for part in sequence.slices]
+        for sequence in assemble([one.trace for one in held])
+    ]
+    if len(forwards) > 1:
+        return forwards
+    *rest, longest = sorted(held, key=lambda one: _fed(one.trace))
+    return [[longest], rest] if rest else []
+
+
+def _fed(trace: Trace) -> int:
+    """Tokens that have to be fed to score ``trace``."""
+    assert trace.prompt_ids is not None
+    assert trace.response_ids is not None
+    return len(trace.prompt_ids) + len(trace.response_ids) - 1

@@ -294,6 +294,24 @@ def test_answers_that_were_not_sampled(sampling: Sampling, expected: tuple[str, 
     assert (result.verdict, codes(result)[0]) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "penalty", "expected"),
+    [
+        ("vllm", 0.0, ("converted", "greedy")),
+        ("sglang", 0.0, ("converted", "greedy")),
+        ("another", 0.0, ("no", "logprobs_mode_unknown")),
+        ("vllm", 1.0, ("no", "logprobs_mode_unknown")),
+    ],
+)
+def test_greedy_answers_need_no_mode_where_the_engine_divides_by_one(
+    name: str, penalty: float, expected: tuple[str, str]
+) -> None:
+    sampling = Sampling(temperature=0.0, presence_penalty=penalty)
+    trace = meta(sampling=sampling, engine=engine("unknown", name=name))
+    result = judge(trace, TRAINER, at_one=small())
+    assert (result.verdict, codes(result)[0]) == expected
+
+
 def test_bad_tokens_convert_and_nothing_but_bad_ones_is_a_no() -> None:
     lp = np.full(4, -1.0)
     some = Bucket.of(np.array([-1.0, np.nan, -1.0, -9999.0]), lp)

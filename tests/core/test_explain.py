@@ -172,6 +172,23 @@ def test_routing_is_what_replay_removes() -> None:
     assert cause.share == pytest.approx(1.0 - kept / drift(found), rel=1e-9)
 
 
+@pytest.mark.parametrize("broken", [np.nan, -np.inf, -9999.0])
+def test_a_token_that_could_not_be_replayed_leaves_the_others_their_cause(broken: float) -> None:
+    (trace,) = run(1)
+    assert trace.logprobs is not None
+    replayed = trace.logprobs.copy()
+    replayed[7] = broken
+    response = Response.of(trace, scored(trace, noise(1, 200, 0.2)), replayed)
+    assert response is not None
+    cause = causes([response])["routing"]
+    assert cause.found == "measured"
+    assert cause.share == pytest.approx(1.0 - abs(response.d[7]) / drift([response]), rel=1e-9)
+    assert cause.evidence["tokens_replayed"] == 199
+    response = Response.of(trace, scored(trace, noise(1, 200, 0.2)), np.full_like(replayed, broken))
+    assert response is not None
+    assert causes([response])["routing"].found == "untested"
+
+
 @pytest.mark.parametrize(("agree", "said"), [(False, "suspected"), (True, "untested")])
 def test_routes_that_differ_without_replay_are_a_sign_only(agree: bool, said: str) -> None:
     routes = np.arange(4, dtype=np.uint8)[None, None, :].repeat(200, axis=0)
@@ -185,6 +202,11 @@ def test_routes_that_differ_without_replay_are_a_sign_only(agree: bool, said: st
 def test_a_dense_model_has_no_routing_cause() -> None:
     found = causes(simple([0.05], router_reason="the trainer's model has no routers"))
     assert found["routing"].found == "absent"
+
+
+def test_routers_that_are_not_known_are_untested() -> None:
+    found = causes(simple([0.05], router_reason="the routers of x are not known to driftgate"))
+    assert found["routing"].found == "untested"
 
 
 def test_noise_up_to_the_floor_is_precision() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from driftgate.codes import MASKABLE
 from driftgate.comparable import judge_numbers
 from driftgate.mismatch import Bucket, Worst
-from driftgate.pool import MAX_POOLS, OTHERS, Judged, Pools, refutes
+from driftgate.pool import MAX_POOLS, OTHERS, Judged, Pools, refusals, refutes
 from driftgate.router import RouterBucket
 from driftgate.trace import Comparable, Engine, Reason, Sampling, ScoreMeta, Trainer
 
@@ -200,6 +201,12 @@ def test_the_worst_token_is_of_what_stands() -> None:
     no = Comparable(verdict="no", reasons=[Reason(code="beam_search", detail="d", fix="f")])
     result = judged(score(good, worst=at(0.1)), score(bad, worst=at(-9.0), comparable=no))
     assert result.worst == at(0.1)
+
+
+def test_a_no_without_a_known_reason_may_doubt_anything() -> None:
+    (told,) = refusals(score(None, comparable=Comparable(verdict="no")), {})
+    assert told.code == "reason_unknown"
+    assert told.code not in MASKABLE
 
 
 def test_a_cells_parts_by_lag_add_up_to_the_cell() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from driftgate.storage import Leases, Writer
+from driftgate.codes import reason
+from driftgate.storage import Leases, Reader, Writer
 from driftgate.testing.traces import TRAINER, make_score, make_trace, make_trajectory
+from driftgate.trace import Comparable, Score, Trace
 
 WAIT_S = 20
 ME = TRAINER.digest
@@ -141,6 +144,47 @@ def test_trainers_and_models_have_their_own_work(writer: Writer, leases: Leases)
     assert mine is not None
     assert others is not None
     assert (mine.trajectory, others.trajectory) == ("t2", "t1")
+
+
+def test_a_refusal_that_may_have_passed_is_work_for_who_starts_later(
+    writer: Writer, leases: Leases, tmp_path: Path
+) -> None:
+    traces = list(make_trajectory(steps=3))
+    for trace in traces:
+        writer.submit(trace).result(WAIT_S)
+    writer.submit(make_score(traces[0])).result(WAIT_S)
+    for trace, code in zip(traces[1:], ("scoring_failed", "tokenizer_mismatch"), strict=True):
+        writer.submit(refused(trace, code)).result(WAIT_S)
+    assert leases.acquire(ME, worker="a", ttl_s=10) is None
+    with closing(Reader(tmp_path)) as reader:
+        assert reader.cells()[0].n_seqs == 1
+        later = Leases(tmp_path, refused=True)
+        lease = later.acquire(ME, worker="b", ttl_s=10)
+        assert lease is not None
+        assert lease.trace_ids == ["t1-1.0"]
+        later.release(lease)
+        writer.submit(refused(traces[1], "scoring_failed")).result(WAIT_S)
+        assert later.acquire(ME, worker="b", ttl_s=10) is None, "once more, not forever"
+        later.close()
+        for score in (make_score(traces[1]), refused(traces[1], "scoring_failed")):
+            writer.submit(score).result(WAIT_S)
+        assert writer.stats.duplicate_records == 1, "numbers stand"
+        (cell,) = reader.cells()
+        assert (cell.n_seqs, cell.scored) == (2, 3)
+
+
+def refused(trace: Trace, code: str) -> Score:
+    why = reason(code, "", "")
+    return make_score(trace, bucket=None, comparable=Comparable(verdict="no", reasons=[why]))
+
+
+def test_what_is_set_aside_is_left_to_others(writer: Writer, leases: Leases) -> None:
+    for trace in make_trajectory(steps=2):
+        writer.submit(trace).result(WAIT_S)
+    leases.set_aside(["t1-0.0"])
+    lease = leases.acquire(ME, worker="a", ttl_s=10)
+    assert lease is not None
+    assert lease.trace_ids == ["t1-1.0"]
 
 
 def test_leases_are_shared_between_processes(

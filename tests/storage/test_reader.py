@@ -324,11 +324,16 @@ def test_twins(writer: Writer, reader: Reader) -> None:
     assert reader.twins(unscored=True) == [("twin1.0", "twin2.0")]
 
 
+NO_IDS = np.zeros(0, np.int32)
+
+
 def test_what_cannot_be_scored_is_not_scorable(writer: Writer, reader: Reader) -> None:
     scored, open_ = make_trajectory(steps=2)
     partial = make_trace(step=2, status="partial")
     without = replace(make_trace(step=3), logprobs=None)
-    put(writer, scored, open_, partial, without, make_score(scored))
+    nothing_said = make_trace(step=4, response=0, routed=False)
+    nothing_asked = replace(make_trace(step=5, prompt=1, routed=False), prompt_ids=NO_IDS)
+    put(writer, scored, open_, partial, without, nothing_said, nothing_asked, make_score(scored))
     assert reader.trajectory("t1").scorable == 3
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from driftgate.codes import reason
 from driftgate.errors import FormatError, NotFoundError, StorageError
 from driftgate.storage import Leases, Reader, Writer, append, read_segment, rebuild_index
 from driftgate.storage.codec import pack_payload, pack_record
@@ -27,7 +28,7 @@ from driftgate.testing.traces import (
     make_trace,
     make_trajectory,
 )
-from driftgate.trace import CallOutcome, Reward
+from driftgate.trace import CallOutcome, Comparable, Reward
 
 Dump = Callable[[Path], dict[str, list[tuple[Any, ...]]]]
 WAIT_S = 20
@@ -75,6 +76,22 @@ def test_a_rebuilt_index_has_the_same_content(tmp_path: Path, dump_index: Dump) 
     report = rebuild_index(tmp_path)
     assert (report.segments, report.records, report.torn_bytes) == (2, 26, 0)
     assert dump_index(tmp_path) == before
+
+
+def test_a_rebuild_keeps_the_score_that_followed_a_refusal(
+    tmp_path: Path, dump_index: Dump
+) -> None:
+    trace, empty = make_trace(), make_trace(step=1, response=0, routed=False)
+    why = reason("scoring_failed", "out of memory", "")
+    refused = make_score(trace, bucket=None, comparable=Comparable(verdict="no", reasons=[why]))
+    with closing(Writer(tmp_path)) as writer:
+        for record in (trace, empty, refused, make_score(trace), refused):
+            writer.submit(record).result(WAIT_S)
+    before = dump_index(tmp_path)
+    rebuild_index(tmp_path)
+    assert dump_index(tmp_path) == before
+    with closing(Reader(tmp_path)) as reader:
+        assert reader.score(trace.meta.trace_id).meta.bucket is not None
 
 
 def test_calls_of_a_dead_writer_are_ended_and_those_of_a_living_one_are_not(

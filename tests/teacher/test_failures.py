@@ -8,17 +8,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from driftgate.errors import StorageError, TeacherError
+from driftgate.profiles import PROFILES
 from driftgate.storage import Leases, Reader, Writer
+from driftgate.storage.subjects import pairs
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.held import hold
 from driftgate.teacher.reference import ReferenceBackend
+from driftgate.teacher.scores import refusal
 from driftgate.teacher.sequences import Sequence as Forward
 from driftgate.teacher.worker import Worker
-from tests.teacher.support import Say, Stub, store, teach, tokens
+from driftgate.trace import Reason
+from driftgate.verdict import judge
+from tests.teacher.support import MakeTrace, Say, Stub, store, teach, tokens
 
 
 def test_a_killed_workers_trajectory_is_taken_up_and_counted_once(
@@ -106,6 +112,27 @@ def test_foreign_ids_and_spellings_are_refused_with_the_reason(
     assert teach(config, backend).refused == 0, "they are not tried again"
 
 
+def test_an_answer_without_tokens_doubts_nothing(
+    config: TeacherConfig,
+    backend: ReferenceBackend,
+    say: Say,
+    make_trace: MakeTrace,
+    reader: Reader,
+) -> None:
+    """Stopped at once, or aborted. An earlier version stored that it could not be scored."""
+    empty = make_trace("b", tokens(3, 20), [], step=1)
+    store(config, say("a", tokens(1, 20), tokens(2, 40)), empty)
+    assert teach(config, backend).refused == 0
+    assert reader.trajectory("t").scored == reader.trajectory("t").scorable == 1
+    why = Reason(code="incomplete_capture", detail="no ids or logprobs", fix="")
+    writer = Writer(Path(config.store), name="earlier")
+    writer.submit(refusal(empty.meta, why, trainer=backend.trainer, now_ns=9)).result(timeout=30)
+    writer.close()
+    (pair,) = pairs(reader, "t", reader.cells())
+    assert judge(pair.subject, PROFILES["default"]).verdict == "train"
+    assert (reader.counts().scorable, reader.counts().scored) == (1, 1)
+
+
 def test_a_text_too_long_for_the_trainer_does_not_stop_the_others(
     config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
 ) -> None:
@@ -136,6 +163,85 @@ def test_a_failing_trajectory_takes_no_other_with_it(
     assert (reason.code, reason.detail) == ("scoring_failed", "out of memory")
 
 
+def test_only_the_forwards_that_fail_alone_are_refused(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    """One too long for memory, of its own or the last turns of one that grew: not the others."""
+    history = tokens(5, 90)
+    for step, (name, prompt) in enumerate(
+        {
+            "a": tokens(1, 10),
+            "b": tokens(3, 80),
+            "c": history[:30],
+            "d": history[:60],
+            "e": history,
+        }.items()
+    ):
+        store(config, say(name, prompt, [400, 401], step=step))
+    fed: list[int] = []
+
+    def score(sequences: list[Forward]) -> list[SliceResult]:
+        fed.extend(len(sequence.ids) for sequence in sequences)
+        if any(len(sequence.ids) > 70 for sequence in sequences):
+            raise TeacherError("out of memory")
+        return backend.score(sequences)
+
+    report = teach(config, Stub(backend, score))
+    assert (report.scored, report.refused) == (3, 2)
+    scores = {row.meta.trace_id: row.meta for row in reader.scores(kind="drift")}
+    assert {name for name, meta in scores.items() if meta.bucket is None} == {"b.0", "e.0"}
+    (pair,) = pairs(reader, "t", reader.cells())
+    (reason,) = judge(pair.subject, PROFILES["default"]).reasons
+    assert (reason.code, reason.verdict) == ("NOT_COMPARABLE", "train_with_correction")
+    assert "scoring_failed in step 1, 4" in reason.detail
+
+
+def test_a_floor_that_cannot_be_measured_costs_no_score(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say
+) -> None:
+    store(config, say("a", tokens(1, 20), [400, 401]))
+    calls: list[int] = []
+
+    def score(sequences: list[Forward]) -> list[SliceResult]:
+        calls.append(len(sequences))
+        if len(calls) > 1:
+            raise TeacherError("out of memory")
+        return backend.score(sequences)
+
+    report = teach(msgspec.structs.replace(config, replay=False), Stub(backend, score))
+    assert (report.scored, report.refused, report.noise_floor) == (1, 0, 0)
+
+
+def test_what_failed_is_tried_again_by_the_next_teacher_that_starts(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    store(config, say("a", tokens(1, 20), [400, 401]))
+
+    def score(sequences: list[Forward]) -> list[SliceResult]:
+        raise TeacherError("out of memory")
+
+    assert teach(config, Stub(backend, score)).refused == 1
+    assert teach(config, backend).scored == 1
+    assert reader.score("a.0").meta.bucket is not None
+    assert teach(config, backend).trajectories == 0
+
+
+def test_a_segment_that_is_away_refuses_nothing(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    store(config, say("a", tokens(1, 20), [400, 401]))
+    (segment,) = (Path(config.store) / "segments").glob("*.dgs")
+    store(config, say("b", tokens(2, 20), [400, 401], step=1))
+    away = segment.rename(segment.with_suffix(".away"))
+    assert (report := teach(config, backend)).scored == 1
+    assert report.refused == 0
+    assert any("a.0 is left unscored" in text for text in caplog.messages)
+    away.rename(segment)
+    assert teach(config, backend).scored == 1
+    assert reader.score("a.0").meta.bucket is not None
+
+
 def test_a_trajectory_that_ends_its_worker_is_refused_after_two(
     config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
 ) -> None:
@@ -161,7 +267,7 @@ def test_a_trajectory_that_ends_its_worker_is_refused_after_two(
     assert set(scores) == set(names)
     assert [name for name in names if scores[name].bucket is None] == ["b"]
     (reason,) = scores["b"].comparable.reasons
-    assert reason.code == "scoring_failed"
+    assert reason.code == "scoring_crashed"
     assert reason.detail == "2 workers ended while they scored trajectory b"
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from driftgate.adapters.hf import RouterTap, inspect_model
 from driftgate.errors import TeacherError
+from driftgate.storage import Reader
+from driftgate.teacher.config import TeacherConfig
+from driftgate.teacher.reference import ReferenceBackend
 from driftgate.testing.checkpoints import CheckpointKind
+from tests.teacher.support import Say, store, teach, tokens
 
 
 @pytest.fixture
@@ -64,6 +68,33 @@ def test_another_way_of_choosing_has_no_margins_and_no_order() -> None:
     assert (routed.routes[:, 0] == chosen.numpy()).all()
     assert routed.margins is None
     assert not routed.ordered
+
+
+def test_a_mixture_whose_routers_are_not_known_is_not_called_dense(
+    config: TeacherConfig, say: Say, reader: Reader
+) -> None:
+    """HunYuan's router is called a gate; what explains drift must not say that it has none."""
+    made = AutoConfig.for_model(
+        "hunyuan_v1_moe", **SMALL, num_experts=16, moe_topk=4, pad_token_id=0, eos_token_id=None
+    )
+    backend = ReferenceBackend(AutoModelForCausalLM.from_config(made).eval(), name="hunyuan")
+    store(config, say("a", tokens(1, 20), tokens(2, 10)))
+    teach(config, backend)
+    meta = reader.score("a.0").meta
+    why = "the routers of hunyuan_v1_moe are not known to driftgate"
+    assert (meta.router_reason, meta.replay_reason) == (why, why)
+
+
+SMALL = {
+    "vocab_size": 2000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+    "head_dim": 16,
+}
 
 
 def test_hooks_are_gone_after_the_capture() -> None:
