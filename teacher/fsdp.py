@@ -77,7 +77,7 @@ class FsdpBackend:
             backend="fsdp",
             name=name,
             checkpoint=checkpoint,
-            ordered=self._scorer.probe(device),
+            ordered=self._scorer.probe(device, batching),
             findings=self.findings,
             train_dtype=train_dtype,
             texts=texts,

@@ -55,7 +55,7 @@ class ReferenceBackend:
             backend="reference",
             name=name,
             checkpoint=checkpoint,
-            ordered=self._scorer.probe(self._device),
+            ordered=self._scorer.probe(self._device, batching),
             findings=self.findings,
             train_dtype=train_dtype,
             texts=texts,
