@@ -55,18 +55,31 @@ DEFAULT_THETA = 10_000.0
 PRETRAINED_LENGTH = ("llama3", "yarn", "longrope")
 """Rotary types whose frequencies follow the length of the pretraining, which transformers 5 writes
 into their parameters."""
-NUMERIC_KEYS = (
-    *("model_type", "num_attention_heads", "hidden_act", "hidden_activation"),
-    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "sliding_window"),
-    # Routers.
-    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func"),
-    *("topk_method", "n_group", "topk_group"),
-    # Scales and caps.
-    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
-    *("logit_scale", "logits_scaling", "attention_multiplier", "embedding_multiplier"),
-    *("residual_multiplier", "scale_emb", "scale_depth"),
+ROPE_KEYS = (
+    *("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"),
+    *("partial_rotary_factor", "original_max_position_embeddings"),
 )
-"""Keys of ``config.json`` that change numbers while every tensor stays the same."""
+OTHER_KEYS = frozenset(
+    (
+        # How it is found, held, run and trained.
+        *("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"),
+        *("use_cache", "cache_implementation", "attn_implementation", "experts_implementation"),
+        *("pretraining_tp", "ep_size", "output_router_logits", "output_attentions", "torchscript"),
+        *("output_hidden_states", "return_dict", "use_return_dict", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "is_encoder_decoder", "is_decoder"),
+        *("seq_aux", "router_jitter_noise", "aux_loss_alpha", "num_nextn_predict_layers"),
+        *("initializer_range", "max_position_embeddings", "tie_word_embeddings", "text_config"),
+        # What tensors' names and shapes imply, and versions spell differently.
+        *("num_experts", "num_local_experts", "n_routed_experts", "head_dim", "qk_head_dim"),
+        *("first_k_dense_replace", "moe_layer_freq", "mlp_only_layers", "decoder_sparse_step"),
+        *("mlp_layer_types", "layer_types", "full_attention_interval", "sliding_window_pattern"),
+    )
+)
+"""Keys of ``config.json`` that say nothing of the function that is not in the tensors. Any other
+may change numbers while every tensor stays the same, as ``moe_topk`` and ``clip_qkv`` do."""
+OTHER_KEY = re.compile(r"^_|_token_(?:id|index)$|dropout$|_pdrop$|_loss_coef$")
+SPELT_OUT = {"rope_interleave": True, "swiglu_alpha": 1.702}
+"""What transformers 5 writes where 4 left it to the code."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -249,12 +262,12 @@ def _rotary_fault(module: nn.Module, inv_freq: Tensor) -> str | None:
 
 
 def checkpoint_digest(model_dir: Path | str) -> str:
-    """16 hex digits that two checkpoints share exactly where they are the same function.
+    """16 hex digits that two checkpoints share only where they are the same function.
 
     Over the name, dtype, shape and bytes of every tensor, in order of names, and over what of
-    ``config.json`` changes numbers and cannot be read off the tensors (``_numerics``). So neither
-    the library that saved it, nor how it split the files, nor a repeated copy of tied weights
-    changes it. Reads each byte once and holds 1 MiB of them; needs no torch.
+    ``config.json`` may change numbers and cannot be read off the tensors (``_numerics``). So
+    neither the library that saved it, nor how it split the files, nor a repeated copy of tied
+    weights changes it. Reads each byte once and holds 1 MiB of them; needs no torch.
 
     Raises ``TeacherError`` where the directory holds no whole safetensors checkpoint.
     """
@@ -331,21 +344,27 @@ def _tensor_digest(tensor: _Tensor) -> str:
 
 
 def _numerics(config: dict[str, Any]) -> dict[str, Any]:
-    """What ``config.json`` says that changes numbers, in one spelling for all versions.
+    """What ``config.json`` says that may change numbers, in one spelling for all versions: all but
+    ``OTHER_KEYS``, those of the parts of a model of several (``vision_config``) among it.
 
-    Left out: what the tensors' names and shapes imply (sizes, counts of layers and experts, biases,
-    the head's size), what says how to hold or run the model (dtypes, caches, dropout, token ids,
-    versions, architectures, paths), and what versions add or drop (``layer_types``). An absent key
-    is a null or false one.
+    An absent key is a null, false or empty one. A key that is not known here makes a difference,
+    also where it changes nothing: numbers that agree speak against such a difference.
     """
-    text = config.get("text_config") or config
-    said = {key: text.get(key) for key in NUMERIC_KEYS}
+    text = {**config, **(config.get("text_config") or {}), "model_type": config.get("model_type")}
+    said = {
+        key: _numerics(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in text.items()
+        if key not in OTHER_KEYS and key not in ROPE_KEYS and not OTHER_KEY.search(key)
+    }
     said["num_key_value_heads"] = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    if text.get("use_sliding_window") is False:
-        said["sliding_window"] = None
-    said["quantization"] = (config.get("quantization_config") or {}).get("quant_method")
+    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
+        said["sliding_window"] = said["max_window_layers"] = None
     said["rope"] = _rope(text)
-    return {key: _plain(value) for key, value in said.items() if value not in (None, False)}
+    return {
+        key: _plain(value)
+        for key, value in said.items()
+        if value not in (None, [], {}) and value is not False and SPELT_OUT.get(key) != value
+    }
 
 
 def _rope(text: dict[str, Any]) -> list[str]:
