@@ -37,6 +37,9 @@ F32 = npt.NDArray[np.float32]
 
 ROUTER_CLASS = re.compile(r"Top[Kk]Router$")
 LAYER_NAME = re.compile(r"\.layers\.(\d+)(?:\.|$)")
+INV_FREQ = re.compile(r"(?:(\w+)_)?(?<!original_)inv_freq")
+"""Rotary buffers that a forward uses, with the type of layer where types differ; the originals are
+kept for lengths beyond the pretraining's."""
 ROTARY_TOLERANCE = 1e-6
 """Relative; a device may round a power differently, a cast to 16 bits errs by 1e-4 or more."""
 UINT8_EXPERTS = 256
@@ -225,34 +228,44 @@ def inspect_model(model: nn.Module) -> list[Reason]:
     it.
 
     Finds rotary frequencies that went through a narrower type: ``model.to(bfloat16)`` also casts
-    the ``inv_freq`` buffer, which ``from_pretrained(dtype=bfloat16)`` leaves in float32.
+    the ``inv_freq`` buffers, which ``from_pretrained(dtype=bfloat16)`` leaves in float32.
     """
     findings = []
-    for name, module in model.named_modules():
-        inv_freq = getattr(module, "inv_freq", None)
-        if inv_freq is None or not hasattr(module, "config"):
-            continue
-        seen = _rotary_fault(module, inv_freq)
+    for name, module, layer_type, inv_freq in _rotary_buffers(model):
+        seen = _rotary_fault(module, layer_type, inv_freq)
         if seen is not None:
             findings.append(
                 Reason(
                     code="rotary_inv_freq_cast",
-                    detail=f"{name}.inv_freq {seen}",
+                    detail=f"{name} {seen}",
                     fix="load with from_pretrained(dtype=…), never cast a model with .to(dtype)",
                 )
             )
     return findings
 
 
-def _rotary_fault(module: nn.Module, inv_freq: Tensor) -> str | None:
+def _rotary_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Name, module, type of layer ('' where all share one) and frequencies of each that is used."""
+    for name, module in model.named_modules():
+        for buffer, inv_freq in module.named_buffers(recurse=False):
+            found = INV_FREQ.fullmatch(buffer)
+            if found and hasattr(module, "config"):
+                yield f"{name}.{buffer}", module, found[1] or "", inv_freq
+
+
+def _rotary_fault(module: nn.Module, layer_type: str, inv_freq: Tensor) -> str | None:
     """What is wrong with a rotary buffer, or None. Types that depend on the length are not
     recomputed."""
     kind = str(inv_freq.dtype).removeprefix("torch.")
     if kind != "float32":
         return f"is {kind}, not float32"
-    if getattr(module, "rope_type", None) != "default":
+    rope_type: Any = getattr(module, "rope_type", None)
+    if layer_type and isinstance(rope_type, dict):
+        rope_type = rope_type.get(layer_type)
+    if rope_type != "default":
         return None
-    wanted, _ = module.compute_default_rope_parameters(module.config)  # type: ignore[operator]
+    of_layers = {"layer_type": layer_type} if layer_type else {}
+    wanted, _ = module.compute_default_rope_parameters(module.config, **of_layers)  # type: ignore[operator]
     error = ((inv_freq.cpu() - wanted.cpu()).abs() / wanted.cpu()).max().item()
     return (
         None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from driftgate.adapters.hf import RouterTap, inspect_model
 from driftgate.errors import TeacherError
@@ -34,6 +34,25 @@ def test_a_model_cast_there_and_back_is_found_by_its_values(dense: Path) -> None
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     (finding,) = inspect_model(model.to(torch.bfloat16).float())
     assert "differs from its float32 value" in finding.detail
+
+
+def by_layer_type() -> nn.Module:
+    """Gemma 3: frequencies of their own for sliding and full attention."""
+    described = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=6, head_dim=16
+    )
+    made: nn.Module = AutoModelForCausalLM.from_config(described, dtype=torch.float32)
+    return made
+
+
+def test_frequencies_of_each_type_of_layer_are_looked_at() -> None:
+    assert inspect_model(by_layer_type()) == []
+    cast = [finding.detail for finding in inspect_model(by_layer_type().to(torch.bfloat16))]
+    back = [finding.detail for finding in inspect_model(by_layer_type().bfloat16().float())]
+    for found, seen in ((cast, "is bfloat16, not float32"), (back, "differs from its float32")):
+        assert len(found) == 2
+        assert found[0].startswith(f"model.rotary_emb.full_attention_inv_freq {seen}")
+        assert found[1].startswith(f"model.rotary_emb.sliding_attention_inv_freq {seen}")
 
 
 class SigmoidTopKRouter(nn.Module):
