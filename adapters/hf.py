@@ -96,6 +96,8 @@ class Routed:
     None where the router does not choose the highest of its softmax."""
     layer_ids: tuple[int, ...]
     """[L] absolute layer numbers, ascending."""
+    experts: int
+    """E of the router with the most: no layer has ids from here on."""
     ordered: bool
     """Every row here is in descending order of the router's softmax."""
 
@@ -196,6 +198,7 @@ class _Capture:
             routes=cast(Routes, routes.astype(dtype)),
             margins=margins if self._by_softmax else None,
             layer_ids=self._layer_ids,
+            experts=max(self.experts),
             ordered=self._ordered,
         )
 

@@ -210,6 +210,7 @@ def split_rows(
                 routes=routed.routes[at] if routed is not None else None,
                 margins=margins[at] if margins is not None else None,
                 layer_ids=routed.layer_ids if routed is not None else (),
+                experts=routed.experts if routed is not None else None,
                 one_pass=part.one_pass,
                 forward_s=per_row_s * (at.stop - at.start),
             )
