@@ -267,8 +267,12 @@ def _rotary_fault(module: nn.Module, layer_type: str, inv_freq: Tensor) -> str |
         rope_type = rope_type.get(layer_type)
     if rope_type != "default":
         return None
+    config: Any = module.config
+    typed = layer_type in (getattr(config, "layer_types", None) or ())
+    if typed and hasattr(config, "per_layer_config"):
+        config = config.per_layer_config[layer_type]  # heads of other sizes, as in Gemma 4
     of_layers = {"layer_type": layer_type} if layer_type else {}
-    wanted, _ = module.compute_default_rope_parameters(module.config, **of_layers)  # type: ignore[operator]
+    wanted, _ = module.compute_default_rope_parameters(config, **of_layers)  # type: ignore[operator]
     error = ((inv_freq.cpu() - wanted.cpu()).abs() / wanted.cpu()).max().item()
     return (
         None
