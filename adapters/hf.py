@@ -31,7 +31,7 @@ from driftgate.trace import Reason, Routes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Routed", "RouterTap", "checkpoint_digest", "inspect_model"]
+__all__ = ["Routed", "RouterTap", "checkpoint_digest", "inspect_model", "text_config"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -224,6 +224,15 @@ def _router_output(output: object) -> tuple[Tensor, Tensor]:
     if indices.is_floating_point() or shapes[2][1] >= shapes[0][1]:
         raise TeacherError(f"router indices have dtype {indices.dtype} and K={shapes[2][1]}")
     return logits, indices
+
+
+def text_config(model: Any) -> Any:
+    """What a causal language model's ``config`` says of its text, which is all but in a model of
+    several parts. Raises ``TeacherError`` if it names no size of a vocabulary."""
+    found = model.config.get_text_config()
+    if not hasattr(found, "vocab_size"):
+        raise TeacherError(f"{type(model).__name__} does not say how many token ids it takes")
+    return found
 
 
 def inspect_model(model: nn.Module) -> list[Reason]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from driftgate.adapters.hf import Routed, RouterTap
+from driftgate.adapters.hf import Routed, RouterTap, text_config
 from driftgate.adapters.hf_replay import forced
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
@@ -39,7 +39,13 @@ class Scorer(nn.Module):
     chunks."""
 
     def __init__(self, model: Any) -> None:
+        """Raises ``TeacherError`` for a model whose part before the head is not known."""
         super().__init__()
+        if model.base_model is model:
+            raise TeacherError(
+                f"{type(model).__name__} does not name its part before the head; "
+                "the teacher cannot score it in chunks"
+            )
         self.model = model
         self.tap = RouterTap(model)
         self.no_replay: str | None = None
@@ -96,7 +102,7 @@ class Scorer(nn.Module):
         Raises ``TeacherError`` if the model does more to its logits than its head does, which
         ``forward`` leaves out, or if it is to be ``packed`` and its sequences see each other.
         """
-        vocab = int(self.model.config.vocab_size)
+        vocab = int(text_config(self.model).vocab_size)
         ids = torch.arange(PROBE_TOKENS, device=device) * 7919 % vocab
         rows = torch.arange(PROBE_TOKENS, device=device)
         scored, routed = self(ids[None], rows, ids, None)
