@@ -31,7 +31,7 @@ from driftgate.trace import Reason, Routes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Routed", "RouterTap", "checkpoint_digest", "inspect_model"]
+__all__ = ["Routed", "RouterTap", "checkpoint_digest", "inspect_model", "text_config"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -39,6 +39,9 @@ ROUTER_CLASS = re.compile(r"Top[Kk]Router$")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of a config that say how many experts a layer has; above 1, each is chosen by a router."""
 LAYER_NAME = re.compile(r"\.layers\.(\d+)(?:\.|$)")
+INV_FREQ = re.compile(r"(?:(\w+)_)?(?<!original_)inv_freq")
+"""Rotary buffers that a forward uses, with the type of layer where types differ; the originals are
+kept for lengths beyond the pretraining's."""
 ROTARY_TOLERANCE = 1e-6
 """Relative; a device may round a power differently, a cast to 16 bits errs by 1e-4 or more."""
 UINT8_EXPERTS = 256
@@ -57,18 +60,31 @@ DEFAULT_THETA = 10_000.0
 PRETRAINED_LENGTH = ("llama3", "yarn", "longrope")
 """Rotary types whose frequencies follow the length of the pretraining, which transformers 5 writes
 into their parameters."""
-NUMERIC_KEYS = (
-    *("model_type", "num_attention_heads", "hidden_act", "hidden_activation"),
-    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "sliding_window"),
-    # Routers.
-    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func"),
-    *("topk_method", "n_group", "topk_group"),
-    # Scales and caps.
-    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
-    *("logit_scale", "logits_scaling", "attention_multiplier", "embedding_multiplier"),
-    *("residual_multiplier", "scale_emb", "scale_depth"),
+ROPE_KEYS = (
+    *("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"),
+    *("partial_rotary_factor", "original_max_position_embeddings"),
 )
-"""Keys of ``config.json`` that change numbers while every tensor stays the same."""
+OTHER_KEYS = frozenset(
+    (
+        # How it is found, held, run and trained.
+        *("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"),
+        *("use_cache", "cache_implementation", "attn_implementation", "experts_implementation"),
+        *("pretraining_tp", "ep_size", "output_router_logits", "output_attentions", "torchscript"),
+        *("output_hidden_states", "return_dict", "use_return_dict", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "is_encoder_decoder", "is_decoder"),
+        *("seq_aux", "router_jitter_noise", "aux_loss_alpha", "num_nextn_predict_layers"),
+        *("initializer_range", "max_position_embeddings", "tie_word_embeddings", "text_config"),
+        # What tensors' names and shapes imply, and versions spell differently.
+        *("num_experts", "num_local_experts", "n_routed_experts", "head_dim", "qk_head_dim"),
+        *("first_k_dense_replace", "moe_layer_freq", "mlp_only_layers", "decoder_sparse_step"),
+        *("mlp_layer_types", "layer_types", "full_attention_interval", "sliding_window_pattern"),
+    )
+)
+"""Keys of ``config.json`` that say nothing of the function that is not in the tensors. Any other
+may change numbers while every tensor stays the same, as ``moe_topk`` and ``clip_qkv`` do."""
+OTHER_KEY = re.compile(r"^_|_token_(?:id|index)$|dropout$|_pdrop$|_loss_coef$")
+SPELT_OUT = {"rope_interleave": True, "swiglu_alpha": 1.702}
+"""What transformers 5 writes where 4 left it to the code."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -82,6 +98,8 @@ class Routed:
     None where the router does not choose the highest of its softmax."""
     layer_ids: tuple[int, ...]
     """[L] absolute layer numbers, ascending."""
+    experts: int
+    """E of the router with the most: no layer has ids from here on."""
     ordered: bool
     """Every row here is in descending order of the router's softmax."""
 
@@ -197,6 +215,7 @@ class _Capture:
             routes=cast(Routes, routes.astype(dtype)),
             margins=margins if self._by_softmax else None,
             layer_ids=self._layer_ids,
+            experts=max(self.experts),
             ordered=self._ordered,
         )
 
@@ -224,39 +243,62 @@ def _router_output(output: object) -> tuple[Tensor, Tensor]:
     return logits, indices
 
 
+def text_config(model: Any) -> Any:
+    """What a causal language model's ``config`` says of its text, which is all but in a model of
+    several parts. Raises ``TeacherError`` if it names no size of a vocabulary."""
+    found = model.config.get_text_config()
+    if not hasattr(found, "vocab_size"):
+        raise TeacherError(f"{type(model).__name__} does not say how many token ids it takes")
+    return found
+
+
 def inspect_model(model: nn.Module) -> list[Reason]:
     """Findings that change the model's numbers, empty for a model that is as its checkpoint means
     it.
 
     Finds rotary frequencies that went through a narrower type: ``model.to(bfloat16)`` also casts
-    the ``inv_freq`` buffer, which ``from_pretrained(dtype=bfloat16)`` leaves in float32.
+    the ``inv_freq`` buffers, which ``from_pretrained(dtype=bfloat16)`` leaves in float32.
     """
     findings = []
-    for name, module in model.named_modules():
-        inv_freq = getattr(module, "inv_freq", None)
-        if inv_freq is None or not hasattr(module, "config"):
-            continue
-        seen = _rotary_fault(module, inv_freq)
+    for name, module, layer_type, inv_freq in _rotary_buffers(model):
+        seen = _rotary_fault(module, layer_type, inv_freq)
         if seen is not None:
             findings.append(
                 Reason(
                     code="rotary_inv_freq_cast",
-                    detail=f"{name}.inv_freq {seen}",
+                    detail=f"{name} {seen}",
                     fix="load with from_pretrained(dtype=…), never cast a model with .to(dtype)",
                 )
             )
     return findings
 
 
-def _rotary_fault(module: nn.Module, inv_freq: Tensor) -> str | None:
+def _rotary_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Name, module, type of layer ('' where all share one) and frequencies of each that is used."""
+    for name, module in model.named_modules():
+        for buffer, inv_freq in module.named_buffers(recurse=False):
+            found = INV_FREQ.fullmatch(buffer)
+            if found and hasattr(module, "config"):
+                yield f"{name}.{buffer}", module, found[1] or "", inv_freq
+
+
+def _rotary_fault(module: nn.Module, layer_type: str, inv_freq: Tensor) -> str | None:
     """What is wrong with a rotary buffer, or None. Types that depend on the length are not
     recomputed."""
     kind = str(inv_freq.dtype).removeprefix("torch.")
     if kind != "float32":
         return f"is {kind}, not float32"
-    if getattr(module, "rope_type", None) != "default":
+    rope_type: Any = getattr(module, "rope_type", None)
+    if layer_type and isinstance(rope_type, dict):
+        rope_type = rope_type.get(layer_type)
+    if rope_type != "default":
         return None
-    wanted, _ = module.compute_default_rope_parameters(module.config)  # type: ignore[operator]
+    config: Any = module.config
+    typed = layer_type in (getattr(config, "layer_types", None) or ())
+    if typed and hasattr(config, "per_layer_config"):
+        config = config.per_layer_config[layer_type]  # heads of other sizes, as in Gemma 4
+    of_layers = {"layer_type": layer_type} if layer_type else {}
+    wanted, _ = module.compute_default_rope_parameters(config, **of_layers)  # type: ignore[operator]
     error = ((inv_freq.cpu() - wanted.cpu()).abs() / wanted.cpu()).max().item()
     return (
         None
@@ -266,12 +308,12 @@ def _rotary_fault(module: nn.Module, inv_freq: Tensor) -> str | None:
 
 
 def checkpoint_digest(model_dir: Path | str) -> str:
-    """16 hex digits that two checkpoints share exactly where they are the same function.
+    """16 hex digits that two checkpoints share only where they are the same function.
 
     Over the name, dtype, shape and bytes of every tensor, in order of names, and over what of
-    ``config.json`` changes numbers and cannot be read off the tensors (``_numerics``). So neither
-    the library that saved it, nor how it split the files, nor a repeated copy of tied weights
-    changes it. Reads each byte once and holds 1 MiB of them; needs no torch.
+    ``config.json`` may change numbers and cannot be read off the tensors (``_numerics``). So
+    neither the library that saved it, nor how it split the files, nor a repeated copy of tied
+    weights changes it. Reads each byte once and holds 1 MiB of them; needs no torch.
 
     Raises ``TeacherError`` where the directory holds no whole safetensors checkpoint.
     """
@@ -348,21 +390,27 @@ def _tensor_digest(tensor: _Tensor) -> str:
 
 
 def _numerics(config: dict[str, Any]) -> dict[str, Any]:
-    """What ``config.json`` says that changes numbers, in one spelling for all versions.
+    """What ``config.json`` says that may change numbers, in one spelling for all versions: all but
+    ``OTHER_KEYS``, those of the parts of a model of several (``vision_config``) among it.
 
-    Left out: what the tensors' names and shapes imply (sizes, counts of layers and experts, biases,
-    the head's size), what says how to hold or run the model (dtypes, caches, dropout, token ids,
-    versions, architectures, paths), and what versions add or drop (``layer_types``). An absent key
-    is a null or false one.
+    An absent key is a null, false or empty one. A key that is not known here makes a difference,
+    also where it changes nothing: numbers that agree speak against such a difference.
     """
-    text = config.get("text_config") or config
-    said = {key: text.get(key) for key in NUMERIC_KEYS}
+    text = {**config, **(config.get("text_config") or {}), "model_type": config.get("model_type")}
+    said = {
+        key: _numerics(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in text.items()
+        if key not in OTHER_KEYS and key not in ROPE_KEYS and not OTHER_KEY.search(key)
+    }
     said["num_key_value_heads"] = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    if text.get("use_sliding_window") is False:
-        said["sliding_window"] = None
-    said["quantization"] = (config.get("quantization_config") or {}).get("quant_method")
+    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
+        said["sliding_window"] = said["max_window_layers"] = None
     said["rope"] = _rope(text)
-    return {key: _plain(value) for key, value in said.items() if value not in (None, False)}
+    return {
+        key: _plain(value)
+        for key, value in said.items()
+        if value not in (None, [], {}) and value is not False and SPELT_OUT.get(key) != value
+    }
 
 
 def _rope(text: dict[str, Any]) -> list[str]:

@@ -248,6 +248,7 @@ class MegatronModel:
             routes=cast(Routes, routes.astype(dtype)),
             margins=margin if by_softmax else None,
             layer_ids=tuple(taps),
+            experts=int(self._config.num_moe_experts),
             ordered=by_softmax and all(tap.ordered for tap in taps.values()),
         )
 

@@ -86,7 +86,9 @@ class RouterTap(RouterReplay):  # type: ignore[misc]
                 f"routes of shape {tuple(self._forced_SK.shape)} do not fit a router that chooses "
                 f"{tuple(own_SK.shape)}"
             )
-        given_S1 = self._given_S.to(own_SK.device)[:, None]
+        # An id that the router does not have is no choice of its model.
+        given_S = self._given_S & (self._forced_SK < scores.shape[-1]).all(-1)
+        given_S1 = given_S.to(own_SK.device)[:, None]
         self.target_topk_idx = torch.where(given_S1, self._forced_SK.to(own_SK.device), own_SK)
         self.router_replay_action = RouterReplayAction.REPLAY_FORWARD
         return cast(tuple[Tensor, Tensor], super().get_replay_topk(*how))

@@ -312,5 +312,6 @@ def _all_layers(parts: list[Routed]) -> Routed | None:
         routes=np.concatenate([part.routes for part in parts], axis=1),
         margins=np.concatenate(margins, axis=1) if len(margins) == len(parts) else None,
         layer_ids=tuple(layer for part in parts for layer in part.layer_ids),
+        experts=max(part.experts for part in parts),
         ordered=all(part.ordered for part in parts),
     )

@@ -1,7 +1,7 @@
 """What the worker asks of a backend: a fingerprint, and numbers for sequences.
 
-Shape letters: ``T`` tokens of a sequence, ``R`` response tokens of a trace, ``L`` MoE layers, ``K``
-experts per token.
+Shape letters: ``T`` tokens of a sequence, ``R`` response tokens of a trace, ``L`` MoE layers, ``E``
+experts of each, ``K`` experts per token.
 
 One sequence is one forward: no padding and no packing. Kernels choose their tiling by shape, so a
 batch changes a result in its last bits, and the trainer would then add noise of its own to what it
@@ -45,6 +45,8 @@ class SliceResult:
     the router does not choose the highest of its softmax."""
     layer_ids: tuple[int, ...]
     """[L] absolute numbers of the MoE layers."""
+    experts: int | None
+    """E: the trainer has no expert with an id from here on; None for a dense model."""
     one_pass: bool
     """Scored inside a forward over a longer sequence."""
     forward_s: float

@@ -3,7 +3,8 @@
 Kernels choose their tiling by shape, so company changes a result in its last bits; the trainer's
 fingerprint says which way was used, and scores of two ways never share a cell. ``padded`` puts
 sequences of similar length in rows, ``packed`` puts them end to end with positions that start anew,
-of which transformers makes an attention mask in blocks.
+of which transformers makes an attention mask in blocks. Where a model does not, or carries a state
+along the row, ``packed`` is refused at load.
 
 Pure: arrays in, values out. Shape letters: ``B`` rows, ``T`` positions of a row.
 """

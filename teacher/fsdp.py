@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from driftgate.adapters.hf import checkpoint_digest, inspect_model
+from driftgate.adapters.hf import checkpoint_digest, inspect_model, text_config
 from driftgate.adapters.hf_texts import text_digests
+from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.batches import SEQUENCES_AT_ONCE, Batching, groups
 from driftgate.teacher.config import BATCH_TOKENS, TeacherConfig
@@ -65,11 +66,11 @@ class FsdpBackend:
         self._device = device
         self._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.findings: list[Reason] = inspect_model(model)
-        self.vocab_size = int(model.config.vocab_size)
+        self.vocab_size = int(text_config(model).vocab_size)
         self.max_tokens = model_limit(model)
         self._scorer = Scorer(model).eval().requires_grad_(False)
         mesh = init_device_mesh(device.type, (self._ranks,))
-        for layer in model.base_model.layers:
+        for layer in _layers(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(self._scorer, mesh=mesh)
         self.trainer = fingerprint(
@@ -77,7 +78,7 @@ class FsdpBackend:
             backend="fsdp",
             name=name,
             checkpoint=checkpoint,
-            ordered=self._scorer.probe(device),
+            ordered=self._scorer.probe(device, batching),
             findings=self.findings,
             train_dtype=train_dtype,
             texts=texts,
@@ -161,3 +162,13 @@ class FsdpBackend:
             fed = work[place] if place < len(work) else [DUMMY]
             shared.append(self._scorer.run(fed, self._device, self._batching))
         return shared
+
+
+def _layers(model: Any) -> Any:
+    """The layers that are sharded one by one. Raises ``TeacherError`` where they are not found."""
+    found = getattr(model.get_decoder(), "layers", None)
+    if found is None:
+        raise TeacherError(
+            f"the layers of {type(model).__name__} are not found to shard; use --backend reference"
+        )
+    return found

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from driftgate.adapters.hf import checkpoint_digest, inspect_model
+from driftgate.adapters.hf import checkpoint_digest, inspect_model, text_config
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
@@ -48,14 +48,14 @@ class ReferenceBackend:
         self._device = next(model.parameters()).device
         self._scorer = Scorer(model).eval().requires_grad_(False)
         self.findings: list[Reason] = inspect_model(model)
-        self.vocab_size = int(model.config.vocab_size)
+        self.vocab_size = int(text_config(model).vocab_size)
         self.max_tokens = model_limit(model)
         self.trainer = fingerprint(
             model,
             backend="reference",
             name=name,
             checkpoint=checkpoint,
-            ordered=self._scorer.probe(self._device),
+            ordered=self._scorer.probe(self._device, batching),
             findings=self.findings,
             train_dtype=train_dtype,
             texts=texts,
@@ -178,7 +178,7 @@ def is_moe(described: Any) -> bool:
 
 def model_limit(model: Any) -> int:
     """Positions that the model was made for."""
-    return int(getattr(model.config, "max_position_embeddings", 1 << 20))
+    return int(getattr(text_config(model), "max_position_embeddings", 1 << 20))
 
 
 def fingerprint(

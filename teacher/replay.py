@@ -8,7 +8,8 @@ Which routes a position gets: those of the trace that sampled there, so that eac
 under the choice that was made for it. Positions that no trace of the forward sampled at, the
 prompts, take the rows of the longest trace in it. Where two traces sampled at one position (twins,
 branches with a common start), each has a forward of its own. A position without a row, or whose row
-is no choice (padding, repeated ids), is routed by the model itself; ``coverage`` says how many.
+is no choice (padding, repeated ids, experts that the trainer does not have), is routed by the model
+itself; ``coverage`` says how many.
 """
 
 from __future__ import annotations
@@ -76,12 +77,11 @@ class Replayer:
             for one in held
             if one.routes is not None and found[one.trace.meta.trace_id].reason is None
         }
-        layers = {name: results[name].layer_ids for name in rows}
         groups = [group for one in sequences for group in _apart(one, rows)]
         groups.sort(key=lambda one: -len(one.ids))
         step = self._backend.parallel
         for start in range(0, len(groups), step):
-            found |= self._score(groups[start : start + step], rows, layers)
+            found |= self._score(groups[start : start + step], rows, results)
         return found
 
     def _refuses(self, one: Held, results: Mapping[str, SliceResult]) -> str | None:
@@ -107,7 +107,7 @@ class Replayer:
         self,
         groups: Seq[Sequence],
         rows: Mapping[str, Routes],
-        layers: Mapping[str, tuple[int, ...]],
+        results: Mapping[str, SliceResult],
     ) -> dict[str, Replayed]:
         planned: list[Sequence] = []
         found: dict[str, Replayed] = {}
@@ -116,7 +116,7 @@ class Replayer:
             for group in groups:
                 base = max(group.slices, key=lambda part: part.last)
                 whole = self._read(base.trace_id).routes
-                planned.append(plan(group, rows, whole, layers[base.trace_id]))
+                planned.append(plan(group, rows, whole, results[base.trace_id]))
             scored = self._backend.score(planned)
         except DriftgateError as error:
             log.warning("no replay of %d forwards: %s", len(groups), error)
@@ -135,13 +135,16 @@ def plan(
     sequence: Sequence,
     rows: Mapping[str, Routes],
     whole: Routes | None,
-    layer_ids: Seq[int],
+    native: SliceResult,
 ) -> Sequence:
     """``sequence`` with the routes that its positions are to use.
 
     ``rows``: [R, L, K] by trace, the rows that predict its response. ``whole``: [P + R - 1, L, K]
-    of the longest trace. Either may count dense layers in its L.
+    of the longest trace. Either may count dense layers in its L. ``native``: what the trainer gave
+    for one of the traces, which says what experts it has.
     """
+    layer_ids, experts = native.layer_ids, native.experts
+    assert experts is not None
     k = rows[sequence.slices[0].trace_id].shape[-1]
     routes = np.zeros((len(sequence.ids), len(layer_ids), k), np.uint16)
     known = np.zeros(routes.shape[:2], np.bool_)
@@ -149,16 +152,16 @@ def plan(
     for start, span in [*([(0, whole)] if whole is not None else []), *spans]:
         cut = by_layer(span, layer_ids)
         routes[start : start + len(cut)] = cut
-        known[start : start + len(cut)] = usable(cut)
+        known[start : start + len(cut)] = usable(cut, experts)
     return replace(sequence, replay=Replay(routes=routes, given=known))
 
 
-def usable(routes: Routes) -> npt.NDArray[np.bool_]:
-    """[N, L] cells of [N, L, K] that are a choice: no padding, no id twice."""
-    if routes.shape[-1] == 1:
-        return np.ones(routes.shape[:-1], np.bool_)
+def usable(routes: Routes, experts: int) -> npt.NDArray[np.bool_]:
+    """[N, L] cells of [N, L, K] that are a choice among ``experts``: no padding, no id twice, none
+    that no expert has."""
     ordered = np.sort(routes, axis=-1)
-    return np.asarray((ordered[..., 1:] != ordered[..., :-1]).all(axis=-1))
+    apart = (ordered[..., 1:] != ordered[..., :-1]).all(axis=-1)
+    return np.asarray(apart & (routes < experts).all(axis=-1))
 
 
 def _apart(sequence: Sequence, wanted: Mapping[str, Routes]) -> Iterator[Sequence]:

@@ -294,6 +294,7 @@ def _router(
             train_ordered=trainer.routes_ordered,
             margins=result.margins,
             layer_ids=result.layer_ids,
+            num_experts=result.experts,
         )
     except ValueError as error:
         return None, None, str(error)

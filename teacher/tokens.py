@@ -92,7 +92,7 @@ def load_tokenizer(model_dir: str) -> Any | None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more special
         log.warning("no tokenizer in %s, only id ranges are checked: %s", model_dir, error)
         return None
     if len(tokenizer) <= len(tokenizer.all_special_ids):

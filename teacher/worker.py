@@ -202,10 +202,12 @@ class Worker:
             return Reason(code="incomplete_capture", detail=missing, fix="see `driftgate probe`")
         fed = _fed(trace)
         if fed > self._limit:
+            its_own = self._limit == self._backend.max_tokens
+            allows = "the trainer's model was made for" if its_own else "max_tokens allows"
             return Reason(
                 code="sequence_too_long",
-                detail=f"{fed} tokens are more than the trainer's limit of {self._limit}",
-                fix="raise max_tokens if the model and the memory allow it",
+                detail=f"{fed} tokens are more than the {self._limit} that {allows}",
+                fix="keep prompt and answer below it" if its_own else "raise max_tokens",
             )
         return self._check.mismatch(trace)
 

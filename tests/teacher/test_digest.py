@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from driftgate.adapters.hf import checkpoint_digest
 from driftgate.errors import TeacherError
@@ -101,6 +101,13 @@ def test_spellings_of_rope_scaling_do_not_matter(dense: Path, copy: Path, tmp_pa
         ("rms_norm_eps", 1e-5),
         ("num_attention_heads", 8),
         ("hidden_act", "gelu"),
+        # Of Hunyuan, Ernie, OLMoE, gpt-oss, Llama 4, and of whoever comes next.
+        ("moe_topk", 2),
+        ("moe_k", 2),
+        ("clip_qkv", 0.5),
+        ("swiglu_limit", 0.5),
+        ("no_rope_layers", [1, 0, 1, 0]),
+        ("a_key_of_tomorrow", "x"),
         ("rope_parameters", {"rope_theta": 1e6, "rope_type": "default"}),
     ],
 )
@@ -109,6 +116,67 @@ def test_settings_that_change_numbers_matter(
 ) -> None:
     edit(copy, lambda config: config.update({key: value}))
     assert checkpoint_digest(copy) != checkpoint_digest(dense)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architectures", ["Another"]),
+        ("use_cache", False),
+        ("attention_dropout", 0.1),
+        ("image_token_id", 9),
+        ("router_aux_loss_coef", 0.01),
+        ("clip_qkv", None),
+    ],
+)
+def test_settings_that_change_no_number_do_not_matter(
+    dense: Path, copy: Path, key: str, value: object
+) -> None:
+    edit(copy, lambda config: config.update({key: value}))
+    assert checkpoint_digest(copy) == checkpoint_digest(dense)
+
+
+def test_the_config_of_a_part_counts_as_the_whole_does(copy: Path) -> None:
+    digests = []
+    for part in ({"norm_eps": 1e-6}, {"norm_eps": 1e-6, "dtype": "float32"}, {"norm_eps": 1e-5}):
+        edit(copy, lambda config, part=part: config.update({"vision_config": part}))  # type: ignore[misc]
+        digests.append(checkpoint_digest(copy))
+    assert digests[0] == digests[1] != digests[2]
+
+
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        **{"n_routed_experts": 256, "ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 0.001},
+        **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_theta": 10000},
+        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096},
+    },
+    "gpt_oss": {
+        **{"swiglu_limit": 7.0, "sliding_window": 128, "rope_theta": 150000},
+        "rope_scaling": {
+            **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
+            **{"truncate": False, "original_max_position_embeddings": 4096},
+        },
+    },
+    "gemma2": {"sliding_window": 4096, "final_logit_softcapping": 30.0, "rope_theta": 10000.0},
+    "qwen2": {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21},
+    "qwen3_next": {"full_attention_interval": 4, "num_experts": 512, "partial_rotary_factor": 0.25},
+}
+NEWER = {
+    *("rope_parameters", "rope_interleave", "swiglu_alpha", "layer_types", "mlp_layer_types"),
+    *("dtype", "qk_head_dim"),
+}
+"""What transformers 4 did not write, and what it wrote instead."""
+
+
+@pytest.mark.parametrize("family", AS_PUBLISHED)
+def test_a_published_config_saved_anew_is_the_same(family: str, tmp_path: Path) -> None:
+    written = AutoConfig.for_model(family).to_dict().items()
+    older = {key: value for key, value in written if key not in NEWER} | AS_PUBLISHED[family]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    save_numpy({"any": np.zeros(1)}, tmp_path / "model.safetensors")
+    published = checkpoint_digest(tmp_path)
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert checkpoint_digest(tmp_path) == published
 
 
 def test_each_experts_choice_matters(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sqlite3
 import threading
 import time
@@ -21,7 +23,9 @@ from driftgate.teacher.held import hold
 from driftgate.teacher.reference import ReferenceBackend
 from driftgate.teacher.scores import refusal
 from driftgate.teacher.sequences import Sequence as Forward
+from driftgate.teacher.tokens import load_tokenizer
 from driftgate.teacher.worker import Worker
+from driftgate.testing.checkpoints import CheckpointKind
 from driftgate.trace import Reason
 from driftgate.verdict import judge
 from tests.teacher.support import MakeTrace, Say, Stub, store, teach, tokens
@@ -143,8 +147,33 @@ def test_a_text_too_long_for_the_trainer_does_not_stop_the_others(
     (reason,) = reader.score("a.0").meta.comparable.reasons
     assert (reason.code, reason.detail) == (
         "sequence_too_long",
-        "30 tokens are more than the trainer's limit of 29",
+        "30 tokens are more than the 29 that max_tokens allows",
     )
+
+
+def test_a_text_too_long_for_the_model_is_not_blamed_on_max_tokens(
+    config: TeacherConfig, backend: ReferenceBackend, make_trace: MakeTrace, reader: Reader
+) -> None:
+    store(config, make_trace("a", tokens(1, 8193), [400]))
+    generous = TeacherConfig(store=config.store, model=config.model, max_tokens=100_000)
+    assert teach(generous, backend).refused == 1
+    (reason,) = reader.score("a.0").meta.comparable.reasons
+    assert (
+        reason.detail == "8193 tokens are more than the 8192 that the trainer's model was made for"
+    )
+    assert "max_tokens" not in reason.fix
+
+
+def test_a_tokenizer_that_cannot_be_read_is_done_without(
+    checkpoints: dict[CheckpointKind, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a newer version of the tokenizers library, which then raises a plain ``Exception``."""
+    copy = Path(shutil.copytree(checkpoints["dense"], tmp_path / "copy"))
+    spelt = json.loads((copy / "tokenizer.json").read_text())
+    spelt["model"]["type"] = "FutureModel"
+    (copy / "tokenizer.json").write_text(json.dumps(spelt))
+    assert load_tokenizer(str(copy)) is None
+    assert "only id ranges are checked" in caplog.text
 
 
 def test_a_failing_trajectory_takes_no_other_with_it(

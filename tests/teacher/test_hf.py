@@ -40,6 +40,30 @@ def test_a_model_cast_there_and_back_is_found_by_its_values(dense: Path) -> None
     assert "differs from its float32 value" in finding.detail
 
 
+def by_layer_type(family: str) -> nn.Module:
+    """Frequencies of their own for sliding and full attention."""
+    described = AutoConfig.for_model(
+        family, vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    if family == "gemma4_text":
+        described.vocab_size_per_layer_input = 64
+    made: nn.Module = AutoModelForCausalLM.from_config(described, dtype=torch.float32)
+    return made
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma4_text", "olmo3"])
+def test_frequencies_of_each_type_of_layer_are_looked_at(family: str) -> None:
+    assert inspect_model(by_layer_type(family)) == []
+    cast = [finding.detail for finding in inspect_model(by_layer_type(family).to(torch.bfloat16))]
+    back = [finding.detail for finding in inspect_model(by_layer_type(family).bfloat16().float())]
+    layers = "model.rotary_emb.full_attention", "model.rotary_emb.sliding_attention"
+    assert cast == [f"{one}_inv_freq is bfloat16, not float32" for one in layers]
+    # Gemma 4's full attention is of a type that is not recomputed.
+    recomputed = list(layers[1:] if family == "gemma4_text" else layers)
+    assert [detail.split("_inv_freq differs from its float32")[0] for detail in back] == recomputed
+
+
 class SigmoidTopKRouter(nn.Module):
     """Chooses by sigmoid + bias, as DeepSeek does: its softmax says nothing about its choice."""
 

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Llama4TextConfig
 
+from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.reference import ReferenceBackend
@@ -136,3 +137,34 @@ def test_the_fingerprint_names_what_changes_numbers(
     assert narrow.dtype == "bfloat16"
     assert narrow.checkpoint == trainer.checkpoint
     assert narrow.digest != trainer.digest
+
+
+TEXT = {
+    **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+}
+
+
+def test_the_text_of_a_model_that_sees_images_is_scored() -> None:
+    eye = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28}
+    described = Gemma3Config(
+        text_config=TEXT, vision_config={**eye, "num_attention_heads": 2, "patch_size": 14}
+    )
+    model = AutoModelForCausalLM.from_config(described).eval()
+    backend = ReferenceBackend(model, name="tiny")
+    assert (backend.vocab_size, backend.max_tokens) == (300, 256)
+    ids = np.random.default_rng(0).integers(5, 290, 40).astype(np.int32)
+    part = Slice(trace_id="a", prompt_len=1, response_ids=ids[1:])
+    (result,) = backend.score([Sequence(ids=ids[:-1], slices=(part,))])
+    fed = torch.from_numpy(ids).long()
+    with torch.no_grad():
+        full = model(input_ids=fed[None, :-1]).logits[0].double().log_softmax(-1)
+    wanted = full.gather(-1, fed[1:, None])[:, 0].numpy()
+    np.testing.assert_allclose(result.logprobs, wanted, atol=1e-5)
+
+
+def test_a_model_whose_part_before_the_head_is_not_known_is_refused_in_words() -> None:
+    described = Llama4TextConfig(**TEXT, head_dim=16, intermediate_size_mlp=96, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(described)
+    with pytest.raises(TeacherError, match="Llama4ForCausalLM does not name its part before"):
+        ReferenceBackend(model, name="tiny")

@@ -44,7 +44,7 @@ def routed(rows: int, seed: int) -> npt.NDArray[np.uint8]:
 
 def whole(ids: npt.NDArray[np.int32], prompt: int, routes: Any = None) -> Sequence:
     part = Slice(trace_id="a.0", prompt_len=prompt, response_ids=ids[prompt:], temperature=0.7)
-    known = None if routes is None else Replay(routes=routes, given=usable(routes))
+    known = None if routes is None else Replay(routes=routes, given=usable(routes, 16))
     return Sequence(ids=ids[:-1], slices=(part,), replay=known)
 
 
@@ -196,7 +196,7 @@ def test_positions_without_a_route_stay_native(exact: ReferenceBackend) -> None:
     rows[:40] = 0  # padding
     rows[50, :, 1] = rows[50, :, 0]  # no choice of four
     part = Slice(trace_id="a.0", prompt_len=1, response_ids=ids[1:])
-    asked = plan(Sequence(ids=ids[:-1], slices=(part,)), {"a.0": rows}, None, (0, 1, 2, 3))
+    asked = plan(Sequence(ids=ids[:-1], slices=(part,)), {"a.0": rows}, None, native)
     assert asked.replay is not None
     assert asked.replay.given.mean() == pytest.approx(18 / 59)
     (result,) = exact.score([asked])
@@ -206,6 +206,21 @@ def test_positions_without_a_route_stay_native(exact: ReferenceBackend) -> None:
     assert result.routes is not None
     known = asked.replay.given
     assert (np.sort(result.routes, -1)[known] == np.sort(rows, -1)[known]).all()
+
+
+def test_experts_that_the_trainer_does_not_have_are_left_out_and_counted(
+    config: TeacherConfig, exact: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    """A sentinel of its own in each slot, in one of four layers."""
+    rows = routed(39, 3)
+    rows[:, 0] = (200, 201, 202, 203)
+    store(config, say("a", tokens(1, 20), tokens(2, 20), routes=rows))
+    teach(config, exact)
+    meta = reader.score("a.0").meta
+    assert meta.replay_coverage == 0.75
+    assert meta.router is not None
+    values = meta.router.metrics()
+    assert (values["n_cells"], values["n_excluded_out_of_range"]) == (60, 20)
 
 
 def test_scores_without_a_replay_say_why(
