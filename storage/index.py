@@ -17,7 +17,7 @@ from pathlib import Path
 
 from driftgate.errors import StorageError
 
-__all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
+__all__ = ["INDEX_NAME", "OWNER_GONE", "Connections", "open_index", "transaction"]
 
 INDEX_NAME = "index.sqlite"
 
@@ -31,7 +31,10 @@ second or two."""
 PRIMARY_CODE = 0xFF
 """Of SQLite's error codes: above are bits that say more."""
 
-_SCHEMA = """
+OWNER_GONE = "the gateway ended before the call did: it was killed, or its machine stopped"
+"""Reason of an outcome that no gateway wrote: recovery infers it from an intent alone."""
+
+_SCHEMA = f"""
 CREATE TABLE segments (
     name TEXT PRIMARY KEY,
     indexed_bytes INTEGER NOT NULL              -- end of the last whole record in the index
@@ -68,6 +71,12 @@ CREATE INDEX calls_by_trajectory ON calls (trajectory, step, retry, started_ns);
 CREATE INDEX calls_by_model ON calls (model, trajectory);
 CREATE INDEX calls_open ON calls (trajectory) WHERE captured = 0 AND status IS NULL;
 CREATE INDEX calls_gap ON calls (trajectory) WHERE gap;
+
+-- what was inferred yields to what is there: a segment that was damaged or away has come back
+CREATE TRIGGER inferred_outcome_yields AFTER UPDATE ON calls
+WHEN new.captured > 0 AND new.captured >= new.choices AND new.flawed = 0
+    AND new.outcome ->> '$.reason' = '{OWNER_GONE}'
+BEGIN UPDATE calls SET outcome = NULL, status = NULL WHERE call_id = new.call_id; END;
 
 CREATE TABLE early_outcomes (                   -- of calls of which nothing else is here yet
     call_id TEXT PRIMARY KEY,

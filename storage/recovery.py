@@ -12,15 +12,15 @@ import fcntl
 import logging
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from driftgate.errors import FormatError, StorageError
 from driftgate.storage.delta import TraceHead
-from driftgate.storage.index import INDEX_NAME, open_index, transaction
+from driftgate.storage.index import INDEX_NAME, OWNER_GONE, open_index, transaction
 from driftgate.storage.inserts import (
     Place,
     add_intent,
@@ -42,6 +42,8 @@ from driftgate.storage.segments import (
     scan,
     segment_paths,
     segments_dir,
+    serial_of,
+    series_of,
     take_over,
 )
 from driftgate.trace import CallIntent, CallOutcome, Score
@@ -51,8 +53,6 @@ __all__ = ["StoreLock", "rebuild_index", "recover"]
 log = logging.getLogger(__name__)
 
 LOCK_NAME = "writers.lock"
-
-OWNER_GONE = "the gateway ended before the call did: it was killed, or its machine stopped"
 
 
 class StoreLock:
@@ -101,31 +101,56 @@ def recover(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutc
 
 
 def _lost_calls(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutcome]:
-    """An outcome for each open call that nobody serves any more."""
-    rows = connection.execute(
-        "SELECT call_id, segment FROM calls "
-        "WHERE captured = 0 AND status IS NULL AND segment IS NOT NULL"
+    """An outcome for each open call that nobody serves any more.
+
+    None where a part of what its writer wrote after it is damaged or missing: the trace may be
+    there.
+    """
+    open_calls = connection.execute(
+        "SELECT segment, call_id FROM calls "
+        "WHERE captured = 0 AND status IS NULL AND segment IS NOT NULL ORDER BY segment"
     ).fetchall()
-    ended_ns = {
-        segment: _last_write_ns(root, segment)
-        for segment in {segment for _, segment in rows}
-        if not has_living_writer(root, segment)
-    }
-    lost = [(call_id, ended_ns[segment]) for call_id, segment in rows if segment in ended_ns]
-    if lost:
-        log.warning("%d calls were open when their gateway ended: marked as failed", len(lost))
-    return [
-        CallOutcome(call_id=call_id, status="failed", reason=OWNER_GONE, ended_ns=at_ns)
-        for call_id, at_ns in lost
-    ]
+    lost: list[Score | CallOutcome] = []
+    for series, rows in groupby(open_calls, lambda row: series_of(row[0])):
+        calls = list(rows)
+        if has_living_writer(root, calls[0][0]):
+            continue
+        ended_ns = _last_write_ns(root, connection, calls[0][0])
+        if ended_ns is None:
+            log.error(
+                "%d calls stay open: segments %s-* are not whole; put back what is missing or "
+                "damaged there, then run `driftgate index rebuild`",
+                len(calls),
+                series,
+            )
+            continue
+        log.warning("%d calls were open when their gateway ended: marked as failed", len(calls))
+        lost += [
+            CallOutcome(call_id=call_id, status="failed", reason=OWNER_GONE, ended_ns=ended_ns)
+            for _, call_id in calls
+        ]
+    return lost
 
 
-def _last_write_ns(root: Path, segment: str) -> int:
-    """When its writer was last known to live; now where the segment is no longer there."""
+def _last_write_ns(root: Path, connection: sqlite3.Connection, first: str) -> int | None:
+    """When the writer of ``first`` wrote its last record; None where not all that it wrote from
+    there on is whole."""
+    names = {name for (name,) in connection.execute("SELECT name FROM segments")}
+    names |= {path.name for path in segment_paths(root)}
+    series = series_of(first)
+    mine = sorted(name for name in names if series_of(name) == series and name >= first)
+    if len(mine) != serial_of(mine[-1]) - serial_of(first) + 1:
+        return None
+    last_ns = 0
     try:
-        return (segments_dir(root) / segment).stat().st_mtime_ns
-    except FileNotFoundError:
-        return time.time_ns()
+        for name in mine:
+            for item in scan(segments_dir(root) / name):
+                if not isinstance(item, Entry):
+                    return None
+                last_ns = item.header.time_ns
+    except (FormatError, FileNotFoundError):
+        return None
+    return last_ns
 
 
 def rebuild_index(root: Path) -> RebuildReport:

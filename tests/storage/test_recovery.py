@@ -18,6 +18,7 @@ import pytest
 from driftgate.errors import FormatError, NotFoundError, StorageError
 from driftgate.storage import Leases, Reader, Writer, append, read_segment, rebuild_index
 from driftgate.storage.codec import pack_payload, pack_record
+from driftgate.storage.index import OWNER_GONE
 from driftgate.storage.records import Kind, encode_score, encode_small
 from driftgate.storage.segments import MAGIC
 from driftgate.testing.traces import (
@@ -95,6 +96,80 @@ def test_calls_of_a_dead_writer_are_ended_and_those_of_a_living_one_are_not(
     assert first.outcome is not None
     assert "the gateway ended before the call did" in first.outcome.reason
     living.close()
+
+
+def flip(segment: Path, offset: int) -> None:
+    """One bit of a record's frame."""
+    data = bytearray(segment.read_bytes())
+    data[offset + 40] ^= 1
+    segment.write_bytes(data)
+
+
+def three_calls(root: Path) -> Path:
+    """A whole call, a second one, and a third that its gateway did not live to end."""
+    writer = Writer(root)
+    for trace in make_trajectory("t", steps=2):
+        writer.submit(make_intent(trace))
+        writer.submit(trace).result(WAIT_S)
+    writer.submit(make_intent(make_trace(trajectory="t", step=2)))
+    writer.close()
+    (segment,) = root.glob("segments/gateway-*.dgs")
+    return segment
+
+
+def states(root: Path) -> list[str]:
+    with closing(Reader(root)) as reader:
+        return [call.state for call in reader.calls("t")]
+
+
+def test_a_call_whose_record_is_damaged_is_not_said_to_be_lost_in_a_crash(tmp_path: Path) -> None:
+    segment = three_calls(tmp_path)
+    first = next(entry for entry in read_segment(segment) if entry.header.kind == Kind.TRACE)
+    flip(segment, first.offset)
+    rebuild_index(tmp_path)
+    Writer(tmp_path, name="later").close()
+    assert states(tmp_path) == ["open", "done", "open"]
+    flip(segment, first.offset)  # restored from a copy
+    rebuild_index(tmp_path)
+    Writer(tmp_path, name="later").close()
+    assert states(tmp_path) == ["done", "done", "failed"]
+
+
+def test_a_call_whose_segments_are_away_is_not_said_to_be_lost(tmp_path: Path) -> None:
+    """An archiver may take the segment whose lock says that its gateway lives."""
+    segment = three_calls(tmp_path)
+    segment.rename(tmp_path / "away")
+    Writer(tmp_path, name="later").close()
+    assert states(tmp_path) == ["done", "done", "open"]
+
+
+def test_an_inferred_outcome_yields_to_the_trace(tmp_path: Path, dump_index: Dump) -> None:
+    """Earlier versions wrote one for a call whose trace was damaged."""
+    segment = three_calls(tmp_path)
+    with closing(Writer(tmp_path, name="later")) as later:
+        call_id = make_trace(trajectory="t", step=0).meta.call_id
+        outcome = CallOutcome(call_id=call_id, status="failed", reason=OWNER_GONE, ended_ns=9)
+        later.submit(outcome).result(WAIT_S)
+    assert segment.exists()
+    assert states(tmp_path) == ["done", "done", "failed"]
+    with closing(Reader(tmp_path)) as reader:
+        assert reader.trajectory("t").gaps == [f"step 2: failed: {OWNER_GONE}"]
+    before = dump_index(tmp_path)
+    rebuild_index(tmp_path)
+    assert dump_index(tmp_path) == before
+
+
+def test_a_lost_call_ended_when_its_gateway_wrote_last(tmp_path: Path) -> None:
+    """Whatever happened to the file since: a cut tail, a copy."""
+    segment = three_calls(tmp_path)
+    *_, last = read_segment(segment)
+    with segment.open("ab") as file:
+        file.write(b"torn")
+    Writer(tmp_path, name="later").close()
+    with closing(Reader(tmp_path)) as reader:
+        outcome = reader.calls("t")[2].outcome
+    assert outcome is not None
+    assert outcome.ended_ns == last.header.time_ns
 
 
 def test_a_writer_whose_first_segment_came_late_lives(
