@@ -34,6 +34,14 @@ PRIMARY_CODE = 0xFF
 OWNER_GONE = "the gateway ended before the call did: it was killed, or its machine stopped"
 """Reason of an outcome that no gateway wrote: recovery infers it from an intent alone."""
 
+NOT_ALLOWED = (
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_AUTH,
+)
+"""Codes of a file or folder that this user may not open or write: no rebuild helps."""
+
 _SCHEMA = f"""
 CREATE TABLE segments (
     name TEXT PRIMARY KEY,
@@ -153,19 +161,27 @@ CREATE TABLE leases (
 def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
     """A connection to the index; usable from any thread, by one at a time.
 
-    StorageError where there is none (and ``create`` is false) or it is of another version.
+    StorageError where there is none (and ``create`` is false) or it is of another version. Where
+    the folder may not be written it only reads.
     """
     if not create and not path.exists():
         raise StorageError(
             f"no driftgate index at {path}: is this the store's folder? "
             "If it has segments, run `driftgate index rebuild`"
         )
+    read_only = not create and not _writable(path)
+    how = "?mode=ro&immutable=1" if _unshared(path) else "?mode=ro"
     connection = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        path.absolute().as_uri() + how if read_only else path,
+        uri=read_only,
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
     )
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+        if not read_only:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
         if create:
             with transaction(connection):
                 if not connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
@@ -173,9 +189,10 @@ def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
     except sqlite3.Error as error:
         connection.close()
-        raise StorageError(
-            f"index {path} cannot be opened ({error}): run `driftgate index rebuild`"
-        ) from error
+        fix = "run `driftgate index rebuild`"
+        if error.sqlite_errorcode & PRIMARY_CODE in NOT_ALLOWED:
+            fix = f"make {path.parent} and what is in it writable, or read a copy of the store"
+        raise StorageError(f"index {path} cannot be opened ({error}): {fix}") from error
     if version != INDEX_VERSION:
         connection.close()
         raise StorageError(
@@ -183,6 +200,21 @@ def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
             "run `driftgate index rebuild`"
         )
     return connection
+
+
+def _writable(path: Path) -> bool:
+    """Whether SQLite can make the files beside an index by which it shares a WAL."""
+    return os.access(path.parent, os.W_OK)
+
+
+def _unshared(path: Path) -> bool:
+    """Whether an index is to be read without them: there is no WAL to share, and nobody writes."""
+    if _writable(path):
+        return False
+    try:
+        return path.with_name(path.name + "-wal").stat().st_size == 0
+    except FileNotFoundError:
+        return True
 
 
 class Connections:
@@ -203,13 +235,20 @@ class Connections:
             inode = os.stat(self._path).st_ino
         except FileNotFoundError:
             inode = -1
-        if getattr(self._local, "inode", None) != inode:
+        seen = (inode, _unshared(self._path))
+        if getattr(self._local, "seen", None) != seen:
             connection = open_index(self._path, create=False)
             with self._lock:
                 self._all.append(connection)
-            self._local.connection, self._local.inode = connection, inode
+            self._local.connection, self._local.seen = connection, seen
         current: sqlite3.Connection = self._local.connection
         return current
+
+    @property
+    def file(self) -> int:
+        """Which file this thread's connection is to: another number after a rebuild."""
+        inode: int = self._local.seen[0]
+        return inode
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

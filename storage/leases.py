@@ -51,7 +51,6 @@ class Leases:
     """Work queue of one store; creates the store where it is missing. Thread-safe."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
         self._store_lock = StoreLock(root)
         try:
             self._connection = open_index(root / INDEX_NAME, create=True)

@@ -59,11 +59,19 @@ class StoreLock:
     """Shared while something writes to the index, exclusive while it is rebuilt."""
 
     def __init__(self, root: Path, *, exclusive: bool = False) -> None:
-        """Create the store's folders if missing and lock it; StorageError where that is taken."""
-        if not segments_dir(root).is_dir():
-            segments_dir(root).mkdir(parents=True, exist_ok=True)
-            fsync_dir(root)
-        self._fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Create the store's folders if missing, for their owner alone, and lock it; StorageError
+        where that is taken or not allowed."""
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not segments_dir(root).is_dir():
+                segments_dir(root).mkdir(exist_ok=True)
+                fsync_dir(root)
+            self._fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageError(
+                f"the store {root} cannot be written ({error}): it takes a folder that this user "
+                "may write"
+            ) from error
         try:
             fcntl.flock(self._fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:

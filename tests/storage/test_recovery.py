@@ -254,6 +254,19 @@ def test_a_folder_that_is_no_store_is_not_made_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for make in (Writer, Leases):
+        with pytest.raises(StorageError, match="may write"):
+            make(tmp_path / "file")
+
+
+@pytest.mark.parametrize("make", [Writer, Leases])
+def test_a_new_store_is_its_owners_alone(make: type[Writer | Leases], tmp_path: Path) -> None:
+    make(tmp_path / "new").close()
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
 def forget(root: Path, *tables: str) -> None:
     """An index that fell back to nothing, as after a power cut."""
     connection = sqlite3.connect(root / "index.sqlite")
