@@ -20,7 +20,11 @@ from driftgate.storage.index import INDEX_NAME, open_index, transaction
 from driftgate.storage.recovery import StoreLock
 from driftgate.storage.rows import Lease, OpenWork
 
-__all__ = ["Leases"]
+__all__ = ["MAX_LEASE_S", "Leases"]
+
+MAX_LEASE_S = 3600.0
+"""A lease that runs out later than this was taken under a clock that ran ahead, and is none: no
+living worker needs more before it renews."""
 
 _UNSCORED = (
     "scorable AND (:model IS NULL OR model = :model) AND NOT EXISTS (SELECT 1 FROM scores s "
@@ -34,7 +38,8 @@ _DONE = (
 _FIRST_FREE = (
     f"SELECT trajectory FROM traces t WHERE rowid > :done AND {_UNSCORED} AND NOT EXISTS "
     "(SELECT 1 FROM leases l WHERE l.trajectory = t.trajectory AND l.trainer = :trainer "
-    "AND (l.expires > :now OR :untried)) ORDER BY rowid LIMIT 1"
+    f"AND (l.expires > :now AND l.expires <= :now + {MAX_LEASE_S} OR :untried)) "
+    "ORDER BY rowid LIMIT 1"
 )
 _WORK = (
     f"SELECT trace_id FROM traces t WHERE trajectory = :trajectory AND {_UNSCORED} "
@@ -72,9 +77,11 @@ class Leases:
     ) -> Lease | None:
         """All open work of the trajectory that has waited longest; None where there is none.
 
-        ``trainer`` is a digest; ``now`` is seconds since the epoch; ``untried`` leaves out what an
-        earlier lease did not give back. Polling an empty queue takes no lock.
+        ``trainer`` is a digest; ``ttl_s`` is at most MAX_LEASE_S; ``now`` is seconds since the
+        epoch; ``untried`` leaves out what an earlier lease did not give back. Polling an empty
+        queue takes no lock.
         """
+        assert ttl_s <= MAX_LEASE_S, ttl_s
         now = time.time() if now is None else now
         asked: dict[str, object] = {
             "trainer": trainer,
