@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -24,13 +25,16 @@ from driftgate import cli, cli_io
 from driftgate.client import DEFAULT_URL
 from driftgate.commands.options import DEFAULT_STORE
 from driftgate.commands.serve import _gateway_config, keys_from
-from driftgate.errors import RequestError
+from driftgate.errors import DriftgateError, RequestError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.keys import digest_of
 from driftgate.gateway.probe import ProbeReport
-from driftgate.storage import Reader
+from driftgate.gateway.report import Limits, Written, write_report
+from driftgate.gateway.report_source import StoreSource
+from driftgate.storage import Reader, read_segment
+from driftgate.storage.records import Kind
 from driftgate.testing.stores import SLASHED, example_records, write_store
 from driftgate.trace import Trace
 from driftgate.views import Cells, DriftEvent, StepDetail, TrajectoryDetail
@@ -314,3 +318,49 @@ def test_keys_come_from_the_environment_as_digests() -> None:
     one, two = "first-key-0123456789", "second-key-0123456789"
     given = keys_from({"DRIFTGATE_CALL_KEY": f"{one}, {two}", "DRIFTGATE_SIGNING_KEY": "s"})
     assert given == {"call_keys": [digest_of(one), digest_of(two)], "signing_key": "s"}
+
+
+def test_a_report_names_what_it_could_not_read(tmp_path: Path) -> None:
+    """One record is damaged: the other trajectories are in it, and the status tells a script."""
+    store = write_store(tmp_path / "store", example_records())
+    segment, entry = next(
+        (path, entry)
+        for path in sorted(store.glob("segments/*.dgs"))
+        for entry in read_segment(path)
+        if entry.header.kind == Kind.TRACE
+    )
+    data = bytearray(segment.read_bytes())
+    data[entry.offset + 40] ^= 1
+    segment.write_bytes(data)
+    result = run("report", "-o", tmp_path / "report", "--store", store)
+    assert result.exit_code == 1
+    assert "index.html: 1 of 2 in full" in result.stdout
+    assert "damaged: " in result.stderr
+    assert "the segment is damaged" in (tmp_path / "report/data/base.js").read_text()
+
+
+def test_a_report_is_no_larger_than_asked(store: Path, tmp_path: Path) -> None:
+    """Its page and its list count as well."""
+    folder = tmp_path / "report"
+
+    def write(size_bytes: int) -> Written:
+        with closing(Reader(store)) as reader:
+            limits = Limits(size_bytes=size_bytes)
+            return asyncio.run(write_report(StoreSource(reader), folder, of="it", limits=limits))
+
+    whole = write(100 << 20)
+    less = write(whole.size_bytes - 1)
+    assert less.in_full < whole.in_full
+    assert less.size_bytes == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    assert less.size_bytes < whole.size_bytes
+    with pytest.raises(DriftgateError, match="alone take 0"):
+        write(1000)
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_a_report_that_cannot_be_written_is_one_line(
+    output: str, store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DriftgateError, match="choose another --output"):
+        run("report", "-o", tmp_path / output, "--store", store)
