@@ -320,6 +320,33 @@ def test_keys_come_from_the_environment_as_digests() -> None:
     assert given == {"call_keys": [digest_of(one), digest_of(two)], "signing_key": "s"}
 
 
+@pytest.mark.parametrize("command", ["teach", "floor"])
+def test_a_mistyped_store_is_not_made(command: str, tmp_path: Path) -> None:
+    """It would read as "all is scored"."""
+    (tmp_path / "config.json").write_text("{}")
+    result = run(command, "--model", tmp_path, "--store", tmp_path / "typo")
+    assert result.exit_code == 2
+    assert "there is no store at" in result.output
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_floor_of_nothing_says_so(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DriftgateError, match="holds no answer that could be run again"):
+        run("floor", "--model", tmp_path, "--store", store)
+
+
+def test_a_follower_may_start_before_its_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("driftgate.teacher.launch.launch", lambda config: 0)
+    monkeypatch.setattr("driftgate.logs.configure", lambda form: None)
+    (tmp_path / "config.json").write_text("{}")
+    output("teach", "--model", tmp_path, "--store", tmp_path / "new", "--follow")
+    assert "there is no store at" in caplog.text
+
+
 def test_a_report_names_what_it_could_not_read(tmp_path: Path) -> None:
     """One record is damaged: the other trajectories are in it, and the status tells a script."""
     store = write_store(tmp_path / "store", example_records())
