@@ -97,7 +97,11 @@ def recover(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutc
     """
     again: list[Score | CallOutcome] = []
     for path in segment_paths(root):
-        fd = take_over(path)
+        try:
+            fd = take_over(path)
+        except OSError as error:
+            log.error("%s: %s", path, error)
+            continue
         if fd is None:
             continue
         try:
@@ -156,7 +160,7 @@ def _last_write_ns(root: Path, connection: sqlite3.Connection, first: str) -> in
                 if not isinstance(item, Entry):
                     return None
                 last_ns = item.header.time_ns
-    except (FormatError, FileNotFoundError):
+    except (FormatError, OSError):
         return None
     return last_ns
 
@@ -234,7 +238,8 @@ def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
 
 
 def _entries(path: Path, start: int | None, found: _Found) -> Iterator[Entry]:
-    """Whole records of a segment; damage, and a file that is no segment, is noted."""
+    """Whole records of a segment; damage, and a file that is no segment or cannot be read, is
+    noted."""
     try:
         for item in scan(path, start):
             if isinstance(item, Entry):
@@ -243,7 +248,7 @@ def _entries(path: Path, start: int | None, found: _Found) -> Iterator[Entry]:
             else:
                 found.damaged_bytes += item.end - item.start
                 log.warning("%s: bytes %d to %d are no record", path, item.start, item.end)
-    except FormatError as error:
+    except (FormatError, OSError) as error:
         found.scanned = False
         found.skip(str(error))
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -318,6 +319,53 @@ def test_keys_come_from_the_environment_as_digests() -> None:
     one, two = "first-key-0123456789", "second-key-0123456789"
     given = keys_from({"DRIFTGATE_CALL_KEY": f"{one}, {two}", "DRIFTGATE_SIGNING_KEY": "s"})
     assert given == {"call_keys": [digest_of(one), digest_of(two)], "signing_key": "s"}
+
+
+def driftgate(
+    *arguments: str | Path | bytes, to: str = os.devnull, encoding: str = "utf-8"
+) -> tuple[int, str]:
+    """Exit status and stderr of the command as its users run it."""
+    with Path(to).open("wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "driftgate.cli", *arguments],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            timeout=60,
+        )
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has one")
+@pytest.mark.parametrize("command", ["cells", "export"])
+def test_a_full_disk_under_the_output_is_one_line(command: str, store: Path) -> None:
+    status, said = driftgate(command, "--store", store, to="/dev/full")
+    assert status == 1
+    assert said.startswith("driftgate: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_terminal_without_our_signs_is_written_to(store: Path) -> None:
+    assert driftgate("cells", "--store", store, encoding="latin-1") == (0, "")
+
+
+def test_an_argument_that_is_no_text_is_one_line(store: Path) -> None:
+    assert driftgate("show", b"\xff", "--store", store) == (
+        1,
+        "driftgate: '\\udcff' is not UTF-8\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--url", "http://127.0.0.1:99999"], "ports end at 65535"),
+        (["--key", "é"], "beyond ASCII"),
+    ],
+)
+def test_an_address_or_key_that_can_be_none_is_one_line(arguments: list[str], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        run("cells", *arguments)
 
 
 @pytest.mark.parametrize("command", ["teach", "floor"])

@@ -318,9 +318,10 @@ def test_a_file_that_is_no_segment_stops_nothing(tmp_path: Path) -> None:
     fill(tmp_path, trajectories=1)
     (tmp_path / "segments" / "x.dgs").write_bytes(b"not a segment")
     (tmp_path / "segments" / "empty.dgs").write_bytes(b"")
+    (tmp_path / "segments" / "folder.dgs").mkdir()
     Writer(tmp_path).close()
     report = rebuild_index(tmp_path)
-    assert len(report.unreadable) == 2
+    assert len(report.unreadable) == 3
     assert Reader(tmp_path).counts().traces == 3
 
 

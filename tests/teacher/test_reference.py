@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
-from driftgate.teacher.reference import ReferenceBackend
+from driftgate.teacher.reference import ReferenceBackend, pick_device
 from driftgate.teacher.sequences import Sequence, Slice
 from driftgate.testing.checkpoints import CheckpointKind
 
@@ -136,3 +137,12 @@ def test_the_fingerprint_names_what_changes_numbers(
     assert narrow.dtype == "bfloat16"
     assert narrow.checkpoint == trainer.checkpoint
     assert narrow.digest != trainer.digest
+
+
+def test_cuda_that_is_not_there_is_said(
+    checkpoints: dict[CheckpointKind, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = TeacherConfig(store="unused", model=str(checkpoints["dense"]), device="cuda")
+    with pytest.raises(TeacherError, match="finds no CUDA device"):
+        pick_device(config)
