@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from driftgate.errors import FormatError, StorageError
 from driftgate.storage.delta import TraceHead
@@ -53,6 +54,14 @@ __all__ = ["StoreLock", "rebuild_index", "recover"]
 log = logging.getLogger(__name__)
 
 LOCK_NAME = "writers.lock"
+
+_BASELESS = (
+    "WITH RECURSIVE lost (trace_id) AS ("
+    "  SELECT trace_id FROM traces WHERE base NOT IN (SELECT trace_id FROM traces) "
+    "  UNION SELECT t.trace_id FROM traces t JOIN lost ON t.base = lost.trace_id) "
+    "SELECT trajectory, step, trace_id, base FROM traces JOIN lost USING (trace_id) "
+    "ORDER BY trajectory, step, trace_id"
+)
 
 
 class StoreLock:
@@ -118,30 +127,54 @@ def _lost_calls(root: Path, connection: sqlite3.Connection) -> list[Score | Call
     None where a part of what its writer wrote after it is damaged or missing: the trace may be
     there.
     """
-    open_calls = connection.execute(
-        "SELECT segment, call_id FROM calls "
-        "WHERE captured = 0 AND status IS NULL AND segment IS NOT NULL ORDER BY segment"
-    ).fetchall()
     lost: list[Score | CallOutcome] = []
-    for series, rows in groupby(open_calls, lambda row: series_of(row[0])):
-        calls = list(rows)
-        if has_living_writer(root, calls[0][0]):
+    for calls in _open_calls(connection):
+        first = calls[0].segment
+        if has_living_writer(root, first):
             continue
-        ended_ns = _last_write_ns(root, connection, calls[0][0])
+        ended_ns = _last_write_ns(root, connection, first)
         if ended_ns is None:
             log.error(
                 "%d calls stay open: segments %s-* are not whole; put back what is missing or "
                 "damaged there, then run `driftgate index rebuild`",
                 len(calls),
-                series,
+                series_of(first),
             )
             continue
         log.warning("%d calls were open when their gateway ended: marked as failed", len(calls))
         lost += [
-            CallOutcome(call_id=call_id, status="failed", reason=OWNER_GONE, ended_ns=ended_ns)
-            for _, call_id in calls
+            CallOutcome(call_id=call.call_id, status="failed", reason=OWNER_GONE, ended_ns=ended_ns)
+            for call in calls
         ]
     return lost
+
+
+def _damaged_calls(root: Path, connection: sqlite3.Connection) -> Iterator[str]:
+    """While nobody writes: what damage and missing segments may have cost."""
+    for calls in _open_calls(connection):
+        first = calls[0].segment
+        if has_living_writer(root, first) or _last_write_ns(root, connection, first) is None:
+            for call in calls:
+                yield f"{call.trajectory} step {call.step}: no trace of call {call.call_id}"
+    for trajectory, step, trace_id, base in connection.execute(_BASELESS):
+        yield f"{trajectory} step {step}: trace {trace_id} is built on {base}, which is lost"
+
+
+class _OpenCall(NamedTuple):
+    segment: str
+    call_id: str
+    trajectory: str
+    step: int
+
+
+def _open_calls(connection: sqlite3.Connection) -> Iterator[list[_OpenCall]]:
+    """Those with neither trace nor outcome, by writer, in order of their segments."""
+    rows = connection.execute(
+        "SELECT segment, call_id, trajectory, step FROM calls "
+        "WHERE captured = 0 AND status IS NULL AND segment IS NOT NULL ORDER BY segment, call_id"
+    ).fetchall()
+    for _, calls in groupby(map(_OpenCall._make, rows), lambda call: series_of(call.segment)):
+        yield list(calls)
 
 
 def _last_write_ns(root: Path, connection: sqlite3.Connection, first: str) -> int | None:
@@ -234,6 +267,7 @@ def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
         damaged_bytes=found.damaged_bytes,
         torn_bytes=found.torn_bytes,
         unreadable=found.unreadable,
+        lost=list(_damaged_calls(root, connection)),
     )
 
 

@@ -395,9 +395,10 @@ def test_a_follower_may_start_before_its_gateway(
     assert "there is no store at" in caplog.text
 
 
-def test_a_report_names_what_it_could_not_read(tmp_path: Path) -> None:
-    """One record is damaged: the other trajectories are in it, and the status tells a script."""
-    store = write_store(tmp_path / "store", example_records())
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A store whose first trace has one bit flipped."""
+    store = write_store(tmp_path / "damaged", example_records())
     segment, entry = next(
         (path, entry)
         for path in sorted(store.glob("segments/*.dgs"))
@@ -407,11 +408,24 @@ def test_a_report_names_what_it_could_not_read(tmp_path: Path) -> None:
     data = bytearray(segment.read_bytes())
     data[entry.offset + 40] ^= 1
     segment.write_bytes(data)
-    result = run("report", "-o", tmp_path / "report", "--store", store)
+    return store
+
+
+def test_a_report_names_what_it_could_not_read(damaged: Path, tmp_path: Path) -> None:
+    """The other trajectories are in it, and the status tells a script."""
+    result = run("report", "-o", tmp_path / "report", "--store", damaged)
     assert result.exit_code == 1
     assert "index.html: 1 of 2 in full" in result.stdout
     assert "damaged: " in result.stderr
     assert "the segment is damaged" in (tmp_path / "report/data/base.js").read_text()
+
+
+def test_a_rebuild_says_what_is_lost(damaged: Path) -> None:
+    result = run("index", "rebuild", "--store", damaged)
+    assert result.exit_code == 1
+    assert "lost: " in result.stderr
+    assert "is built on" in result.stderr
+    assert "unreadable" not in result.output
 
 
 def test_a_report_is_no_larger_than_asked(store: Path, tmp_path: Path) -> None:

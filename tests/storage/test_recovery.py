@@ -126,11 +126,15 @@ def test_a_call_whose_record_is_damaged_is_not_said_to_be_lost_in_a_crash(tmp_pa
     segment = three_calls(tmp_path)
     first = next(entry for entry in read_segment(segment) if entry.header.kind == Kind.TRACE)
     flip(segment, first.offset)
-    rebuild_index(tmp_path)
+    assert rebuild_index(tmp_path).lost == [
+        "t step 0: no trace of call t-0",
+        "t step 2: no trace of call t-2",
+        "t step 1: trace t-1.0 is built on t-0.0, which is lost",
+    ]
     Writer(tmp_path, name="later").close()
     assert states(tmp_path) == ["open", "done", "open"]
     flip(segment, first.offset)  # restored from a copy
-    rebuild_index(tmp_path)
+    assert rebuild_index(tmp_path).lost == []
     Writer(tmp_path, name="later").close()
     assert states(tmp_path) == ["done", "done", "failed"]
 
