@@ -26,7 +26,7 @@ from driftgate import cli, cli_io
 from driftgate.client import DEFAULT_URL
 from driftgate.commands.options import DEFAULT_STORE
 from driftgate.commands.serve import _gateway_config, keys_from
-from driftgate.errors import DriftgateError, RequestError
+from driftgate.errors import DriftgateError, NotFoundError, RequestError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
@@ -393,6 +393,15 @@ def test_a_follower_may_start_before_its_gateway(
     (tmp_path / "config.json").write_text("{}")
     output("teach", "--model", tmp_path, "--store", tmp_path / "new", "--follow")
     assert "there is no store at" in caplog.text
+
+
+def test_another_trainers_explanation_names_those_there_are(store: Path) -> None:
+    with closing(Reader(store)) as reader:
+        (meta,) = [row.meta for row in reader.scores()][:1]
+    with pytest.raises(
+        NotFoundError, match=f"not scored by trainer x, but by .*{meta.trainer.digest}"
+    ):
+        run("explain", meta.trajectory, "--trainer", "x", "--store", store)
 
 
 @pytest.fixture
