@@ -12,8 +12,8 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -189,10 +189,13 @@ def _last_write_ns(root: Path, connection: sqlite3.Connection, first: str) -> in
     last_ns = 0
     try:
         for name in mine:
+            end = 0
             for item in scan(segments_dir(root) / name):
                 if not isinstance(item, Entry):
                     return None
-                last_ns = item.header.time_ns
+                last_ns, end = item.header.time_ns, item.end
+            if end < indexed_bytes(connection, name):
+                return None
     except (FormatError, OSError):
         return None
     return last_ns
@@ -211,7 +214,7 @@ def rebuild_index(root: Path) -> RebuildReport:
         connection = open_index(new, create=True)
         try:
             with transaction(connection):
-                report = _index_all(root, connection)
+                report = _index_all(root, connection, _ends(path))
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             connection.close()
@@ -242,7 +245,22 @@ def _catch_up(path: Path, fd: int, connection: sqlite3.Connection) -> list[Score
     return again
 
 
-def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
+def _ends(index: Path) -> dict[str, int]:
+    """How far each segment was whole, as an index says; nothing where it is not well itself."""
+    if not index.exists():
+        return {}
+    try:
+        with closing(sqlite3.connect(index)) as connection:
+            return dict(connection.execute("SELECT name, indexed_bytes FROM segments"))
+    except sqlite3.Error:
+        return {}
+
+
+def _index_all(
+    root: Path, connection: sqlite3.Connection, ends: Mapping[str, int]
+) -> RebuildReport:
+    """``ends``: how far each segment was whole once. What is no record there is damage and stays,
+    no torn tail, which the next writer cuts."""
     found = _Found()
     taken: list[tuple[int, Path, int]] = []
     paths = segment_paths(root)
@@ -253,8 +271,11 @@ def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
                 taken.append((entry.header.time_ns, path, entry.offset))
             end = entry.end
         if end:
-            set_indexed(connection, path.name, end)
-            found.torn_bytes += path.stat().st_size - end
+            size = path.stat().st_size
+            once = max(end, min(ends.get(path.name, 0), size))
+            set_indexed(connection, path.name, once)
+            found.damaged_bytes += once - end
+            found.torn_bytes += size - once
     for _, path, offset in sorted(taken):
         entry = read_entry(path, offset)
         head = head_of(entry.payload(), ScoreHead)

@@ -139,6 +139,18 @@ def test_a_call_whose_record_is_damaged_is_not_said_to_be_lost_in_a_crash(tmp_pa
     assert states(tmp_path) == ["done", "done", "failed"]
 
 
+def test_a_damaged_last_record_is_no_torn_tail(tmp_path: Path) -> None:
+    """It was whole once, and may come back from a copy: nobody cuts it."""
+    segment = three_calls(tmp_path)
+    *_, before, last = read_segment(segment)
+    size = segment.stat().st_size
+    flip(segment, last.offset)
+    report = rebuild_index(tmp_path)
+    assert (report.damaged_bytes, report.torn_bytes) == (size - before.end, 0)
+    Writer(tmp_path, name="later").close()
+    assert segment.stat().st_size == size
+
+
 def test_a_call_whose_segments_are_away_is_not_said_to_be_lost(tmp_path: Path) -> None:
     """An archiver may take the segment whose lock says that its gateway lives."""
     segment = three_calls(tmp_path)
