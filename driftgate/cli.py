@@ -6,7 +6,9 @@ The commands are in ``driftgate.commands``. What a command needs is imported ins
 
 from __future__ import annotations
 
+import os
 import sys
+from io import TextIOWrapper
 from typing import NoReturn
 
 import typer
@@ -51,14 +53,32 @@ app.add_typer(index_app, name="index")
 
 
 def main() -> NoReturn:
-    """Entry point. Errors made on purpose are one line on stderr and status 1; wrong usage is 2."""
+    """Entry point. Errors made on purpose, and a disk, pipe or argument that is not well, are one
+    line on stderr and status 1; wrong usage is 2."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale without the signs of our tables
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except DriftgateError as error:
         sys.exit(f"driftgate: {error}")
+    except UnicodeEncodeError as error:
+        sys.exit(f"driftgate: {error.object[:200]!a} is not UTF-8")
+    except OSError as error:
+        _drop_output()
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"driftgate: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _drop_output() -> None:
+    """What stdout did not take would be tried again at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 @app.command()

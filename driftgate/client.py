@@ -59,6 +59,8 @@ CURSOR_HEADER = "x-driftgate-cursor"
 REQUEST_TIMEOUT_S = 60.0
 """A step with long contexts and routes is tens of MB; a gateway that takes longer is not well."""
 
+MAX_PORT = 65535
+
 SILENCE_S = 45.0
 """Three of the stream's heartbeats: after that the connection is taken for dead."""
 
@@ -78,8 +80,8 @@ ERRORS: dict[int, type[DriftgateError]] = {
 class Client:
     """One gateway's API. Use it as ``async with Client(url) as client:``.
 
-    RequestError where ``url`` is none. ``key`` is sent as bearer token where the gateway asks for
-    one; ``transport`` is httpx's, for tests.
+    RequestError where ``url`` or ``key`` can be none. ``key`` is sent as bearer token where the
+    gateway asks for one; ``transport`` is httpx's, for tests.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Client:
         timeout_s: float = REQUEST_TIMEOUT_S,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        if key and not key.isascii():
+            raise RequestError("the key is none of driftgate's: it has a character beyond ASCII")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.url = url.rstrip("/")
         try:
@@ -98,6 +102,10 @@ class Client:
             )
         except httpx.InvalidURL as error:
             raise RequestError(f"{url!r} is not an address like {DEFAULT_URL}: {error}") from error
+        if (self._http.base_url.port or 0) > MAX_PORT:
+            raise RequestError(
+                f"{url!r} is not an address like {DEFAULT_URL}: ports end at {MAX_PORT}"
+            )
 
     async def __aenter__(self) -> Self:
         return self

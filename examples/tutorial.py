@@ -26,7 +26,7 @@ RUN = Path("runs/tutorial")
 
 BLOCK = re.compile(r"^```console\n\$ (?P<command>.*)\n(?P<output>(?:.*\n)*?)```$", re.M)
 
-READY = {"examples.engine": "vLLM serves", "driftgate serve": "drift:"}
+READY = {"examples.engine": "vLLM serves", "driftgate serve": "look:"}
 """What a command prints last when it is up."""
 
 START_TIMEOUT_S = 300.0

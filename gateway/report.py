@@ -43,6 +43,12 @@ TOKENS_WITH_EXPERTS = 12
 """Of each answer, those with the largest |D|: the page lists as many. Experts of all tokens would
 be most of a report."""
 
+NAMED = 10
+"""Trajectories that the page names of those that are not there in full."""
+
+ABOUT_BYTES = 8192
+"""For the lines that say what was left out: they are written last."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -51,8 +57,8 @@ class Limits:
     top: int = 20
     """Trajectories in full, those with the largest |D| first."""
     size_bytes: int = 100 << 20
-    """Of everything below ``data/``: a host for static sites takes it, a browser opens each file
-    when it is looked at."""
+    """Of the whole folder: a host for static sites takes it, a browser opens each file when it is
+    looked at."""
     rows: int = 20_000
     """Trajectories in the list: about 10 MB, which is read when the page opens."""
     text: bool = True
@@ -67,6 +73,8 @@ class Written:
     listed: int
     size_bytes: int
     left_out: list[str]
+    damaged: list[str]
+    """Trajectories that could not be read, and why: they are in the list only."""
 
 
 @dataclass(slots=True)
@@ -79,9 +87,18 @@ class _Site:
     files: dict[str, str] = field(default_factory=dict)
     """The file that holds the answer to each path."""
 
-    def fits(self, parts: list[tuple[str, bytes]]) -> bool:
-        size = self.size_bytes + sum(len(body) for _, body in parts)
-        return size <= self.limits.size_bytes
+    def add(self, parts: list[tuple[str, dict[str, Any]]]) -> bool:
+        """Write files of answers; False, and none of them, where they do not fit any more."""
+        bodies = [(name, self.body(answers)) for name, answers in parts]
+        paths = {path: name for name, answers in parts for path in answers}
+        size = sum(len(body) for _, body in bodies) + len(self.body(paths))  # listed in BASE
+        if self.size_bytes + size > self.limits.size_bytes:
+            return False
+        for name, body in bodies:
+            (self.folder / name).write_bytes(body)
+        self.size_bytes += size
+        self.files |= paths
+        return True
 
     def body(self, answers: dict[str, Any]) -> bytes:
         """A script that adds ``answers``. As a string: an object literal is not JSON where a key
@@ -91,10 +108,6 @@ class _Site:
         text = msgspec.json.encode(answers).replace(b"\\", b"\\\\").replace(b"'", b"\\'")
         return b"Object.assign((window.driftgateAnswers ??= {}), JSON.parse('%b'));\n" % text
 
-    def write(self, name: str, body: bytes) -> None:
-        (self.folder / name).write_bytes(body)
-        self.size_bytes += len(body)
-
 
 async def write_report(source: Source, folder: Path, *, of: str, limits: Limits) -> Written:
     """Write the report of ``source`` to ``folder``, whole or not at all.
@@ -102,6 +115,13 @@ async def write_report(source: Source, folder: Path, *, of: str, limits: Limits)
     ``of``: what it is of, in words. An earlier report there is replaced. DriftgateError where
     ``folder`` holds something else or cannot be written.
     """
+    try:
+        return await _write(source, folder, of, limits)
+    except OSError as error:
+        raise DriftgateError(f"cannot write {folder}: {error}; choose another --output") from error
+
+
+async def _write(source: Source, folder: Path, of: str, limits: Limits) -> Written:
     if folder.exists() and any(folder.iterdir()) and not (folder / BASE).is_file():
         raise DriftgateError(
             f"{folder} holds something that is no report: name a new or empty folder"
@@ -119,20 +139,27 @@ async def write_report(source: Source, folder: Path, *, of: str, limits: Limits)
 
 async def _fill(site: _Site, source: Source, of: str) -> Written:
     rows, more = await _rows(source, site.limits.rows)
-    site.write(BASE, b"")  # its place; it names all others and is written last
+    base = {"rows": rows, **await _base(source)}
+    page = one_file(page_files(), data=BASE)
+    site.size_bytes = len(page.encode()) + len(site.body(base)) + ABOUT_BYTES
+    if site.size_bytes > site.limits.size_bytes:
+        raise DriftgateError(
+            f"the page and its list of {len(rows)} trajectories alone take "
+            f"{_mb(site.size_bytes)} MB: raise --max-mb"
+        )
     order = await _worst_first(source, rows)
-    in_full, too_large = 0, list[str]()
+    in_full, too_large, damaged = 0, list[str](), list[str]()
     for number, name in enumerate(order[: site.limits.top]):
-        parts = [part async for part in _trajectory(source, name, f"{number:04d}")]
-        bodies = [(file, site.body(answers)) for file, answers in parts]
-        if not site.fits(bodies):
-            too_large.append(name)
+        try:
+            parts = [part async for part in _trajectory(source, name, f"{number:04d}")]
+        except DriftgateError as error:  # one trajectory's edge: the others are whole
+            damaged.append(f"{name}: {error}")
             continue
-        for (file, body), (_, answers) in zip(bodies, parts, strict=True):
-            site.write(file, body)
-            site.files.update(dict.fromkeys(answers, file))
-        in_full += 1
-    left_out = list(_left_out(site, len(rows), more, in_full, too_large))
+        if site.add(parts):
+            in_full += 1
+        else:
+            too_large.append(name)
+    left_out = list(_left_out(site, len(rows), more, in_full, too_large, damaged))
     about = {
         "title": f"Report of {of}, by driftgate {version('driftgate')}: {in_full} of "
         f"{len(rows)} listed trajectories in full, those with the largest |D|. Made",
@@ -142,14 +169,24 @@ async def _fill(site: _Site, source: Source, of: str) -> Written:
         "`driftgate report --top` takes more.",
         "files": site.files,
     }
-    site.write(BASE, site.body({"report": about, "rows": rows, **await _base(source)}))
-    page = one_file(page_files(), data=BASE)
-    (site.folder / "index.html").write_text(page)
-    return Written(in_full=in_full, listed=len(rows), size_bytes=site.size_bytes, left_out=left_out)
+    (site.folder / BASE).write_bytes(site.body({"report": about, **base}))
+    (site.folder / "index.html").write_text(page, encoding="utf-8")
+    return Written(
+        in_full=in_full,
+        listed=len(rows),
+        size_bytes=sum(file.stat().st_size for file in site.folder.rglob("*.*")),
+        left_out=left_out,
+        damaged=damaged,
+    )
 
 
 def _left_out(
-    site: _Site, listed: int, more: bool, in_full: int, too_large: list[str]
+    site: _Site,
+    listed: int,
+    more: bool,
+    in_full: int,
+    too_large: list[str],
+    damaged: list[str],
 ) -> Iterator[str]:
     """In words, what the store has and the report has not."""
     if listed > in_full:
@@ -157,8 +194,12 @@ def _left_out(
     if too_large:
         yield (
             f"Of those, {len(too_large)} did not fit into {site.limits.size_bytes >> 20} MB "
-            f"(--max-mb): {', '.join(too_large[:10])}{' …' if len(too_large) > 10 else ''}."
+            f"(--max-mb): {', '.join(too_large[:NAMED])}{' …' if len(too_large) > NAMED else ''}."
         )
+    for one in damaged[:NAMED]:
+        yield f"Of those, one could not be read: {one}."
+    if len(damaged) > NAMED:
+        yield f"And {len(damaged) - NAMED} more could not be read."
     if more:
         yield f"Trajectories beyond the newest {listed}: they are not even in the list."
     yield (
@@ -167,6 +208,10 @@ def _left_out(
     )
     if not site.limits.text:
         yield LEFT_OUT
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.1f}"
 
 
 async def _base(source: Source) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Append-only segments (the truth) and a SQLite index (derived): FORMAT.md."""
 
 from driftgate.storage.glance import Activity, AnswerText
-from driftgate.storage.leases import Leases
+from driftgate.storage.leases import MAX_LEASE_S, Leases
 from driftgate.storage.neighbours import Neighbours
 from driftgate.storage.reader import Reader
 from driftgate.storage.records import Record
@@ -21,6 +21,7 @@ from driftgate.storage.segments import read_segment
 from driftgate.storage.writer import Writer, WriterStats
 
 __all__ = [
+    "MAX_LEASE_S",
     "Activity",
     "AnswerText",
     "CallRow",

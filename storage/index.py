@@ -17,7 +17,7 @@ from pathlib import Path
 
 from driftgate.errors import StorageError
 
-__all__ = ["INDEX_NAME", "Connections", "open_index", "transaction"]
+__all__ = ["INDEX_NAME", "OWNER_GONE", "Connections", "open_index", "transaction"]
 
 INDEX_NAME = "index.sqlite"
 
@@ -31,7 +31,18 @@ second or two."""
 PRIMARY_CODE = 0xFF
 """Of SQLite's error codes: above are bits that say more."""
 
-_SCHEMA = """
+OWNER_GONE = "the gateway ended before the call did: it was killed, or its machine stopped"
+"""Reason of an outcome that no gateway wrote: recovery infers it from an intent alone."""
+
+NOT_ALLOWED = (
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_AUTH,
+)
+"""Codes of a file or folder that this user may not open or write: no rebuild helps."""
+
+_SCHEMA = f"""
 CREATE TABLE segments (
     name TEXT PRIMARY KEY,
     indexed_bytes INTEGER NOT NULL              -- end of the last whole record in the index
@@ -68,6 +79,12 @@ CREATE INDEX calls_by_trajectory ON calls (trajectory, step, retry, started_ns);
 CREATE INDEX calls_by_model ON calls (model, trajectory);
 CREATE INDEX calls_open ON calls (trajectory) WHERE captured = 0 AND status IS NULL;
 CREATE INDEX calls_gap ON calls (trajectory) WHERE gap;
+
+-- what was inferred yields to what is there: a segment that was damaged or away has come back
+CREATE TRIGGER inferred_outcome_yields AFTER UPDATE ON calls
+WHEN new.captured > 0 AND new.captured >= new.choices AND new.flawed = 0
+    AND new.outcome ->> '$.reason' = '{OWNER_GONE}'
+BEGIN UPDATE calls SET outcome = NULL, status = NULL WHERE call_id = new.call_id; END;
 
 CREATE TABLE early_outcomes (                   -- of calls of which nothing else is here yet
     call_id TEXT PRIMARY KEY,
@@ -145,19 +162,27 @@ CREATE TABLE leases (
 def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
     """A connection to the index; usable from any thread, by one at a time.
 
-    StorageError where there is none (and ``create`` is false) or it is of another version.
+    StorageError where there is none (and ``create`` is false) or it is of another version. Where
+    the folder may not be written it only reads.
     """
     if not create and not path.exists():
         raise StorageError(
             f"no driftgate index at {path}: is this the store's folder? "
             "If it has segments, run `driftgate index rebuild`"
         )
+    read_only = not create and not _writable(path)
+    how = "?mode=ro&immutable=1" if _unshared(path) else "?mode=ro"
     connection = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        path.absolute().as_uri() + how if read_only else path,
+        uri=read_only,
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
     )
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+        if not read_only:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
         if create:
             with transaction(connection):
                 if not connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
@@ -165,9 +190,10 @@ def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
     except sqlite3.Error as error:
         connection.close()
-        raise StorageError(
-            f"index {path} cannot be opened ({error}): run `driftgate index rebuild`"
-        ) from error
+        fix = "run `driftgate index rebuild`"
+        if error.sqlite_errorcode & PRIMARY_CODE in NOT_ALLOWED:
+            fix = f"make {path.parent} and what is in it writable, or read a copy of the store"
+        raise StorageError(f"index {path} cannot be opened ({error}): {fix}") from error
     if version != INDEX_VERSION:
         connection.close()
         raise StorageError(
@@ -175,6 +201,21 @@ def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
             "run `driftgate index rebuild`"
         )
     return connection
+
+
+def _writable(path: Path) -> bool:
+    """Whether SQLite can make the files beside an index by which it shares a WAL."""
+    return os.access(path.parent, os.W_OK)
+
+
+def _unshared(path: Path) -> bool:
+    """Whether an index is to be read without them: there is no WAL to share, and nobody writes."""
+    if _writable(path):
+        return False
+    try:
+        return path.with_name(path.name + "-wal").stat().st_size == 0
+    except FileNotFoundError:
+        return True
 
 
 class Connections:
@@ -195,13 +236,20 @@ class Connections:
             inode = os.stat(self._path).st_ino
         except FileNotFoundError:
             inode = -1
-        if getattr(self._local, "inode", None) != inode:
+        seen = (inode, _unshared(self._path))
+        if getattr(self._local, "seen", None) != seen:
             connection = open_index(self._path, create=False)
             with self._lock:
                 self._all.append(connection)
-            self._local.connection, self._local.inode = connection, inode
+            self._local.connection, self._local.seen = connection, seen
         current: sqlite3.Connection = self._local.connection
         return current
+
+    @property
+    def file(self) -> int:
+        """Which file this thread's connection is to: another number after a rebuild."""
+        inode: int = self._local.seen[0]
+        return inode
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

@@ -23,7 +23,11 @@ from driftgate.storage.inserts import next_seq
 from driftgate.storage.recovery import StoreLock
 from driftgate.storage.rows import Lease, OpenWork
 
-__all__ = ["Leases"]
+__all__ = ["MAX_LEASE_S", "Leases"]
+
+MAX_LEASE_S = 3600.0
+"""A lease that runs out later than this was taken under a clock that ran ahead, and is none: no
+living worker needs more before it renews."""
 
 _UNSCORED = (
     "scorable AND (:model IS NULL OR model = :model) AND NOT EXISTS (SELECT 1 FROM scores s "
@@ -39,7 +43,8 @@ _DONE = (
 _FIRST_FREE = (
     f"SELECT trajectory FROM traces t WHERE rowid > :done AND {_UNSCORED} AND NOT EXISTS "
     "(SELECT 1 FROM leases l WHERE l.trajectory = t.trajectory AND l.trainer = :trainer "
-    "AND (l.expires > :now OR :untried)) ORDER BY rowid LIMIT 1"
+    f"AND (l.expires > :now AND l.expires <= :now + {MAX_LEASE_S} OR :untried)) "
+    "ORDER BY rowid LIMIT 1"
 )
 _WORK = (
     f"SELECT trace_id FROM traces t WHERE trajectory = :trajectory AND {_UNSCORED} "
@@ -58,7 +63,6 @@ class Leases:
     def __init__(self, root: Path, *, refused: bool = False) -> None:
         """``refused``: what was refused before now for a reason that may have passed
         (`driftgate.codes.PASSING`) is work once more."""
-        root.mkdir(parents=True, exist_ok=True)
         self._store_lock = StoreLock(root)
         try:
             self._connection = open_index(root / INDEX_NAME, create=True)
@@ -82,9 +86,11 @@ class Leases:
     ) -> Lease | None:
         """All open work of the trajectory that has waited longest; None where there is none.
 
-        ``trainer`` is a digest; ``now`` is seconds since the epoch; ``untried`` leaves out what an
-        earlier lease did not give back. Polling an empty queue takes no lock.
+        ``trainer`` is a digest; ``ttl_s`` is at most MAX_LEASE_S; ``now`` is seconds since the
+        epoch; ``untried`` leaves out what an earlier lease did not give back. Polling an empty
+        queue takes no lock.
         """
+        assert ttl_s <= MAX_LEASE_S, ttl_s
         now = time.time() if now is None else now
         asked: dict[str, object] = {
             "trainer": trainer,

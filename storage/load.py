@@ -112,7 +112,7 @@ def load_trace(
             raise FormatError(f"trace {trace_id}: more than {MAX_DEPTH} records to its full record")
         stored = _read(connection, root, wanted)
         if stored is None and chain:
-            raise FormatError(f"trace {trace_id} is built on {wanted}, which is lost: see the log")
+            raise FormatError(f"trace {trace_id} is built on {wanted}, which is lost")
         if stored is None:
             raise NotFoundError(f"no trace {trace_id!r} in {root}")
         chain.append(stored)

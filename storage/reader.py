@@ -6,7 +6,8 @@ segments.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,14 +48,23 @@ _TRACES = (
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """What a reader keeps of one index: a rebuilt one may tell other traces and scores."""
+
+    file: int
+    traces: TraceCache = field(default_factory=lambda: TraceCache(CACHE_BYTES))
+    cells: Cells = field(default_factory=Cells)
+
+
 class Reader:
     """Read-only view of the store at ``root``. StorageError where there is none."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._connections = Connections(root)
-        self._cache = TraceCache(CACHE_BYTES)
-        self._cells = Cells()
+        self._lock = threading.Lock()
+        self._kept = _Kept(file=-1)
 
     def close(self) -> None:
         """Close the connections of all threads."""
@@ -63,7 +73,7 @@ class Reader:
     def trace(self, trace_id: str) -> Trace:
         """A whole trace; its arrays are read-only (copy what you change). NotFoundError."""
         with self._connections.reading() as connection:
-            trace = load_trace(connection, self._root, trace_id, self._cache).trace
+            trace = load_trace(connection, self._root, trace_id, self._keeps().traces).trace
         status = self._one("SELECT status FROM calls WHERE call_id = ?", trace.meta.call_id)
         meta = _as_delivered(trace.meta, status[0] if status else None)
         return trace if meta is trace.meta else replace(trace, meta=meta)
@@ -212,7 +222,7 @@ class Reader:
     def cells(self) -> list[CellRow]:
         """One row per (engine, trainer, model, kind); folds only scores that are new."""
         with self._connections.reading() as connection:
-            return self._cells.rows(connection)
+            return self._keeps().cells.rows(connection)
 
     def twins(self, *, unscored: bool = False, limit: int = 1000) -> list[tuple[str, str]]:
         """Pairs of scorable traces, earlier first, that a deterministic engine had to answer alike.
@@ -265,6 +275,13 @@ class Reader:
         row = self._one(_COUNTS)
         assert row is not None
         return Counts(**dict(zip(Counts.__struct_fields__, row, strict=True)))
+
+    def _keeps(self) -> _Kept:
+        """What was read of the index that this thread's connection is to."""
+        with self._lock:
+            if self._kept.file != self._connections.file:
+                self._kept = _Kept(file=self._connections.file)
+            return self._kept
 
     def _known(self, trajectory: str, columns: str = "started_ns") -> tuple[Any, ...]:
         row = self._one(f"SELECT {columns} FROM trajectories WHERE trajectory = ?", trajectory)

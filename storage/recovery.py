@@ -12,15 +12,16 @@ import fcntl
 import logging
 import os
 import sqlite3
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from driftgate.errors import FormatError, StorageError
 from driftgate.storage.delta import TraceHead
-from driftgate.storage.index import INDEX_NAME, open_index, transaction
+from driftgate.storage.index import INDEX_NAME, OWNER_GONE, open_index, transaction
 from driftgate.storage.inserts import (
     Place,
     add_intent,
@@ -42,6 +43,8 @@ from driftgate.storage.segments import (
     scan,
     segment_paths,
     segments_dir,
+    serial_of,
+    series_of,
     take_over,
 )
 from driftgate.trace import CallIntent, CallOutcome, Score
@@ -52,18 +55,32 @@ log = logging.getLogger(__name__)
 
 LOCK_NAME = "writers.lock"
 
-OWNER_GONE = "the gateway ended before the call did: it was killed, or its machine stopped"
+_BASELESS = (
+    "WITH RECURSIVE lost (trace_id) AS ("
+    "  SELECT trace_id FROM traces WHERE base NOT IN (SELECT trace_id FROM traces) "
+    "  UNION SELECT t.trace_id FROM traces t JOIN lost ON t.base = lost.trace_id) "
+    "SELECT trajectory, step, trace_id, base FROM traces JOIN lost USING (trace_id) "
+    "ORDER BY trajectory, step, trace_id"
+)
 
 
 class StoreLock:
     """Shared while something writes to the index, exclusive while it is rebuilt."""
 
     def __init__(self, root: Path, *, exclusive: bool = False) -> None:
-        """Create the store's folders if missing and lock it; StorageError where that is taken."""
-        if not segments_dir(root).is_dir():
-            segments_dir(root).mkdir(parents=True, exist_ok=True)
-            fsync_dir(root)
-        self._fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Create the store's folders if missing, for their owner alone, and lock it; StorageError
+        where that is taken or not allowed."""
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not segments_dir(root).is_dir():
+                segments_dir(root).mkdir(exist_ok=True)
+                fsync_dir(root)
+            self._fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageError(
+                f"the store {root} cannot be written ({error}): it takes a folder that this user "
+                "may write"
+            ) from error
         try:
             fcntl.flock(self._fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -89,7 +106,11 @@ def recover(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutc
     """
     again: list[Score | CallOutcome] = []
     for path in segment_paths(root):
-        fd = take_over(path)
+        try:
+            fd = take_over(path)
+        except OSError as error:
+            log.error("%s: %s", path, error)
+            continue
         if fd is None:
             continue
         try:
@@ -101,31 +122,83 @@ def recover(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutc
 
 
 def _lost_calls(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutcome]:
-    """An outcome for each open call that nobody serves any more."""
+    """An outcome for each open call that nobody serves any more.
+
+    None where a part of what its writer wrote after it is damaged or missing: the trace may be
+    there.
+    """
+    lost: list[Score | CallOutcome] = []
+    for calls in _open_calls(connection):
+        first = calls[0].segment
+        if has_living_writer(root, first):
+            continue
+        ended_ns = _last_write_ns(root, connection, first)
+        if ended_ns is None:
+            log.error(
+                "%d calls stay open: segments %s-* are not whole; put back what is missing or "
+                "damaged there, then run `driftgate index rebuild`",
+                len(calls),
+                series_of(first),
+            )
+            continue
+        log.warning("%d calls were open when their gateway ended: marked as failed", len(calls))
+        lost += [
+            CallOutcome(call_id=call.call_id, status="failed", reason=OWNER_GONE, ended_ns=ended_ns)
+            for call in calls
+        ]
+    return lost
+
+
+def _damaged_calls(root: Path, connection: sqlite3.Connection) -> Iterator[str]:
+    """While nobody writes: what damage and missing segments may have cost."""
+    for calls in _open_calls(connection):
+        first = calls[0].segment
+        if has_living_writer(root, first) or _last_write_ns(root, connection, first) is None:
+            for call in calls:
+                yield f"{call.trajectory} step {call.step}: no trace of call {call.call_id}"
+    for trajectory, step, trace_id, base in connection.execute(_BASELESS):
+        yield f"{trajectory} step {step}: trace {trace_id} is built on {base}, which is lost"
+
+
+class _OpenCall(NamedTuple):
+    segment: str
+    call_id: str
+    trajectory: str
+    step: int
+
+
+def _open_calls(connection: sqlite3.Connection) -> Iterator[list[_OpenCall]]:
+    """Those with neither trace nor outcome, by writer, in order of their segments."""
     rows = connection.execute(
-        "SELECT call_id, segment FROM calls "
-        "WHERE captured = 0 AND status IS NULL AND segment IS NOT NULL"
+        "SELECT segment, call_id, trajectory, step FROM calls "
+        "WHERE captured = 0 AND status IS NULL AND segment IS NOT NULL ORDER BY segment, call_id"
     ).fetchall()
-    ended_ns = {
-        segment: _last_write_ns(root, segment)
-        for segment in {segment for _, segment in rows}
-        if not has_living_writer(root, segment)
-    }
-    lost = [(call_id, ended_ns[segment]) for call_id, segment in rows if segment in ended_ns]
-    if lost:
-        log.warning("%d calls were open when their gateway ended: marked as failed", len(lost))
-    return [
-        CallOutcome(call_id=call_id, status="failed", reason=OWNER_GONE, ended_ns=at_ns)
-        for call_id, at_ns in lost
-    ]
+    for _, calls in groupby(map(_OpenCall._make, rows), lambda call: series_of(call.segment)):
+        yield list(calls)
 
 
-def _last_write_ns(root: Path, segment: str) -> int:
-    """When its writer was last known to live; now where the segment is no longer there."""
+def _last_write_ns(root: Path, connection: sqlite3.Connection, first: str) -> int | None:
+    """When the writer of ``first`` wrote its last record; None where not all that it wrote from
+    there on is whole."""
+    names = {name for (name,) in connection.execute("SELECT name FROM segments")}
+    names |= {path.name for path in segment_paths(root)}
+    series = series_of(first)
+    mine = sorted(name for name in names if series_of(name) == series and name >= first)
+    if len(mine) != serial_of(mine[-1]) - serial_of(first) + 1:
+        return None
+    last_ns = 0
     try:
-        return (segments_dir(root) / segment).stat().st_mtime_ns
-    except FileNotFoundError:
-        return time.time_ns()
+        for name in mine:
+            end = 0
+            for item in scan(segments_dir(root) / name):
+                if not isinstance(item, Entry):
+                    return None
+                last_ns, end = item.header.time_ns, item.end
+            if end < indexed_bytes(connection, name):
+                return None
+    except (FormatError, OSError):
+        return None
+    return last_ns
 
 
 def rebuild_index(root: Path) -> RebuildReport:
@@ -141,7 +214,7 @@ def rebuild_index(root: Path) -> RebuildReport:
         connection = open_index(new, create=True)
         try:
             with transaction(connection):
-                report = _index_all(root, connection)
+                report = _index_all(root, connection, _ends(path))
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             connection.close()
@@ -172,7 +245,22 @@ def _catch_up(path: Path, fd: int, connection: sqlite3.Connection) -> list[Score
     return again
 
 
-def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
+def _ends(index: Path) -> dict[str, int]:
+    """How far each segment was whole, as an index says; nothing where it is not well itself."""
+    if not index.exists():
+        return {}
+    try:
+        with closing(sqlite3.connect(index)) as connection:
+            return dict(connection.execute("SELECT name, indexed_bytes FROM segments"))
+    except sqlite3.Error:
+        return {}
+
+
+def _index_all(
+    root: Path, connection: sqlite3.Connection, ends: Mapping[str, int]
+) -> RebuildReport:
+    """``ends``: how far each segment was whole once. What is no record there is damage and stays,
+    no torn tail, which the next writer cuts."""
     found = _Found()
     taken: list[tuple[int, Path, int]] = []
     paths = segment_paths(root)
@@ -183,8 +271,11 @@ def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
                 taken.append((entry.header.time_ns, path, entry.offset))
             end = entry.end
         if end:
-            set_indexed(connection, path.name, end)
-            found.torn_bytes += path.stat().st_size - end
+            size = path.stat().st_size
+            once = max(end, min(ends.get(path.name, 0), size))
+            set_indexed(connection, path.name, once)
+            found.damaged_bytes += once - end
+            found.torn_bytes += size - once
     for _, path, offset in sorted(taken):
         entry = read_entry(path, offset)
         head = head_of(entry.payload(), ScoreHead)
@@ -197,11 +288,13 @@ def _index_all(root: Path, connection: sqlite3.Connection) -> RebuildReport:
         damaged_bytes=found.damaged_bytes,
         torn_bytes=found.torn_bytes,
         unreadable=found.unreadable,
+        lost=list(_damaged_calls(root, connection)),
     )
 
 
 def _entries(path: Path, start: int | None, found: _Found) -> Iterator[Entry]:
-    """Whole records of a segment; damage, and a file that is no segment, is noted."""
+    """Whole records of a segment; damage, and a file that is no segment or cannot be read, is
+    noted."""
     try:
         for item in scan(path, start):
             if isinstance(item, Entry):
@@ -210,7 +303,7 @@ def _entries(path: Path, start: int | None, found: _Found) -> Iterator[Entry]:
             else:
                 found.damaged_bytes += item.end - item.start
                 log.warning("%s: bytes %d to %d are no record", path, item.start, item.end)
-    except FormatError as error:
+    except (FormatError, OSError) as error:
         found.scanned = False
         found.skip(str(error))
 

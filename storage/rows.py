@@ -168,3 +168,6 @@ class RebuildReport(msgspec.Struct, frozen=True, kw_only=True):
     unreadable: list[str]
     """Files that are no segment of a known version and records whose content breaks the format:
     skipped."""
+    lost: list[str]
+    """Calls whose trace may be in what is damaged or missing, and traces that are built on one that
+    is not there, a line each."""

@@ -44,6 +44,8 @@ __all__ = [
     "scan",
     "segment_paths",
     "segments_dir",
+    "serial_of",
+    "series_of",
     "take_over",
 ]
 
@@ -230,15 +232,29 @@ def fsync_dir(path: Path) -> None:
 
 
 def has_living_writer(root: Path, segment: str) -> bool:
-    """Whether the writer of ``segment`` lives: it holds the lock of the first of its series."""
-    series, found, _ = segment.rpartition("-")
-    path = segments_dir(root) / f"{series}-{FIRST_SERIAL:06d}{SUFFIX}"
-    if not found or not path.exists():
-        return False
-    fd = take_over(path)
+    """Whether the writer of ``segment`` lives: it holds the lock of the first of its series.
+
+    Where that one is missing nothing says that it is gone: it counts as living.
+    """
+    path = segments_dir(root) / f"{series_of(segment)}-{FIRST_SERIAL:06d}{SUFFIX}"
+    try:
+        fd = take_over(path)
+    except FileNotFoundError:
+        return True
     if fd is not None:
         os.close(fd)
     return fd is None
+
+
+def series_of(segment: str) -> str:
+    """What the names of one writer's segments have in common."""
+    return segment.rpartition("-")[0]
+
+
+def serial_of(segment: str) -> int:
+    """Its place among them, from FIRST_SERIAL; 0 where the name has another form."""
+    serial = segment.removesuffix(SUFFIX).rpartition("-")[2]
+    return int(serial) if serial.isdecimal() else 0
 
 
 def _started(name: str) -> int:

@@ -110,7 +110,6 @@ class Writer:
         """Somebody waits for so many to be done."""
         self._closing = self._drained = False
         """Nothing more comes; nothing more is written."""
-        root.mkdir(parents=True, exist_ok=True)
         self._store_lock = StoreLock(root)
         try:
             self._connection = open_index(root / INDEX_NAME, create=True)

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from driftgate.logs import LogFormat
+from driftgate.storage import MAX_LEASE_S
 from driftgate.teacher.batches import Batching
 
 __all__ = ["BATCH_TOKENS", "BackendName", "TeacherConfig"]
@@ -91,8 +92,11 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens={self.batch_tokens} must be at least 1")
         self._check_layout()
-        if self.lease_s < 1 or self.noise_floor_trajectories < 0:
-            raise ValueError("lease_s must be at least 1 and noise_floor_trajectories at least 0")
+        if not 1 <= self.lease_s <= MAX_LEASE_S or self.noise_floor_trajectories < 0:
+            raise ValueError(
+                f"lease_s must be at least 1 and at most {MAX_LEASE_S:.0f}, and "
+                "noise_floor_trajectories at least 0"
+            )
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(
                 f"max_tokens={self.max_tokens} leaves no room for a prompt and a response"

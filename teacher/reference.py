@@ -165,7 +165,13 @@ def _check_whole(model_dir: str, loaded: Mapping[str, Any]) -> None:
 
 
 def pick_device(config: TeacherConfig) -> torch.device:
-    """The device that ``config`` asks for; ``auto`` takes CUDA where there is one."""
+    """The device that ``config`` asks for; ``auto`` takes CUDA where there is one. TeacherError
+    where CUDA is asked for and is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise TeacherError(
+            f"--device cuda: torch {torch.__version__} finds no CUDA device; install a build for "
+            "CUDA, or take --device cpu"
+        )
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,12 +19,13 @@ from driftgate.bands import BANDS
 from driftgate.breaks import BREAKS
 from driftgate.cli import app
 from driftgate.codes import CODES
+from driftgate.commands.serve import _welcome
 from driftgate.gateway.config import GatewayConfig
 from driftgate.glossary import METRICS, ROUTER_METRICS
 from driftgate.placing import Kind
 from driftgate.replay import REPLAY_METRICS
 from driftgate.teacher.config import TeacherConfig
-from examples.tutorial import BLOCK, TUTORIAL, Shell, run
+from examples.tutorial import BLOCK, READY, TUTORIAL, Shell, run
 from tests.commands import parse
 from tools.reference import PAGES, field_docs
 
@@ -185,3 +186,10 @@ def test_the_tutorial_is_its_own_script() -> None:
         ["export", "OPENAI_API_KEY=none-needed"],
         ["driftgate", "teach"],
     ]
+
+
+def test_the_tutorial_shows_all_that_a_gateway_says() -> None:
+    settings = GatewayConfig(upstream="http://127.0.0.1:8000")
+    *_, last = _welcome("http://127.0.0.1:8787", settings).splitlines()
+    assert last in (ROOT / TUTORIAL).read_text().splitlines()
+    assert READY["driftgate serve"] in last

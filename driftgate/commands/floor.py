@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from driftgate import cli_io
 from driftgate.commands.options import DEFAULT_STORE, StoreOption
 from driftgate.errors import DriftgateError
 from driftgate.floor import label_of
 from driftgate.mismatch import Bucket
 from driftgate.router import RouterBucket
 from driftgate.terminal import number, percent, safe
-from driftgate.trace import Engine, Score
+from driftgate.trace import Engine, Score, Trace
 
 __all__ = ["floor"]
 
@@ -61,9 +63,11 @@ def floor(
     """
     if engine is None and model is None:
         raise typer.BadParameter("give --engine URL, --model DIR, or both")
+    cli_io.existing(store)
     try:
+        chosen = _chosen(store, served_model, traces)
         if engine is not None:
-            _engine(engine, store, traces, served_model, concurrency, key)
+            _engine(engine, store, chosen, concurrency, key)
         if model is not None:
             settings: dict[str, Any] = {
                 "model": model,
@@ -84,23 +88,27 @@ def floor(
         ) from error
 
 
-def _engine(
-    url: str, store: Path, limit: int, model: str | None, concurrency: int, key: str | None
-) -> None:
-    from contextlib import closing
-
-    from driftgate.storage import Reader, Writer
-    from driftgate.teacher.engine_floor import EngineFloors
+def _chosen(store: Path, model: str | None, limit: int) -> list[Trace]:
+    """The answers to run again, at least one."""
+    from driftgate.storage import Reader
     from driftgate.teacher.floors import choose
 
     with closing(Reader(store)) as reader:
         chosen = choose(reader, model=model, limit=limit)
+    if not chosen:
+        raise DriftgateError(f"{store} holds no answer that could be run again: capture some first")
+    return chosen
+
+
+def _engine(url: str, store: Path, chosen: list[Trace], concurrency: int, key: str | None) -> None:
+    from driftgate.storage import Reader, Writer
+    from driftgate.teacher.engine_floor import EngineFloors
+
+    with closing(Reader(store)) as reader:
         known = {
             (row.meta.trace_id, row.meta.trainer.digest)
             for row in reader.scores(kind="noise_floor", limit=10_000)
         }
-    if not chosen:
-        raise DriftgateError(f"{store} holds no answer that could be run again: capture some first")
     floors = EngineFloors(url, key=key, concurrency=concurrency)
     scores = floors.measure(chosen, known)
     with closing(Writer(store, name="floor")) as writer:

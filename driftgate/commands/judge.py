@@ -10,6 +10,8 @@ import typer
 from driftgate import cli_io
 from driftgate.client import DEFAULT_URL
 from driftgate.commands.options import JsonOption, KeyOption, StoreInstead, UrlOption
+from driftgate.errors import NotFoundError
+from driftgate.explain import TrajectoryExplanation
 from driftgate.profiles import ProfileName
 
 __all__ = ["explain", "feedback", "verdict"]
@@ -36,13 +38,22 @@ def explain(
     from driftgate import render_judge
     from driftgate.gateway.explanations import Explanations
 
-    found = cli_io.read_or_ask(
-        store,
-        url,
-        key,
-        lambda answers: Explanations(answers.reader).trajectory(trajectory, trainer=trainer),
-        lambda client: client.explain(trajectory, trainer=trainer),
-    )
+    def explained(by: str | None) -> TrajectoryExplanation:
+        return cli_io.read_or_ask(
+            store,
+            url,
+            key,
+            lambda answers: Explanations(answers.reader).trajectory(trajectory, trainer=by),
+            lambda client: client.explain(trajectory, trainer=by),
+        )
+
+    found = explained(trainer)
+    if trainer is not None and not found.items:
+        trainers = sorted({item.trainer_digest for item in explained(None).items})
+        if trainers:
+            raise NotFoundError(
+                f"{trajectory} is not scored by trainer {trainer}, but by {', '.join(trainers)}"
+            )
     cli_io.show(found, as_json, lambda _: render_judge.explanation(found))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 __all__ = [
+    "DAMAGED_STATUS",
     "DEFAULT_STORE",
     "JsonOption",
     "KeyOption",
@@ -19,6 +20,9 @@ __all__ = [
 
 DEFAULT_STORE = Path("driftgate-store")
 """The gateway's default as well."""
+
+DAMAGED_STATUS = 1
+"""Exit status where something could not be read; the rest is done."""
 
 StoreOption = Annotated[
     Path, typer.Option("--store", help="Directory of the store.", envvar="DRIFTGATE_STORE")

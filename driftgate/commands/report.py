@@ -11,7 +11,7 @@ import typer
 
 from driftgate import cli_io
 from driftgate.client import DEFAULT_URL, Client
-from driftgate.commands.options import KeyOption, StoreInstead, UrlOption
+from driftgate.commands.options import DAMAGED_STATUS, KeyOption, StoreInstead, UrlOption
 
 __all__ = ["report"]
 
@@ -34,7 +34,8 @@ def report(
     """Write the dashboard as a static site that opens from a file.
 
     The same views and numbers as the gateway's page, with the glossary, as they are now. Open
-    index.html, or put the folder on any web server. What it leaves out it says.
+    index.html, or put the folder on any web server. What it leaves out it says; status 1 where
+    that is a record that could not be read.
     """
     from driftgate.gateway.report import Limits, Written, write_report
     from driftgate.gateway.report_source import StoreSource
@@ -57,3 +58,7 @@ def report(
     typer.echo(f"{written.size_bytes / (1 << 20):.1f} MB")
     for line in written.left_out:
         typer.echo(f"left out: {line}")
+    for line in written.damaged:
+        typer.echo(f"damaged: {line}", err=True)
+    if written.damaged:
+        raise typer.Exit(DAMAGED_STATUS)

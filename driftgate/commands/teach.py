@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Literal
 
 import typer
 
-from driftgate import logs
+from driftgate import cli_io, logs
 from driftgate.commands.options import DEFAULT_STORE, LogFormatOption, StoreOption
 from driftgate.errors import DriftgateError
 
 __all__ = ["teach"]
+
+log = logging.getLogger("driftgate.teach")
 
 
 def teach(
@@ -70,8 +73,9 @@ def teach(
 ) -> None:
     """Score the store's traces with the trainer.
 
-    Beside a running gateway with --follow, or afterwards: then it ends when every trace is scored
-    or refused, and waits for what other workers hold. Several may share a store.
+    Beside a running gateway with --follow, which also waits for one that has not made the store
+    yet, or afterwards: then it ends when every trace is scored or refused, and waits for what
+    other workers hold. Several may share a store.
     """
     try:
         from driftgate.teacher.config import TeacherConfig
@@ -105,4 +109,8 @@ def teach(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     logs.configure(settings.log_format)
+    if not follow:
+        cli_io.existing(store)
+    elif not store.exists():
+        log.warning("there is no store at %s yet: it is made, and waits for a gateway", store)
     raise typer.Exit(launch(settings))

@@ -26,10 +26,11 @@ def snippets(section: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-def exported(folder: Path, name: str) -> Path:
-    """Two runs of two steps with a reward, exported in the format of that name."""
+def exported(folder: Path, name: str, dense: str = "") -> Path:
+    """Two runs of two steps with a reward, exported in the format of that name. ``dense``: a run
+    without routes."""
     store = folder / "store"
-    traces = [t for run in ("a", "b") for t in make_trajectory(run, steps=2)]
+    traces = [t for run in ("a", "b") for t in make_trajectory(run, steps=2, routed=run != dense)]
     records = [record for trace in traces for record in (make_intent(trace), trace)]
     rewards = [Reward(trajectory=run, value=1.0, given_ns=1) for run in ("a", "b")]
     write_store(store, [*records, *rewards])
@@ -104,10 +105,20 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["reward"] == 1.0
 
 
-def test_parquet(tmp_path: Path) -> None:
-    names = run("Parquet and Hugging Face datasets", exported(tmp_path, "hf"), 1)
+@pytest.mark.parametrize("name", ["parquet", "hf"])
+def test_parquet(tmp_path: Path, name: str) -> None:
+    names = run("Parquet and Hugging Face datasets", exported(tmp_path, name), 1)
     assert names["routes"].shape == (33, 4, 4)
     assert names["row"]["request"].startswith('{"model":"tiny-moe"')
+
+
+def test_parquet_of_a_dense_run(tmp_path: Path) -> None:
+    names = run("Parquet and Hugging Face datasets", exported(tmp_path, "hf", dense="a"), 1)
+    assert names["row"]["routes"] is None
+
+
+def test_megatron_takes_the_runs_with_routes(tmp_path: Path) -> None:
+    assert len(run("Megatron-Core", exported(tmp_path, "megatron", dense="a"))["samples"]) == 1
 
 
 def test_megatron(tmp_path: Path) -> None:

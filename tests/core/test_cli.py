@@ -6,10 +6,12 @@ import asyncio
 import base64
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -24,13 +26,16 @@ from driftgate import cli, cli_io
 from driftgate.client import DEFAULT_URL
 from driftgate.commands.options import DEFAULT_STORE
 from driftgate.commands.serve import _gateway_config, keys_from
-from driftgate.errors import RequestError
+from driftgate.errors import DriftgateError, NotFoundError, RequestError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ApiContext, add_api_routes
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.keys import digest_of
 from driftgate.gateway.probe import ProbeReport
-from driftgate.storage import Reader
+from driftgate.gateway.report import Limits, Written, write_report
+from driftgate.gateway.report_source import StoreSource
+from driftgate.storage import Reader, read_segment
+from driftgate.storage.records import Kind
 from driftgate.testing.stores import SLASHED, example_records, write_store
 from driftgate.trace import Trace
 from driftgate.views import Cells, DriftEvent, StepDetail, TrajectoryDetail
@@ -314,3 +319,146 @@ def test_keys_come_from_the_environment_as_digests() -> None:
     one, two = "first-key-0123456789", "second-key-0123456789"
     given = keys_from({"DRIFTGATE_CALL_KEY": f"{one}, {two}", "DRIFTGATE_SIGNING_KEY": "s"})
     assert given == {"call_keys": [digest_of(one), digest_of(two)], "signing_key": "s"}
+
+
+def driftgate(
+    *arguments: str | Path | bytes, to: str = os.devnull, encoding: str = "utf-8"
+) -> tuple[int, str]:
+    """Exit status and stderr of the command as its users run it."""
+    with Path(to).open("wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "driftgate.cli", *arguments],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            timeout=60,
+        )
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has one")
+@pytest.mark.parametrize("command", ["cells", "export"])
+def test_a_full_disk_under_the_output_is_one_line(command: str, store: Path) -> None:
+    status, said = driftgate(command, "--store", store, to="/dev/full")
+    assert status == 1
+    assert said.startswith("driftgate: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_terminal_without_our_signs_is_written_to(store: Path) -> None:
+    assert driftgate("cells", "--store", store, encoding="latin-1") == (0, "")
+
+
+def test_an_argument_that_is_no_text_is_one_line(store: Path) -> None:
+    assert driftgate("show", b"\xff", "--store", store) == (
+        1,
+        "driftgate: '\\udcff' is not UTF-8\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--url", "http://127.0.0.1:99999"], "ports end at 65535"),
+        (["--key", "é"], "beyond ASCII"),
+    ],
+)
+def test_an_address_or_key_that_can_be_none_is_one_line(arguments: list[str], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        run("cells", *arguments)
+
+
+@pytest.mark.parametrize("command", ["teach", "floor"])
+def test_a_mistyped_store_is_not_made(command: str, tmp_path: Path) -> None:
+    """It would read as "all is scored"."""
+    (tmp_path / "config.json").write_text("{}")
+    result = run(command, "--model", tmp_path, "--store", tmp_path / "typo")
+    assert result.exit_code == 2
+    assert "there is no store at" in result.output
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_floor_of_nothing_says_so(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DriftgateError, match="holds no answer that could be run again"):
+        run("floor", "--model", tmp_path, "--store", store)
+
+
+def test_a_follower_may_start_before_its_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("driftgate.teacher.launch.launch", lambda config: 0)
+    monkeypatch.setattr("driftgate.logs.configure", lambda form: None)
+    (tmp_path / "config.json").write_text("{}")
+    output("teach", "--model", tmp_path, "--store", tmp_path / "new", "--follow")
+    assert "there is no store at" in caplog.text
+
+
+def test_another_trainers_explanation_names_those_there_are(store: Path) -> None:
+    with closing(Reader(store)) as reader:
+        (meta,) = [row.meta for row in reader.scores()][:1]
+    with pytest.raises(
+        NotFoundError, match=f"not scored by trainer x, but by .*{meta.trainer.digest}"
+    ):
+        run("explain", meta.trajectory, "--trainer", "x", "--store", store)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A store whose first trace has one bit flipped."""
+    store = write_store(tmp_path / "damaged", example_records())
+    segment, entry = next(
+        (path, entry)
+        for path in sorted(store.glob("segments/*.dgs"))
+        for entry in read_segment(path)
+        if entry.header.kind == Kind.TRACE
+    )
+    data = bytearray(segment.read_bytes())
+    data[entry.offset + 40] ^= 1
+    segment.write_bytes(data)
+    return store
+
+
+def test_a_report_names_what_it_could_not_read(damaged: Path, tmp_path: Path) -> None:
+    """The other trajectories are in it, and the status tells a script."""
+    result = run("report", "-o", tmp_path / "report", "--store", damaged)
+    assert result.exit_code == 1
+    assert "index.html: 1 of 2 in full" in result.stdout
+    assert "damaged: " in result.stderr
+    assert "the segment is damaged" in (tmp_path / "report/data/base.js").read_text()
+
+
+def test_a_rebuild_says_what_is_lost(damaged: Path) -> None:
+    result = run("index", "rebuild", "--store", damaged)
+    assert result.exit_code == 1
+    assert "lost: " in result.stderr
+    assert "is built on" in result.stderr
+    assert "unreadable" not in result.output
+
+
+def test_a_report_is_no_larger_than_asked(store: Path, tmp_path: Path) -> None:
+    """Its page and its list count as well."""
+    folder = tmp_path / "report"
+
+    def write(size_bytes: int) -> Written:
+        with closing(Reader(store)) as reader:
+            limits = Limits(size_bytes=size_bytes)
+            return asyncio.run(write_report(StoreSource(reader), folder, of="it", limits=limits))
+
+    whole = write(100 << 20)
+    less = write(whole.size_bytes - 1)
+    assert less.in_full < whole.in_full
+    assert less.size_bytes == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    assert less.size_bytes < whole.size_bytes
+    with pytest.raises(DriftgateError, match="alone take 0"):
+        write(1000)
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_a_report_that_cannot_be_written_is_one_line(
+    output: str, store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DriftgateError, match="choose another --output"):
+        run("report", "-o", tmp_path / output, "--store", store)

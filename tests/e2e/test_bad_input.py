@@ -312,6 +312,7 @@ MORE_LAYERS = {"num_hidden_layers": 6, "layer_types": ["full_attention"] * 6}
 def test_a_folder_that_is_no_checkpoint_is_one_clear_line(
     broken: Path, status: int, said: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "store").mkdir()
     done = driftgate("teach", "--model", broken, "--store", tmp_path / "store")
     assert done.returncode == status
     assert "Traceback" not in done.stderr

@@ -92,7 +92,8 @@ def test_a_lost_tail_costs_its_own_records_and_is_named(store: Path) -> None:
     assert "`driftgate index rebuild`" in shown.stderr
     assert every_answer(store) == 19, "its scores stand"
     rebuilt = driftgate("index", "rebuild", "--store", store)
-    assert f"torn_bytes {end - start - 7}" in rebuilt.stdout
+    assert f"damaged_bytes {end - start - 7}" in rebuilt.stdout
+    assert rebuilt.returncode == 1
     for old, new in zip(kept, stored_traces(store), strict=True):
         assert_same_trace(old, new)
     with closing(Reader(store)) as reader, pytest.raises(NotFoundError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from driftgate.codes import reason
-from driftgate.storage import Leases, Reader, Writer
+from driftgate.storage import MAX_LEASE_S, Leases, Reader, Writer
 from driftgate.testing.traces import TRAINER, make_score, make_trace, make_trajectory
 from driftgate.trace import Comparable, Score, Trace
 
@@ -52,6 +52,16 @@ def test_an_expired_lease_is_taken_by_another_worker(writer: Writer, leases: Lea
     assert not leases.renew(lost, now=111.0)
     leases.release(lost)  # not his any more
     assert leases.acquire(ME, worker="c", ttl_s=10, now=111.0) is None
+
+
+def test_a_clock_that_ran_ahead_holds_no_work(writer: Writer, leases: Leases) -> None:
+    writer.submit(make_trace()).result(WAIT_S)
+    day = 86_400.0
+    assert leases.acquire(ME, worker="a", ttl_s=10, now=100.0 + day) is not None
+    taken = leases.acquire(ME, worker="b", ttl_s=MAX_LEASE_S, now=100.0)  # a died; set right
+    assert taken is not None
+    assert taken.worker == "b"
+    assert leases.acquire(ME, worker="c", ttl_s=10, now=100.0) is None, "as long as one may be"
 
 
 def test_open_work_is_what_is_not_scored_leased_or_not(writer: Writer, leases: Leases) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from driftgate.errors import NotFoundError
 from driftgate.mismatch import Bucket
-from driftgate.storage import Reader, Record, Writer
+from driftgate.storage import Reader, Record, Writer, index, rebuild_index
 from driftgate.storage.reader import _GROUP, _PROMPT_KEY, _WINDOW
 from driftgate.testing.traces import (
     ENGINE,
@@ -357,3 +358,37 @@ def test_queries_use_indexes(tmp_path: Path, writer: Writer, reader: Reader) -> 
     assert len(seen) >= 7
     scans = [plan for plan in plans if plan.startswith("SCAN") and "INDEX" not in plan]
     assert scans == []
+
+
+def test_a_store_that_may_not_be_written_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive that is mounted read-only, or another user's."""
+    with closing(Writer(tmp_path)) as writer:
+        put(writer, make_trace())
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(index, "_writable", lambda path: False)
+    with closing(Reader(tmp_path)) as reader:
+        assert reader.counts().traces == 1
+        assert sorted(tmp_path.iterdir()) == before, "no -wal, no -shm"
+        with closing(Writer(tmp_path)) as writer:  # its owner's gateway starts beside it
+            put(writer, make_trace(trajectory="t2"))
+            assert reader.counts().traces == 2
+
+
+def test_what_was_read_before_a_rebuild_is_forgotten(tmp_path: Path) -> None:
+    """A segment went between: neither its scores nor its traces are there any more."""
+    with closing(Writer(tmp_path)) as gateway, closing(Writer(tmp_path, name="worker")) as worker:
+        one, two = make_trace(trajectory="one"), make_trace(trajectory="two")
+        put(gateway, one)
+        put(worker, two, make_score(two))
+        put(gateway, make_score(one))
+    with closing(Reader(tmp_path)) as reader:
+        assert [cell.scored for cell in reader.cells()] == [2]
+        assert reader.trace("two-0.0").meta.trajectory == "two"
+        (segment,) = tmp_path.glob("segments/worker-*.dgs")
+        segment.unlink()
+        rebuild_index(tmp_path)
+        assert [cell.scored for cell in reader.cells()] == [1]
+        with pytest.raises(NotFoundError):
+            reader.trace("two-0.0")

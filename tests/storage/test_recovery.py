@@ -19,6 +19,7 @@ from driftgate.codes import reason
 from driftgate.errors import FormatError, NotFoundError, StorageError
 from driftgate.storage import Leases, Reader, Writer, append, read_segment, rebuild_index
 from driftgate.storage.codec import pack_payload, pack_record
+from driftgate.storage.index import OWNER_GONE
 from driftgate.storage.records import Kind, encode_score, encode_small
 from driftgate.storage.segments import MAGIC
 from driftgate.testing.traces import (
@@ -114,6 +115,96 @@ def test_calls_of_a_dead_writer_are_ended_and_those_of_a_living_one_are_not(
     living.close()
 
 
+def flip(segment: Path, offset: int) -> None:
+    """One bit of a record's frame."""
+    data = bytearray(segment.read_bytes())
+    data[offset + 40] ^= 1
+    segment.write_bytes(data)
+
+
+def three_calls(root: Path) -> Path:
+    """A whole call, a second one, and a third that its gateway did not live to end."""
+    writer = Writer(root)
+    for trace in make_trajectory("t", steps=2):
+        writer.submit(make_intent(trace))
+        writer.submit(trace).result(WAIT_S)
+    writer.submit(make_intent(make_trace(trajectory="t", step=2)))
+    writer.close()
+    (segment,) = root.glob("segments/gateway-*.dgs")
+    return segment
+
+
+def states(root: Path) -> list[str]:
+    with closing(Reader(root)) as reader:
+        return [call.state for call in reader.calls("t")]
+
+
+def test_a_call_whose_record_is_damaged_is_not_said_to_be_lost_in_a_crash(tmp_path: Path) -> None:
+    segment = three_calls(tmp_path)
+    first = next(entry for entry in read_segment(segment) if entry.header.kind == Kind.TRACE)
+    flip(segment, first.offset)
+    assert rebuild_index(tmp_path).lost == [
+        "t step 0: no trace of call t-0",
+        "t step 2: no trace of call t-2",
+        "t step 1: trace t-1.0 is built on t-0.0, which is lost",
+    ]
+    Writer(tmp_path, name="later").close()
+    assert states(tmp_path) == ["open", "done", "open"]
+    flip(segment, first.offset)  # restored from a copy
+    assert rebuild_index(tmp_path).lost == []
+    Writer(tmp_path, name="later").close()
+    assert states(tmp_path) == ["done", "done", "failed"]
+
+
+def test_a_damaged_last_record_is_no_torn_tail(tmp_path: Path) -> None:
+    """It was whole once, and may come back from a copy: nobody cuts it."""
+    segment = three_calls(tmp_path)
+    *_, before, last = read_segment(segment)
+    size = segment.stat().st_size
+    flip(segment, last.offset)
+    report = rebuild_index(tmp_path)
+    assert (report.damaged_bytes, report.torn_bytes) == (size - before.end, 0)
+    Writer(tmp_path, name="later").close()
+    assert segment.stat().st_size == size
+
+
+def test_a_call_whose_segments_are_away_is_not_said_to_be_lost(tmp_path: Path) -> None:
+    """An archiver may take the segment whose lock says that its gateway lives."""
+    segment = three_calls(tmp_path)
+    segment.rename(tmp_path / "away")
+    Writer(tmp_path, name="later").close()
+    assert states(tmp_path) == ["done", "done", "open"]
+
+
+def test_an_inferred_outcome_yields_to_the_trace(tmp_path: Path, dump_index: Dump) -> None:
+    """Earlier versions wrote one for a call whose trace was damaged."""
+    segment = three_calls(tmp_path)
+    with closing(Writer(tmp_path, name="later")) as later:
+        call_id = make_trace(trajectory="t", step=0).meta.call_id
+        outcome = CallOutcome(call_id=call_id, status="failed", reason=OWNER_GONE, ended_ns=9)
+        later.submit(outcome).result(WAIT_S)
+    assert segment.exists()
+    assert states(tmp_path) == ["done", "done", "failed"]
+    with closing(Reader(tmp_path)) as reader:
+        assert reader.trajectory("t").gaps == [f"step 2: failed: {OWNER_GONE}"]
+    before = dump_index(tmp_path)
+    rebuild_index(tmp_path)
+    assert dump_index(tmp_path) == before
+
+
+def test_a_lost_call_ended_when_its_gateway_wrote_last(tmp_path: Path) -> None:
+    """Whatever happened to the file since: a cut tail, a copy."""
+    segment = three_calls(tmp_path)
+    *_, last = read_segment(segment)
+    with segment.open("ab") as file:
+        file.write(b"torn")
+    Writer(tmp_path, name="later").close()
+    with closing(Reader(tmp_path)) as reader:
+        outcome = reader.calls("t")[2].outcome
+    assert outcome is not None
+    assert outcome.ended_ns == last.header.time_ns
+
+
 def test_a_writer_whose_first_segment_came_late_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +287,19 @@ def test_a_folder_that_is_no_store_is_not_made_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for make in (Writer, Leases):
+        with pytest.raises(StorageError, match="may write"):
+            make(tmp_path / "file")
+
+
+@pytest.mark.parametrize("make", [Writer, Leases])
+def test_a_new_store_is_its_owners_alone(make: type[Writer | Leases], tmp_path: Path) -> None:
+    make(tmp_path / "new").close()
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
 def forget(root: Path, *tables: str) -> None:
     """An index that fell back to nothing, as after a power cut."""
     connection = sqlite3.connect(root / "index.sqlite")
@@ -247,9 +351,10 @@ def test_a_file_that_is_no_segment_stops_nothing(tmp_path: Path) -> None:
     fill(tmp_path, trajectories=1)
     (tmp_path / "segments" / "x.dgs").write_bytes(b"not a segment")
     (tmp_path / "segments" / "empty.dgs").write_bytes(b"")
+    (tmp_path / "segments" / "folder.dgs").mkdir()
     Writer(tmp_path).close()
     report = rebuild_index(tmp_path)
-    assert len(report.unreadable) == 2
+    assert len(report.unreadable) == 3
     assert Reader(tmp_path).counts().traces == 3
 
 

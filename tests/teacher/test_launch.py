@@ -166,6 +166,7 @@ def test_a_checkpoint_without_weights_is_one_clear_line(
         ({"model": "/nowhere"}, "no checkpoint directory"),
         ({"nproc": 2}, "reference is one process"),
         ({"lease_s": 0.1}, "lease_s must be at least 1"),
+        ({"lease_s": 7200}, "at most 3600"),
         ({"max_tokens": 1}, "leaves no room"),
         ({"tensor_parallel": 2}, "are not for reference"),
         ({"backend": "megatron", "nproc": 3, "tensor_parallel": 2}, "must be a multiple of tp"),

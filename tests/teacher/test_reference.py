@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Llama4TextConfig
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
-from driftgate.teacher.reference import ReferenceBackend
+from driftgate.teacher.reference import ReferenceBackend, pick_device
 from driftgate.teacher.sequences import Sequence, Slice
 from driftgate.testing.checkpoints import CheckpointKind
 
@@ -168,3 +168,12 @@ def test_a_model_whose_part_before_the_head_is_not_known_is_refused_in_words() -
     model = AutoModelForCausalLM.from_config(described)
     with pytest.raises(TeacherError, match="Llama4ForCausalLM does not name its part before"):
         ReferenceBackend(model, name="tiny")
+
+
+def test_cuda_that_is_not_there_is_said(
+    checkpoints: dict[CheckpointKind, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = TeacherConfig(store="unused", model=str(checkpoints["dense"]), device="cuda")
+    with pytest.raises(TeacherError, match="finds no CUDA device"):
+        pick_device(config)
