@@ -97,7 +97,8 @@ class Worker:
         begun.
 
         Something is left while another worker holds it: whoever waits for this to return finds
-        every trace scored or refused, also where that worker has died.
+        every trace scored or refused, also where that worker has died. (What cannot be read now is
+        left for the next start.)
         """
         if self._config.floor_traces:
             self._measure_floor()
