@@ -55,29 +55,32 @@ app.add_typer(index_app, name="index")
 def main() -> NoReturn:
     """Entry point. Errors made on purpose, and a disk, pipe or argument that is not well, are one
     line on stderr and status 1; wrong usage is 2."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a locale without the signs of our tables
+    output = sys.stdout if isinstance(sys.stdout, TextIOWrapper) else None  # None: it is closed
+    if output is not None:
+        output.reconfigure(errors="replace")  # a locale without the signs of our tables
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()
+            if output is not None:
+                output.flush()
     except DriftgateError as error:
         sys.exit(f"driftgate: {error}")
     except UnicodeEncodeError as error:
         sys.exit(f"driftgate: {error.object[:200]!a} is not UTF-8")
     except OSError as error:
-        _drop_output()
+        if output is not None:
+            _drop(output)
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"driftgate: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
 
 
-def _drop_output() -> None:
-    """What stdout did not take would be tried again at exit."""
+def _drop(output: TextIOWrapper) -> None:
+    """What it did not take would be tried again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, output.fileno())
     os.close(nowhere)
 
 

@@ -83,7 +83,7 @@ CREATE INDEX calls_gap ON calls (trajectory) WHERE gap;
 -- what was inferred yields to what is there: a segment that was damaged or away has come back
 CREATE TRIGGER inferred_outcome_yields AFTER UPDATE ON calls
 WHEN new.captured > 0 AND new.captured >= new.choices AND new.flawed = 0
-    AND new.outcome ->> '$.reason' = '{OWNER_GONE}'
+    AND json_extract(new.outcome, '$.reason') = '{OWNER_GONE}'
 BEGIN UPDATE calls SET outcome = NULL, status = NULL WHERE call_id = new.call_id; END;
 
 CREATE TABLE early_outcomes (                   -- of calls of which nothing else is here yet
@@ -191,7 +191,7 @@ def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
     except sqlite3.Error as error:
         connection.close()
         fix = "run `driftgate index rebuild`"
-        if error.sqlite_errorcode & PRIMARY_CODE in NOT_ALLOWED:
+        if getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE in NOT_ALLOWED:
             fix = f"make {path.parent} and what is in it writable, or read a copy of the store"
         raise StorageError(f"index {path} cannot be opened ({error}): {fix}") from error
     if version != INDEX_VERSION:

@@ -179,7 +179,10 @@ def _open_calls(connection: sqlite3.Connection) -> Iterator[list[_OpenCall]]:
 
 def _last_write_ns(root: Path, connection: sqlite3.Connection, first: str) -> int | None:
     """When the writer of ``first`` wrote its last record; None where not all that it wrote from
-    there on is whole."""
+    there on is whole.
+
+    Reads all of it, up to the first damage: a crash leaves open calls in the last segments.
+    """
     names = {name for (name,) in connection.execute("SELECT name FROM segments")}
     names |= {path.name for path in segment_paths(root)}
     series = series_of(first)
