@@ -21,7 +21,7 @@ from typing import TypeAlias
 import msgspec
 
 from driftgate.adapters.base import EngineAdapter
-from driftgate.adapters.hf import checkpoint_digest
+from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.adapters.vllm import Vllm
 from driftgate.errors import TeacherError, UpstreamError
 from driftgate.gateway.config import GatewayConfig

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from driftgate.adapters.hf import checkpoint_digest, inspect_model, text_config
+from driftgate.adapters.hf import inspect_model, text_config
+from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from driftgate.adapters.megatron import attach
     from driftgate.adapters.megatron_weights import build
 
-from driftgate.adapters.hf import checkpoint_digest
+from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.attached import AttachedBackend

@@ -13,7 +13,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from driftgate.adapters.hf import checkpoint_digest, inspect_model, text_config
+from driftgate.adapters.hf import inspect_model, text_config
+from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from driftgate import Client
-from driftgate.adapters.hf import checkpoint_digest
+from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.gateway.probe import probe
 from driftgate.router import random_zero_overlap
 from driftgate.teacher.reference import ReferenceBackend

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from driftgate.adapters.hf import checkpoint_digest
+from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.errors import TeacherError
 from driftgate.testing.checkpoints import CheckpointKind, make_checkpoint
 
@@ -223,7 +223,7 @@ def test_a_large_checkpoint_streams_without_torch(tmp_path: Path, dense: Path) -
     tracemalloc.stop()
     assert peak < 4 << 20
     code = (
-        "import sys; from driftgate.adapters.hf import checkpoint_digest as of; "
+        "import sys; from driftgate.adapters.hf_digest import checkpoint_digest as of; "
         "print(of(sys.argv[1]), 'torch' in sys.modules)"
     )
     done = subprocess.run(
