@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from driftgate.storage import Reader, Writer
+from driftgate.teacher.worker import MAX_CRASHES
 from driftgate.testing.engine import process_log, stop
 from reliability.answers import Spell
 from reliability.engine import Engine, serve_engine
@@ -116,7 +117,7 @@ def count(store: Path, row: Row) -> None:
     row.lost += counts.scorable - len(scores)
     row.check(set(scores.values()) <= {1}, "a trace was scored twice")
     row.check(in_cells == len(scores) - refused, f"{in_cells} in averages of {len(scores)}")
-    row.saw += f"{len(scores):,} scored once, {refused} of them refused after two crashes"
+    row.saw += f"{len(scores):,} scored once, {refused} of them refused after {MAX_CRASHES} crashes"
 
 
 async def worker_alone(engine: Engine, folder: Path, model: Path, tries: int) -> Row:
