@@ -43,8 +43,8 @@ __all__ = ["MAX_CRASHES", "Report", "Worker"]
 log = logging.getLogger(__name__)
 
 MAX_CRASHES = 4
-"""Workers that one trajectory may end before it is refused. Preempted ones end as well: of 100 kills
-at random moments, two came over the same trajectory often enough to refuse 38 of 6,000 traces."""
+"""Workers that one trajectory may end before it is refused. Preempted ones end as well: with two,
+100 kills at random moments refused 38 of 6,000 traces."""
 
 TWINS_AT_ONCE = 32
 """Engine noise floors that are stored together: their routes wait in memory for one fsync."""
