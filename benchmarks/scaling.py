@@ -1,7 +1,7 @@
 """What scoring costs with length, vocabulary, company and workers.
 
-Several sequences in one forward against one each, checked to be equal up to a tie of a router; peak memory of a process by
-vocabulary and length; one worker on a queue against two.
+Several sequences in one forward against one each, checked to be equal up to a tie of a router; peak
+memory of a process by vocabulary and length; one worker on a queue against two.
 """
 
 from __future__ import annotations
@@ -262,6 +262,6 @@ def run(log: Callable[[str], None]) -> Section:
 
 HOW = """\
 Random models, random texts. `padded` and `packed` give the log-probabilities of `alone` (checked
-first, in float32) and are labelled in the trainer's fingerprint. Memory is the
-peak of one forward over what its process holds after loading (VmHWM, started anew). Workers are
+first, in float32, up to where two experts tie) and are labelled in the trainer's fingerprint.
+Memory is the peak of one forward over what its process holds after loading (VmHWM, started anew). Workers are
 `driftgate teach` processes on one store; each trace is scored exactly once (checked)."""
