@@ -264,4 +264,5 @@ HOW = """\
 Random models, random texts. `padded` and `packed` give the log-probabilities of `alone` (checked
 first, in float32, up to where two experts tie) and are labelled in the trainer's fingerprint.
 Memory is the peak of one forward over what its process holds after loading (VmHWM, started
-anew). Workers are `driftgate teach` processes on one store; each trace is scored exactly once (checked)."""
+anew). Workers are `driftgate teach` processes on one store; each trace is scored exactly once
+(checked)."""
