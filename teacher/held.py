@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from driftgate.facts import Parent
+from driftgate.teacher.sequences import assemble
 from driftgate.trace import Routes, Trace
 
-__all__ = ["Held", "hold"]
+__all__ = ["Held", "fed_tokens", "hold", "smaller"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -49,6 +50,32 @@ def hold(trace: Trace, parent: Parent | None = None) -> Held:
         response=b"",
     )
     return Held(trace=light, routes=routes, no_routes=no_routes, parent=parent)
+
+
+def smaller(held: list[Held]) -> list[list[Held]]:
+    """Parts to try by themselves where all failed together: trajectories, then forwards, then the
+    longest trace of a forward and the rest; nothing of a single trace."""
+    groups: dict[str, list[Held]] = {}
+    for one in held:
+        groups.setdefault(one.trace.meta.trajectory, []).append(one)
+    if len(groups) > 1:
+        return list(groups.values())
+    by_id = {one.trace.meta.trace_id: one for one in held}
+    forwards = [
+        [by_id[part.trace_id] for part in sequence.slices]
+        for sequence in assemble([one.trace for one in held])
+    ]
+    if len(forwards) > 1:
+        return forwards
+    *rest, longest = sorted(held, key=lambda one: fed_tokens(one.trace))
+    return [[longest], rest] if rest else []
+
+
+def fed_tokens(trace: Trace) -> int:
+    """Tokens that have to be fed to score ``trace``."""
+    assert trace.prompt_ids is not None
+    assert trace.response_ids is not None
+    return len(trace.prompt_ids) + len(trace.response_ids) - 1
 
 
 def _response_routes(

@@ -29,13 +29,13 @@ from driftgate.storage import Lease, Leases, Reader, TraceRow, Writer
 from driftgate.teacher.base import Backend, SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.floors import Floors, choose, trainer_floors
-from driftgate.teacher.held import Held, hold
+from driftgate.teacher.held import Held, fed_tokens, hold, smaller
 from driftgate.teacher.replay import Replayed, Replayer
 from driftgate.teacher.scores import drift, engine_floor, refusal
 from driftgate.teacher.sequences import assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
 from driftgate.teacher.watch import Watch
-from driftgate.trace import Reason, Score, Trace, TraceMeta
+from driftgate.trace import Reason, Score, ScoreMeta, Trace, TraceMeta
 from driftgate.weights import is_mixed
 
 __all__ = ["MAX_CRASHES", "Report", "Worker"]
@@ -201,7 +201,7 @@ class Worker:
         if not is_scorable(trace):
             missing = "; ".join(trace.meta.missing) or "no ids or logprobs"
             return Reason(code="incomplete_capture", detail=missing, fix="see `driftgate probe`")
-        fed = _fed(trace)
+        fed = fed_tokens(trace)
         if fed > self._limit:
             its_own = self._limit == self._backend.max_tokens
             allows = "the trainer's model was made for" if its_own else "max_tokens allows"
@@ -222,9 +222,9 @@ class Worker:
             try:
                 scores += self._forward(part)
             except TeacherError as error:
-                smaller = _smaller(part)
-                left += reversed(smaller)
-                if not smaller:
+                parts = smaller(part)
+                left += reversed(parts)
+                if not parts:
                     scores.append(self._failed(part[0].trace.meta, error))
         return scores
 
@@ -318,9 +318,16 @@ class Worker:
         return engine_floor(hold(first), hold(second), now_ns=time.time_ns())
 
     def _store(self, scores: list[Score]) -> None:
-        """Wait until ``scores`` are on disk. Raises ``StorageError`` if they cannot be."""
+        """Wait until ``scores`` are on disk. Raises ``StorageError`` if they cannot be.
+
+        A refusal that is there for the same reason stands: nothing is written for it.
+        """
         waiting: list[Future[None]] = []
+        stands = [score.meta.trace_id for score in scores if self._stands(score.meta)]
+        self._leases.set_aside(stands)
         for score in scores:
+            if score.meta.bucket is None and score.meta.trace_id in stands:
+                continue
             try:
                 waiting.append(self._writer.submit(score))
             except StorageError:  # the queue is full: wait for what is in it, once
@@ -335,6 +342,16 @@ class Worker:
                 self.report.refused += 1
             else:
                 self.report.scored += 1
+
+    def _stands(self, meta: ScoreMeta) -> bool:
+        """Whether ``meta`` is a refusal that is stored already."""
+        if meta.bucket is not None or meta.kind != "drift":
+            return False
+        try:
+            known = self._reader.score(meta.trace_id, meta.trainer.digest).meta
+        except DriftgateError:  # the usual one is that there is none
+            return False
+        return known.bucket is None and known.comparable == meta.comparable
 
     def _refusal(self, meta: TraceMeta, reason: Reason) -> Score:
         return refusal(meta, reason, trainer=self._backend.trainer, now_ns=time.time_ns())
@@ -385,29 +402,3 @@ def _parent(row: TraceRow | None) -> Parent | None:
     if row is None or row.prompt_len is None:
         return None
     return Parent(row.meta.trace_id, row.prompt_len, row.meta.weight_version)
-
-
-def _smaller(held: list[Held]) -> list[list[Held]]:
-    """Parts to try by themselves where all failed together: trajectories, then forwards, then the
-    longest trace of a forward and the rest; nothing of a single trace."""
-    groups: dict[str, list[Held]] = {}
-    for one in held:
-        groups.setdefault(one.trace.meta.trajectory, []).append(one)
-    if len(groups) > 1:
-        return list(groups.values())
-    by_id = {one.trace.meta.trace_id: one for one in held}
-    forwards = [
-        [by_id[part.trace_id] for part in sequence.slices]
-        for sequence in assemble([one.trace for one in held])
-    ]
-    if len(forwards) > 1:
-        return forwards
-    *rest, longest = sorted(held, key=lambda one: _fed(one.trace))
-    return [[longest], rest] if rest else []
-
-
-def _fed(trace: Trace) -> int:
-    """Tokens that have to be fed to score ``trace``."""
-    assert trace.prompt_ids is not None
-    assert trace.response_ids is not None
-    return len(trace.prompt_ids) + len(trace.response_ids) - 1

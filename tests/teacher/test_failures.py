@@ -255,6 +255,17 @@ def test_what_failed_is_tried_again_by_the_next_teacher_that_starts(
     assert teach(config, backend).trajectories == 0
 
 
+def test_what_fails_again_for_the_same_reason_is_not_written_again(
+    config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader
+) -> None:
+    store(config, say("a", tokens(1, 20), [400, 401]))
+    short = msgspec.structs.replace(config, max_tokens=10)
+    assert [teach(short, backend).refused for _ in range(3)] == [1, 1, 1]
+    assert reader.last_seq() == 1
+    assert teach(config, backend).scored == 1
+    assert reader.score("a.0").meta.bucket is not None
+
+
 def test_a_segment_that_is_away_refuses_nothing(
     config: TeacherConfig, backend: ReferenceBackend, say: Say, reader: Reader,
     caplog: pytest.LogCaptureFixture,
