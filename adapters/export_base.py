@@ -96,7 +96,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Samples by the verdict on their run; ``none`` where no trainer has scored all of it."""
     other_temperature: int = 0
     """Samples with logprobs at another temperature than was sampled at, or at one not known."""
-    damaged: list[str] = []
+    damaged: list[str]
     """What could not be read, and why."""
 
 

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 from msgspec import structs
 
 from driftgate.comparable import asked_in_vain
 from driftgate.errors import NotFoundError, StorageError
-from driftgate.mismatch import BAD_CEILING, BAD_FLOOR
+from driftgate.mismatch import is_logprob
 from driftgate.profiles import PROFILES, TIERS, Tier
 from driftgate.samples import Sample, assemble, lines
 from driftgate.storage import Reader, TraceRow
@@ -219,11 +218,10 @@ def _reasons(trace: Trace) -> list[str]:
     ):
         return ["no_tokens"]
     mode = meta.engine.logprobs_mode
-    good = (logprobs > BAD_FLOOR) & (logprobs <= BAD_CEILING)
     holds = {
         "incomplete_capture": meta.status != "complete" or bool(meta.missing),
         "delivery_uncertain": meta.delivery != "delivered",
-        "bad_logprobs": mode.endswith("_logits") or not bool(np.all(good)),
+        "bad_logprobs": mode.endswith("_logits") or not is_logprob(logprobs).all(),
         "not_comparable": bool(asked_in_vain(meta.engine, meta.sampling)),
     }
     return [code for code, holding in holds.items() if holding]

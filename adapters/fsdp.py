@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from driftgate.adapters.hf import Routed, RouterTap, inspect_model, text_config
+from driftgate.adapters.hf import Routed, RouterTap, inspect_model, model_limit, text_config
 from driftgate.adapters.hf_replay import forced as forced_routes
 from driftgate.adapters.hf_replay import watched
 from driftgate.adapters.trainer import Forced, Head, Place
@@ -74,9 +74,8 @@ class FsdpModel:
             has_head=True,
             has_routes=True,
         )
-        text = text_config(model)
-        self.vocab_size = int(text.vocab_size)
-        self.max_tokens = int(getattr(text, "max_position_embeddings", 1 << 20))
+        self.vocab_size = int(text_config(model).vocab_size)
+        self.max_tokens = model_limit(model)
         self.findings: list[Reason] = inspect_model(model)
         self.no_replay: str | None = UNPROVEN
         self.settings = {

@@ -27,7 +27,7 @@ from driftgate.trace import Reason, Routes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Routed", "RouterTap", "inspect_model", "text_config"]
+__all__ = ["Routed", "RouterTap", "inspect_model", "model_limit", "text_config"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -207,6 +207,11 @@ def text_config(model: Any) -> Any:
     if not hasattr(found, "vocab_size"):
         raise TeacherError(f"{type(model).__name__} does not say how many token ids it takes")
     return found
+
+
+def model_limit(model: Any) -> int:
+    """Positions that the model was made for."""
+    return int(getattr(text_config(model), "max_position_embeddings", 1 << 20))
 
 
 def inspect_model(model: nn.Module) -> list[Reason]:

@@ -264,11 +264,12 @@ def good_tokens(
             f"train {t.shape}, rollout {r.shape} and mask {wanted.shape} must be one [R]: "
             "give the logprobs of the same sampled tokens"
         )
-    good = wanted & _good(t) & _good(r)
+    good = wanted & is_logprob(t) & is_logprob(r)
     return good, int(wanted.sum() - good.sum())
 
 
-def _good(x: F64) -> npt.NDArray[np.bool_]:
+def is_logprob(x: Array) -> npt.NDArray[np.bool_]:
+    """[R] whether each number of ``x`` [R] can be one, in nats."""
     # NaN fails both comparisons, infinity one of them
     return (x > BAD_FLOOR) & (x <= BAD_CEILING)
 

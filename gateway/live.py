@@ -154,6 +154,14 @@ class RunSums(NamedTuple):
     sum_abs: float = 0.0
     max_abs: float = 0.0
 
+    def merge(self, other: RunSums) -> RunSums:
+        """Of both."""
+        return RunSums(
+            self.n_tokens + other.n_tokens,
+            self.sum_abs + other.sum_abs,
+            max(self.max_abs, other.max_abs),
+        )
+
 
 class Live:
     """The fold of one store. Thread-safe; ``read(after)`` gives scores behind a cursor."""
@@ -183,10 +191,11 @@ class Live:
     def cells(self, refuted: Refuted) -> dict[CellKey, list[Sums]]:
         """Each cell's scores in the order they came."""
         with self._lock:
-            return {
-                key: [row.refuted() if row.pool in refuted.get(key, ()) else row for row in rows]
-                for key, rows in self._cells.items()
-            }
+            kept = {key: list(rows) for key, rows in self._cells.items()}
+        for key in kept.keys() & refuted.keys():
+            if pools := refuted[key]:
+                kept[key] = [row.refuted() if row.pool in pools else row for row in kept[key]]
+        return kept
 
     def worst(self, limit: int, refuted: Refuted) -> list[TrajectoryWorst]:
         """Trajectories by their worst token, the largest |D| first."""
@@ -249,12 +258,8 @@ class Live:
         if meta.bucket is None or not meta.bucket.n_tokens:
             return
         sums = self._runs.pop(meta.trajectory, {})  # back at the end: the one scored last
-        known = sums.get(at, RunSums())
-        sums[at] = RunSums(
-            known.n_tokens + meta.bucket.n_tokens,
-            known.sum_abs + meta.bucket.sum_abs,
-            max(known.max_abs, largest),
-        )
+        one = RunSums(meta.bucket.n_tokens, meta.bucket.sum_abs, largest)
+        sums[at] = sums.get(at, RunSums()).merge(one)
         self._runs[meta.trajectory] = sums
         if len(self._runs) > KEPT_RUNS:
             del self._runs[next(iter(self._runs))]
@@ -310,12 +315,7 @@ def _drift(sums: Mapping[tuple[CellKey, str], RunSums], refuted: Refuted) -> Run
     pairs: dict[CellKey, RunSums] = {}
     for (cell, pool), one in sums.items():
         if pool not in refuted.get(cell, ()):
-            known = pairs.get(cell, RunSums())
-            pairs[cell] = RunSums(
-                known.n_tokens + one.n_tokens,
-                known.sum_abs + one.sum_abs,
-                max(known.max_abs, one.max_abs),
-            )
+            pairs[cell] = pairs.get(cell, RunSums()).merge(one)
     if not pairs:
         return None
     worst = max(pairs.values(), key=lambda sums: sums.sum_abs / sums.n_tokens)

@@ -75,7 +75,7 @@ def run(name: str, cases: int, *, seed: int = 1) -> Outcome:
 def _find(said: str) -> str:
     """The error and where its input is kept, without libFuzzer's own words."""
     lines = [line for line in said.splitlines() if not line.startswith(("INFO", "WARNING", "#"))]
-    return "\n".join(lines).replace(f"{Path.cwd()}/", "")[:4000]
+    return "\n".join(lines)[:4000]
 
 
 def _stat(said: str, name: str) -> int:

@@ -45,7 +45,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             wrong=row.wrong,
             worst=row.worst,
             unit=row.unit,
-            notes=row.notes,
+            notes=[note.replace(f"{DOCUMENT.parent.parent}/", "") for note in row.notes],
         )
 
 

@@ -49,7 +49,7 @@ async def examine(examples: int, *, seed: int = 1) -> Examined:
             done = await asyncio.to_thread(
                 subprocess.run, command, capture_output=True, text=True, check=False
             )
-    said = (done.stdout + done.stderr).replace(f"{Path.cwd()}/", "")
+    said = done.stdout + done.stderr
     return Examined(
         operations=_number(r"Tested: (\d+)", said),
         cases=_number(r"(\d[\d,]*) generated", said),

@@ -20,11 +20,12 @@ import torch.distributed as dist
 
 from driftgate.adapters import formats
 from driftgate.adapters.export_base import read_export
+from driftgate.adapters.hf import model_limit
 from driftgate.samples import Sample
 from driftgate.teacher.attached import AttachedBackend
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.megatron import layout_of, start
-from driftgate.teacher.reference import load_model, model_limit
+from driftgate.teacher.reference import load_model
 from driftgate.teacher.sequences import Replay, Sequence, Slice
 from driftgate.testing.megatron_cpu import megatron_on_cpu
 

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from driftgate.adapters.hf import inspect_model, text_config
+from driftgate.adapters.hf import inspect_model, model_limit, text_config
 from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.batches import SEQUENCES_AT_ONCE, Batching, groups
 from driftgate.teacher.config import BATCH_TOKENS, TeacherConfig
-from driftgate.teacher.reference import fingerprint, load_model, model_limit, pick_device
+from driftgate.teacher.reference import fingerprint, load_model, pick_device
 from driftgate.teacher.scorer import Scorer
 from driftgate.teacher.sequences import Sequence, Slice
 from driftgate.trace import Reason

@@ -23,12 +23,13 @@ with warnings.catch_warnings():
     from driftgate.adapters.megatron import attach
     from driftgate.adapters.megatron_weights import build
 
+from driftgate.adapters.hf import model_limit
 from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
 from driftgate.teacher.attached import AttachedBackend
 from driftgate.teacher.config import TeacherConfig
-from driftgate.teacher.reference import is_moe, load_model, model_limit
+from driftgate.teacher.reference import is_moe, load_model
 
 __all__ = ["MegatronBackend", "layout_of", "start"]
 

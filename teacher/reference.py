@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from driftgate.adapters.hf import inspect_model, text_config
+from driftgate.adapters.hf import inspect_model, model_limit, text_config
 from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import TeacherError
@@ -24,7 +24,7 @@ from driftgate.teacher.scorer import Scorer
 from driftgate.teacher.sequences import Sequence
 from driftgate.trace import Reason, Trainer
 
-__all__ = ["ReferenceBackend", "fingerprint", "load_model", "model_limit", "pick_device"]
+__all__ = ["ReferenceBackend", "fingerprint", "load_model", "pick_device"]
 
 log = logging.getLogger(__name__)
 
@@ -181,11 +181,6 @@ def pick_device(config: TeacherConfig) -> torch.device:
 def is_moe(described: Any) -> bool:
     """True for a transformers config of a mixture of experts, whatever it calls their number."""
     return any("experts" in key for key in described.to_dict())
-
-
-def model_limit(model: Any) -> int:
-    """Positions that the model was made for."""
-    return int(getattr(text_config(model), "max_position_embeddings", 1 << 20))
 
 
 def fingerprint(

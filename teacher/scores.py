@@ -62,7 +62,7 @@ def drift(
     assert trace.response_ids is not None
     at_one = _bucket(trace, result.logprobs)
     at_asked = None if result.at_temperature is None else _bucket(trace, result.at_temperature)
-    router, shift, reason = _router(held, result, trainer)
+    router, shift, reason = _router(held, result, trainer, replayed)
     judged = judge(
         trace.meta,
         trainer,
@@ -278,12 +278,13 @@ def _replay(
 
 
 def _router(
-    held: Held, result: SliceResult, trainer: Trainer
+    held: Held, result: SliceResult, trainer: Trainer, replayed: Replayed | None
 ) -> tuple[RouterBucket | None, ShiftFinding | None, str | None]:
     """Router drift over the rows that predict the response, rows that stand elsewhere, or why there
-    is neither."""
+    is neither. Without routes the backend can tell, by ``replayed``, whether the model has no
+    routers or none that is known."""
     if result.routes is None:
-        return None, None, "the trainer's model has no routers"
+        return None, None, replayed.reason if replayed else "the trainer's model has no routers"
     if held.routes is None:
         return None, None, held.no_routes
     try:

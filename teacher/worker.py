@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -26,11 +25,11 @@ import msgspec
 from driftgate.errors import DriftgateError, FormatError, StorageError, TeacherError
 from driftgate.facts import Parent
 from driftgate.storage import Lease, Leases, Reader, TraceRow, Writer
-from driftgate.teacher.base import Backend, SliceResult
+from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.floors import Floors, choose, trainer_floors
 from driftgate.teacher.held import Held, fed_tokens, hold, smaller
-from driftgate.teacher.replay import Replayed, Replayer
+from driftgate.teacher.replay import Replayer
 from driftgate.teacher.scores import drift, engine_floor, refusal
 from driftgate.teacher.sequences import assemble, is_scorable
 from driftgate.teacher.tokens import TokenCheck, load_tokenizer
@@ -245,7 +244,15 @@ class Worker:
         replayed = self._replayer.run(held, sequences, results)
         self.report.replay_s = self._replayer.forward_s
         scores = [
-            self._drift(one, results[one.trace.meta.trace_id], replayed[one.trace.meta.trace_id])
+            drift(
+                one,
+                results[one.trace.meta.trace_id],
+                trainer=backend.trainer,
+                findings=backend.findings,
+                weight_version=self._config.weight_version,
+                replayed=replayed[one.trace.meta.trace_id],
+                now_ns=time.time_ns(),
+            )
             for one in held
         ]
         again = [one.trace for one in held if self._floors.takes(one.trace.meta.trajectory)]
@@ -254,22 +261,6 @@ class Worker:
         except TeacherError as error:
             log.warning("no noise floor from %d traces: %s", len(again), error)
             return scores
-
-    def _drift(self, one: Held, result: SliceResult, replayed: Replayed) -> Score:
-        score = drift(
-            one,
-            result,
-            trainer=self._backend.trainer,
-            findings=self._backend.findings,
-            weight_version=self._config.weight_version,
-            replayed=replayed,
-            now_ns=time.time_ns(),
-        )
-        if result.routes is not None:
-            return score
-        # No routers, or none that driftgate knows: the backend can tell.
-        meta = msgspec.structs.replace(score.meta, router_reason=replayed.reason)
-        return replace(score, meta=meta)
 
     def _measure_floor(self) -> None:
         """Run the trainer twice over the newest traces that it has no floor of."""

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from driftgate import cli_io
-from driftgate.commands.options import DEFAULT_STORE, StoreOption
+from driftgate.commands.options import DAMAGED_STATUS, DEFAULT_STORE, StoreOption
 from driftgate.errors import DriftgateError
 
 if TYPE_CHECKING:
@@ -21,9 +21,6 @@ __all__ = ["FormatOption", "export"]
 
 CHUNK_BYTES = 1 << 20
 """JSON lines are written in pieces of about this size."""
-
-DAMAGED_STATUS = 1
-"""Exit status where something could not be read; the rest is exported."""
 
 FormatOption = Literal[
     "jsonl",

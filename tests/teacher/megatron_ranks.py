@@ -25,13 +25,14 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
+from driftgate.adapters.hf import model_limit
 from driftgate.adapters.megatron import MegatronModel, attach
 from driftgate.adapters.megatron_weights import build
 from driftgate.teacher.attached import AttachedBackend
 from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.megatron import layout_of, start
-from driftgate.teacher.reference import ReferenceBackend, load_model, model_limit
+from driftgate.teacher.reference import ReferenceBackend, load_model
 from driftgate.teacher.sequences import Replay, Sequence, Slice
 from driftgate.testing.megatron_cpu import megatron_on_cpu
 from tests.teacher.fsdp_ranks import difference
