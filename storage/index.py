@@ -21,7 +21,7 @@ __all__ = ["INDEX_NAME", "OWNER_GONE", "Connections", "open_index", "transaction
 
 INDEX_NAME = "index.sqlite"
 
-INDEX_VERSION = 6
+INDEX_VERSION = 7
 """``PRAGMA user_version``. An index of another version is rebuilt, not migrated: it is derived."""
 
 BUSY_TIMEOUT_S = 30.0
@@ -124,7 +124,7 @@ CREATE INDEX traces_by_prompt ON traces (prompt_key, started_ns) WHERE prompt_ke
 CREATE INDEX traces_unscored ON traces (trajectory) WHERE scorable AND NOT scored;
 
 CREATE TABLE scores (
-    seq INTEGER PRIMARY KEY,
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,      -- never given twice, also where a score was lost
     trace_id TEXT NOT NULL,
     trajectory TEXT NOT NULL,
     kind TEXT NOT NULL,

@@ -161,9 +161,10 @@ def add_trace(
 
 
 def next_seq(connection: sqlite3.Connection) -> int:
-    """The number of the next score; stable only inside a ``transaction``."""
-    (last,) = connection.execute("SELECT COALESCE(MAX(seq), 0) FROM scores").fetchone()
-    return int(last) + 1
+    """The number of the next score, above all that were ever given; stable only inside a
+    ``transaction``."""
+    given = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'scores'").fetchone()
+    return int(given[0]) + 1 if given else 1
 
 
 def has_score(connection: sqlite3.Connection, head: ScoreHead) -> bool:

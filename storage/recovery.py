@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from driftgate.errors import FormatError, StorageError
 from driftgate.storage.delta import TraceHead
@@ -217,7 +217,11 @@ def rebuild_index(root: Path) -> RebuildReport:
         connection = open_index(new, create=True)
         try:
             with transaction(connection):
-                report = _index_all(root, connection, _ends(path))
+                # A number of a score that damage took must not name another one to who follows.
+                for given in _told(path, "SELECT * FROM sqlite_sequence WHERE name = 'scores'"):
+                    connection.execute("INSERT INTO sqlite_sequence VALUES (?, ?)", given)
+                ends = dict(_told(path, "SELECT name, indexed_bytes FROM segments"))
+                report = _index_all(root, connection, ends)
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             connection.close()
@@ -248,15 +252,15 @@ def _catch_up(path: Path, fd: int, connection: sqlite3.Connection) -> list[Score
     return again
 
 
-def _ends(index: Path) -> dict[str, int]:
-    """How far each segment was whole, as an index says; nothing where it is not well itself."""
+def _told(index: Path, sql: str) -> list[tuple[Any, ...]]:
+    """Rows of an index that is to be replaced; nothing where it is not well itself."""
     if not index.exists():
-        return {}
+        return []
     try:
         with closing(sqlite3.connect(index)) as connection:
-            return dict(connection.execute("SELECT name, indexed_bytes FROM segments"))
+            return connection.execute(sql).fetchall()
     except sqlite3.Error:
-        return {}
+        return []
 
 
 def _index_all(

@@ -71,6 +71,7 @@ def test_a_rebuilt_index_has_the_same_content(tmp_path: Path, dump_index: Dump) 
         "traces": 6,
         "scores": 6,
         "rewards": 2,
+        "sqlite_sequence": 1,
     }
     for name in ("index.sqlite", "index.sqlite-wal", "index.sqlite-shm"):
         (tmp_path / name).unlink(missing_ok=True)
@@ -421,6 +422,7 @@ def test_a_score_whose_number_was_given_away_gets_a_new_one(
     connection = sqlite3.connect(tmp_path / "index.sqlite")
     with connection:
         connection.execute("DELETE FROM scores")
+        connection.execute("DELETE FROM sqlite_sequence")
         connection.execute("DELETE FROM segments WHERE name LIKE 'dead-%'")
     connection.close()
     gateway.submit(make_score(two)).result(WAIT_S)
@@ -446,6 +448,23 @@ def test_a_rebuild_numbers_a_score_that_was_never_recovered(tmp_path: Path) -> N
     rebuild_index(tmp_path)
     rows = [(row.seq, row.meta.trace_id) for row in Reader(tmp_path).scores()]
     assert rows == [(1, "t1-0.0"), (2, "t1-1.0")]
+
+
+def test_the_number_of_a_score_that_was_lost_is_not_given_again(tmp_path: Path) -> None:
+    """Who follows the scores from there on would miss the one that takes it."""
+    one, two = make_trajectory(steps=2)
+    with closing(Writer(tmp_path)) as writer:
+        for record in (one, two, make_score(one)):
+            writer.submit(record).result(WAIT_S)
+    (segment,) = tmp_path.glob("segments/*.dgs")
+    *_, score = read_segment(segment)
+    flip(segment, score.offset)
+    for _ in range(2):
+        rebuild_index(tmp_path)
+    with closing(Writer(tmp_path, name="later")) as writer:
+        writer.submit(make_score(two)).result(WAIT_S)
+    with closing(Reader(tmp_path)) as reader:
+        assert [(row.seq, row.meta.trace_id) for row in reader.scores()] == [(2, "t1-1.0")]
 
 
 CHILD = """
