@@ -12,6 +12,7 @@ from driftgate.trace import Engine, Trainer
 from driftgate.verdict import Brief, Verdict
 
 __all__ = [
+    "MAX_FEEDBACK",
     "Feedback",
     "FeedbackRow",
     "GroupMember",
@@ -20,6 +21,9 @@ __all__ = [
     "TrajectoryVerdict",
     "TrajectoryVerdicts",
 ]
+
+MAX_FEEDBACK = 1000
+"""Trajectories behind one roll-up: each is read and folded, about 1 ms."""
 
 
 class TrajectoryVerdict(msgspec.Struct, frozen=True, kw_only=True):

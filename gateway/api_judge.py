@@ -14,9 +14,9 @@ from aiohttp import web
 from driftgate.explain import TrajectoryExplanation
 from driftgate.gateway.explanations import Explanations
 from driftgate.gateway.openapi import Route
-from driftgate.gateway.verdicts import MAX_FEEDBACK, Verdicts
+from driftgate.gateway.verdicts import Verdicts
 from driftgate.gateway.wire import query_of
-from driftgate.judgements import Feedback, TrajectoryVerdicts
+from driftgate.judgements import MAX_FEEDBACK, Feedback, TrajectoryVerdicts
 from driftgate.profiles import ProfileName
 from driftgate.storage import Reader
 

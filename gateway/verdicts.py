@@ -13,6 +13,7 @@ import numpy as np
 
 from driftgate.codes import SPOILS_ROUTES
 from driftgate.judgements import (
+    MAX_FEEDBACK,
     Feedback,
     FeedbackRow,
     GroupMember,
@@ -33,11 +34,7 @@ from driftgate.sums import LogSum, kish
 from driftgate.trace import ScoreMeta
 from driftgate.verdict import Brief, Verdict, brief, judge
 
-__all__ = ["MAX_FEEDBACK", "Verdicts", "of_response"]
-
-MAX_FEEDBACK = 1000
-"""Trajectories behind one roll-up: each is read and folded, about 1 ms."""
-
+__all__ = ["Verdicts", "of_response"]
 
 MAX_MEMBERS = 128
 """Runs of one prompt that are judged together, the nearest in time; groups are of 4 to 64 runs."""

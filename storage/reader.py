@@ -18,6 +18,20 @@ from driftgate.storage.cells import Cells
 from driftgate.storage.glance import Activity, AnswerText, read_activity, read_text
 from driftgate.storage.index import Connections
 from driftgate.storage.load import TraceCache, load_payload, load_trace
+from driftgate.storage.queries import (
+    CALL_SUMS,
+    CALLS,
+    COUNTS,
+    GROUP,
+    HAS_GAP,
+    IS_SCORED,
+    NOT_A_FLOOR,
+    PROMPT_KEY,
+    TRACE_SUMS,
+    TRACES,
+    TWINS,
+    WINDOW,
+)
 from driftgate.storage.records import Kind, decode_score
 from driftgate.storage.rows import CallRow, CellRow, Counts, ScoreRow, TraceRow, TrajectoryRow
 from driftgate.trace import CallIntent, CallOutcome, Reward, Score, ScoreMeta, Trace, TraceMeta
@@ -33,17 +47,6 @@ MAX_PAGE = 10_000
 GROUP_WINDOW = 512
 """Trajectories on either side among which a prompt group is looked for: a batch of 64 prompts with
 16 samples each."""
-
-_CALLS = (
-    "SELECT call_id, trajectory, step, model, retry, "
-    "COALESCE(status, CASE WHEN captured THEN 'done' ELSE 'open' END), "
-    "intent, outcome, choices, captured, started_ns FROM calls "
-)
-_TRACES = (
-    "SELECT meta, prompt_len, response_len, has_routes, scorable, scored, twin_key, base, "
-    "size_bytes, "
-    "(SELECT status FROM calls c WHERE c.call_id = traces.call_id) FROM traces "
-)
 
 T = TypeVar("T")
 
@@ -128,9 +131,9 @@ class Reader:
             )
             values.append(model)
         if complete is not None:
-            where.append(("NOT " if complete else "") + _HAS_GAP)
+            where.append(("NOT " if complete else "") + HAS_GAP)
         if scored is not None:
-            where.append(_IS_SCORED if scored else f"NOT ({_IS_SCORED})")
+            where.append(IS_SCORED if scored else f"NOT ({IS_SCORED})")
         rows = self._all(
             f"SELECT trajectory FROM trajectories t WHERE {' AND '.join(where)} "
             "ORDER BY started_ns DESC, trajectory DESC LIMIT ?",
@@ -142,8 +145,8 @@ class Reader:
     def trajectory(self, trajectory: str) -> TrajectoryRow:
         """One trajectory with its coverage. NotFoundError."""
         started_ns, ended_ns = self._known(trajectory, "started_ns, ended_ns")
-        calls = self._one(_CALL_SUMS, trajectory)
-        traces = self._one(_TRACE_SUMS, trajectory)
+        calls = self._one(CALL_SUMS, trajectory)
+        traces = self._one(TRACE_SUMS, trajectory)
         assert calls is not None
         assert traces is not None
         steps, missing, open_calls, failed_calls, gap_calls = calls
@@ -173,19 +176,19 @@ class Reader:
     def calls(self, trajectory: str) -> list[CallRow]:
         """Every call of a trajectory in order of step and time; empty where it is unknown."""
         rows = self._all(
-            _CALLS + "WHERE trajectory = ? ORDER BY step, retry, started_ns", trajectory
+            CALLS + "WHERE trajectory = ? ORDER BY step, retry, started_ns", trajectory
         )
         return [_call_row(row) for row in rows]
 
     def open_calls(self) -> list[CallRow]:
         """Calls with neither a trace nor an outcome: running, or lost in a crash."""
         where = "WHERE captured = 0 AND status IS NULL ORDER BY started_ns"
-        return [_call_row(row) for row in self._all(_CALLS + where)]
+        return [_call_row(row) for row in self._all(CALLS + where)]
 
     def traces(self, trajectory: str, step: int | None = None) -> list[TraceRow]:
         """Traces of a trajectory (of one step of it), in order of step, time and choice."""
         rows = self._all(
-            _TRACES + "WHERE trajectory = ?1 AND (?2 IS NULL OR step = ?2) "
+            TRACES + "WHERE trajectory = ?1 AND (?2 IS NULL OR step = ?2) "
             "ORDER BY step, started_ns, choice",
             trajectory,
             step,
@@ -232,7 +235,7 @@ class Reader:
         second trace has a noise-floor score.
         """
         rows = self._all(
-            f"{_TWINS} {_NOT_A_FLOOR if unscored else ''} ORDER BY started_ns LIMIT ?",
+            f"{TWINS} {NOT_A_FLOOR if unscored else ''} ORDER BY started_ns LIMIT ?",
             min(limit, MAX_PAGE),
         )
         return [(first, second) for first, second in rows]
@@ -245,11 +248,11 @@ class Reader:
         prompt are asked for together. By the index alone. NotFoundError.
         """
         (started,) = self._known(trajectory)
-        own = self._one(_PROMPT_KEY, trajectory)
+        own = self._one(PROMPT_KEY, trajectory)
         if own is None:
             return []
-        earliest, latest = self._one(_WINDOW, started, GROUP_WINDOW) or (started, started)
-        rows = self._all(_GROUP, own[0], own[1], earliest, latest, GROUP_WINDOW)
+        earliest, latest = self._one(WINDOW, started, GROUP_WINDOW) or (started, started)
+        rows = self._all(GROUP, own[0], own[1], earliest, latest, GROUP_WINDOW)
         return list(
             dict.fromkeys(name for name, _ in sorted(rows, key=lambda row: (row[1], row[0])))
         )
@@ -272,7 +275,7 @@ class Reader:
 
     def counts(self) -> Counts:
         """Of the whole store."""
-        row = self._one(_COUNTS)
+        row = self._one(COUNTS)
         assert row is not None
         return Counts(**dict(zip(Counts.__struct_fields__, row, strict=True)))
 
@@ -292,7 +295,7 @@ class Reader:
     def _gaps(self, trajectory: str) -> list[str]:
         """In words, what keeps a trajectory from being complete."""
         gaps = list[str]()
-        gap_calls = _CALLS + "WHERE trajectory = ? AND gap ORDER BY step, retry, started_ns"
+        gap_calls = CALLS + "WHERE trajectory = ? AND gap ORDER BY step, retry, started_ns"
         for row in self._all(gap_calls, trajectory):
             call = _call_row(row)
             if call.state == "open":
@@ -302,7 +305,7 @@ class Reader:
             elif call.captured < call.choices:
                 gaps.append(f"step {call.step}: {call.captured} of {call.choices} choices captured")
         for row in self._all(
-            _TRACES + "WHERE trajectory = ? AND flawed ORDER BY step, started_ns, choice",
+            TRACES + "WHERE trajectory = ? AND flawed ORDER BY step, started_ns, choice",
             trajectory,
         ):
             meta = _trace_row(row).meta
@@ -316,59 +319,6 @@ class Reader:
     def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._connections.reading() as connection:
             return connection.execute(sql, values).fetchall()
-
-
-_TWINS = (
-    "SELECT first, second FROM (SELECT trace_id AS second, started_ns, LAG(trace_id) OVER "
-    "(PARTITION BY twin_key, engine ORDER BY started_ns, trace_id) AS first FROM traces "
-    "WHERE twin_key IS NOT NULL AND retry = 0 AND scorable) WHERE first IS NOT NULL"
-)
-_NOT_A_FLOOR = (
-    "AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.trace_id = second AND s.kind = 'noise_floor')"
-)
-_PROMPT_KEY = (
-    "SELECT prompt_key, started_ns FROM traces "
-    "WHERE trajectory = ? AND step = 0 AND prompt_key IS NOT NULL ORDER BY started_ns LIMIT 1"
-)
-_WINDOW = (
-    "SELECT (SELECT MIN(started_ns) FROM (SELECT started_ns FROM trajectories "
-    "WHERE started_ns <= ?1 ORDER BY started_ns DESC LIMIT ?2)), "
-    "(SELECT MAX(started_ns) FROM (SELECT started_ns FROM trajectories "
-    "WHERE started_ns >= ?1 ORDER BY started_ns LIMIT ?2 + 1))"
-)
-# Of its first steps, the nearest before and after.
-_GROUP = (
-    "SELECT * FROM (SELECT trajectory, MAX(started_ns) AS at FROM traces WHERE prompt_key = ?1 "
-    "AND started_ns BETWEEN ?3 AND ?2 GROUP BY trajectory ORDER BY at DESC LIMIT ?5) UNION ALL "
-    "SELECT * FROM (SELECT trajectory, MIN(started_ns) AS at FROM traces WHERE prompt_key = ?1 "
-    "AND started_ns > ?2 AND started_ns <= ?4 GROUP BY trajectory ORDER BY at LIMIT ?5)"
-)
-_HAS_GAP = "EXISTS (SELECT 1 FROM calls c WHERE c.trajectory = t.trajectory AND c.gap)"
-_IS_SCORED = (
-    "NOT EXISTS (SELECT 1 FROM traces u "
-    "WHERE u.trajectory = t.trajectory AND scorable AND NOT scored) "
-    "AND EXISTS (SELECT 1 FROM traces u WHERE u.trajectory = t.trajectory AND scored)"
-)
-# A call without any trace misses one, unless it failed and its step was repeated.
-_CALL_SUMS = (
-    "SELECT COUNT(DISTINCT step), "
-    "COALESCE(SUM(CASE WHEN captured THEN MAX(choices - captured, 0) ELSE gap END), 0), "
-    "COALESCE(SUM(captured = 0 AND status IS NULL), 0), COUNT(status), COALESCE(SUM(gap), 0) "
-    "FROM calls WHERE trajectory = ?"
-)
-_TRACE_SUMS = (
-    "SELECT COUNT(*), COALESCE(SUM(scorable), 0), COALESCE(SUM(scorable AND scored), 0) "
-    "FROM traces WHERE trajectory = ?"
-)
-_COUNTS = (
-    "SELECT (SELECT COUNT(*) FROM trajectories), "
-    "(SELECT COUNT(*) FROM (SELECT DISTINCT trajectory, step FROM calls)), "
-    "(SELECT COUNT(*) FROM calls), (SELECT COUNT(*) FROM traces), "
-    f"(SELECT COUNT(*) FROM trajectories t WHERE NOT {_HAS_GAP}), "
-    "(SELECT COUNT(*) FROM traces WHERE scorable), "
-    "(SELECT COUNT(*) FROM traces WHERE scorable AND scored), "
-    "(SELECT COUNT(*) FROM scores)"
-)
 
 
 def _decode(text: str, type_: type[T]) -> T:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from driftgate import logs
-from driftgate.errors import DriftgateError, TeacherError
+from driftgate.errors import DriftgateError, StorageError, TeacherError
 from driftgate.teacher.base import Backend
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.launch import CONFIG_ENV, REPORT_ENV
@@ -83,7 +83,8 @@ def main() -> int:
 
 
 def _lead(config: TeacherConfig, reports: Path | None) -> str:
-    """Rank 0: work until there is nothing left; why the model could not be loaded, or ''."""
+    """Rank 0: work until there is nothing left; why it could not, where that is no fault of a
+    forward, or ''."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -93,7 +94,11 @@ def _lead(config: TeacherConfig, reports: Path | None) -> str:
         backend = _load(config)
     except TeacherError as error:
         return str(error)
-    _work(config, backend, stop)
+    try:
+        _work(config, backend, stop)
+    except StorageError as error:
+        backend.close()  # the others wait for orders: only between forwards is anything stored
+        return str(error)
     return ""
 
 

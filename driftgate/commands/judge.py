@@ -12,6 +12,7 @@ from driftgate.client import DEFAULT_URL
 from driftgate.commands.options import JsonOption, KeyOption, StoreInstead, UrlOption
 from driftgate.errors import NotFoundError
 from driftgate.explain import TrajectoryExplanation
+from driftgate.judgements import MAX_FEEDBACK
 from driftgate.profiles import ProfileName
 
 __all__ = ["explain", "feedback", "verdict"]
@@ -84,7 +85,9 @@ def verdict(
 
 def feedback(
     profile: ProfileOption = "default",
-    limit: Annotated[int, typer.Option(min=1, help="Newest trajectories to count.")] = 200,
+    limit: Annotated[
+        int, typer.Option(min=1, max=MAX_FEEDBACK, help="Newest trajectories to count.")
+    ] = 200,
     as_json: JsonOption = False,
     store: StoreInstead = None,
     url: UrlOption = DEFAULT_URL,

@@ -15,7 +15,7 @@ import pytest
 from driftgate.errors import NotFoundError
 from driftgate.mismatch import Bucket
 from driftgate.storage import Reader, Record, Writer, index, rebuild_index
-from driftgate.storage.reader import _GROUP, _PROMPT_KEY, _WINDOW
+from driftgate.storage.queries import GROUP, PROMPT_KEY, WINDOW
 from driftgate.testing.traces import (
     ENGINE,
     EPOCH_NS,
@@ -167,9 +167,9 @@ def test_a_prompt_group_is_found_without_a_scan(writer: Writer, reader: Reader) 
     put(writer, make_intent(make_trace()))
     connection = reader._connections.get()
     for sql, values in (
-        (_PROMPT_KEY, ("t",)),
-        (_WINDOW, (1, 2)),
-        (_GROUP, ("k", 1, 0, 2, 3)),
+        (PROMPT_KEY, ("t",)),
+        (WINDOW, (1, 2)),
+        (GROUP, ("k", 1, 0, 2, 3)),
     ):
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
         tables = [line for line in plan if "traces" in line or "trajectories" in line]

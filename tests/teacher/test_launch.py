@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +118,21 @@ def test_a_rank_that_fails_inside_a_forward_ends_all(
     with caplog.at_level(logging.ERROR, logger="driftgate.teacher"):
         assert launch(config) == 1
     assert caplog.messages == ["the teacher stopped: RuntimeError: planted in a forward"]
+
+
+def test_a_store_that_fails_is_one_line_and_no_traceback(
+    checkpoints: dict[CheckpointKind, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Writer(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as index:
+        index.execute("PRAGMA user_version = 1")
+    config = TeacherConfig(
+        store=str(tmp_path), model=str(checkpoints["dense"]), backend="fsdp", nproc=2
+    )
+    assert launch(config) == 1
+    said = capfd.readouterr().err
+    assert "run `driftgate index rebuild`" in said
+    assert "Traceback" not in said
 
 
 def test_a_stop_before_rank_0_has_begun_is_no_failure(
