@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ STREAMS = 256
 PACE_MS = 20.0
 SPREAD_S = 2.5
 """The streams do not start, and so do not end, all at once."""
+
+TWO_ROUNDS = 3
+TWO_WINDOW_S = 3.0
+TWO_GOAL = 1.6
+"""Of one: the load and the stand-in take a tenth of the second core where there are two."""
 
 REFERENCE = "aiohttp bytes"
 OURS = "driftgate"
@@ -182,6 +188,38 @@ def measure_delays(cores: Cores, log: Callable[[str], None]) -> list[tuple[str, 
     return delays
 
 
+def measure_two(log: Callable[[str], None]) -> tuple[float, float]:
+    """Answers a second that one gateway, and two on one store, answer and store; each on a core."""
+    first, second, rest = spread_cores()
+    agents, durable = Agents(Episode(TYPICAL), stream=False), (Sums(), Sums())
+    with (
+        tempfile.TemporaryDirectory(prefix="driftgate-bench-") as folder,
+        Stage(Path(folder)) as stage,
+    ):
+        upstream = start_standin(stage, TYPICAL, Cores(first, rest))
+        one = start_gateway(stage, upstream, Cores(first, rest))
+        two = start_gateway(stage, upstream, Cores(second, rest), name="second")
+        one.beside = two.url
+        for _ in range(TWO_ROUNDS):
+            for sums, urls in zip(durable, ([one.url], [one.url, two.url]), strict=True):
+                with pinned(rest):
+                    rate = drive(agents, urls, 32 * len(urls), warm_s=WARM_S, window_s=TWO_WINDOW_S)
+                one.answered += rate.answered
+                sums.answered += rate.answered
+                sums.durable_s += one.drain() - rate.started
+                log(f"gateways on one store: {len(urls)}: {sums.durable_rate:.0f}/s")
+        assert not one.lost, f"{one.lost} answers without a trace"
+    return durable[0].durable_rate, durable[1].durable_rate
+
+
+def spread_cores() -> tuple[set[int], set[int], set[int]]:
+    """A core for each of two gateways, and those of the load and the stand-in: the others, or the
+    second one too where there are two."""
+    usable = sorted(os.sched_getaffinity(0))
+    second = {usable[min(1, len(usable) - 1)]}
+    return {usable[0]}, second, set(usable[2:]) or second
+
+
 def rate_table(workload: Workload, ways: list[Way]) -> Table:
     """One row for each way: requests a second, the ratio to the reference, processor time."""
     reference = next(way for way in ways if way.name == REFERENCE)
@@ -221,6 +259,7 @@ def run(log: Callable[[str], None]) -> Section:
     cores = Cores.here()
     measured = [(workload, measure(workload, cores, log)) for workload in WORKLOADS]
     delays = measure_delays(cores, log)
+    one, two = measure_two(log)
     first = {way.name: way for way in measured[0][1]}
     gateways = [way.gateway for _, ways in measured for way in ways if way.gateway is not None]
     lost, answered = sum(g.lost for g in gateways), sum(g.answered for g in gateways)
@@ -229,7 +268,15 @@ def run(log: Callable[[str], None]) -> Section:
         name="gateway",
         title="Gateway",
         how=HOW,
-        tables=[*(rate_table(*pair) for pair in measured), delay_table(delays)],
+        tables=[
+            *(rate_table(*pair) for pair in measured),
+            delay_table(delays),
+            Table(
+                "JSON, gateways on one store, 32 connections each, until all is durable",
+                ["gateways", "req/s", "ratio"],
+                [["1", f"{one:,.0f}", "1.00"], ["2", f"{two:,.0f}", f"{two / one:.2f}"]],
+            ),
+        ],
         goals=[
             Goal(
                 "answers without a trace, over all runs", "0", f"{lost} of {answered:,}", lost == 0
@@ -239,6 +286,12 @@ def run(log: Callable[[str], None]) -> Section:
                 "at least 0.5",
                 f"{ratio:.2f}",
                 ratio >= 0.5,
+            ),
+            Goal(
+                "two gateways on one store against one",
+                f"at least {TWO_GOAL}",
+                f"{two / one:.2f}",
+                two >= TWO_GOAL * one,
             ),
         ],
         notes=[
@@ -256,4 +309,5 @@ stand-in for the engine and the load generator share the rest, so the first row 
 *Until all is durable* counts the time until the last trace of each run was synced and indexed;
 every answer must have a trace by then, and every trace all of its parts. *Ratio* is to
 aiohttp; *CPU µs* is the processor time of one answer in the proxy, all of its threads. The paced
-streams last 5 s each and start one after another."""
+streams last 5 s each and start one after another. *Gateways on one store* have a core each; the
+load shares the second one's where there are two cores."""

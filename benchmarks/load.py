@@ -235,7 +235,9 @@ class _Loop:
             client.transport.close()
 
 
-def drive(agents: Agents, url: str, connections: int, *, warm_s: float, window_s: float) -> Rate:
+def drive(
+    agents: Agents, url: str | Sequence[str], connections: int, *, warm_s: float, window_s: float
+) -> Rate:
     """Requests as fast as they are answered, for a fixed time. Raises ``ConnectionError``."""
 
     async def play() -> Rate:

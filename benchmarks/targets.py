@@ -121,6 +121,8 @@ class Gateway:
 
     url: str
     store: Path
+    beside: str | None = None
+    """Address of another one on the same store, whose answers are counted here too."""
     answered: int = 0
     """Whole answers that came back through it; whoever sends a call adds it."""
     lost: int = 0
@@ -152,10 +154,14 @@ class Gateway:
 
     def _queued(self) -> int:
         """Records that wait for storage, from ``/metrics``."""
-        with urlopen(f"{self.url}/metrics", timeout=DRAIN_TIMEOUT_S) as answer:
-            found = QUEUED.search(answer.read())
-        assert found is not None
-        return int(float(found.group(1)))
+        return sum(map(_queued, [self.url, *([self.beside] if self.beside else [])]))
+
+
+def _queued(url: str) -> int:
+    with urlopen(f"{url}/metrics", timeout=DRAIN_TIMEOUT_S) as answer:
+        found = QUEUED.search(answer.read())
+    assert found is not None
+    return int(float(found.group(1)))
 
 
 def start_gateway(stage: Stage, upstream: str, cores: Cores, *, name: str = "driftgate") -> Gateway:
