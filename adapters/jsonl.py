@@ -12,6 +12,7 @@ import base64
 import io
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -133,8 +134,8 @@ def rows(
 ) -> Iterator[Row]:
     """Every trace of the store, or of one trajectory. NotFoundError where that does not exist.
 
-    A trace that cannot be read is named in ``damaged`` and left out; StorageError without that
-    list.
+    A trace or a score that cannot be read is named in ``damaged`` and left out; StorageError
+    without that list.
     """
     if trajectory is not None:
         reader.trajectory(trajectory)
@@ -147,16 +148,25 @@ def rows(
         )
         for row in traces:
             trace_id = row.meta.trace_id
-            try:
-                yield _row(
-                    reader.trace(trace_id),
-                    reward=None if reward is None else reward.value,
-                    scores=[_scored(reader, meta) for meta in scored.get(trace_id, [])],
-                )
-            except (StorageError, NotFoundError) as error:
-                if damaged is None:
-                    raise
-                damaged.append(f"trace {trace_id}: {error}")
+            trace, scores = None, list[Scored]()
+            with _naming(f"trace {trace_id}", damaged):
+                trace = reader.trace(trace_id)
+            for meta in scored.get(trace_id, []) if trace is not None else ():
+                with _naming(f"score of {trace_id} by {meta.trainer.digest}", damaged):
+                    scores.append(_scored(reader, meta))
+            if trace is not None:
+                yield _row(trace, reward=None if reward is None else reward.value, scores=scores)
+
+
+@contextmanager
+def _naming(what: str, damaged: list[str] | None) -> Iterator[None]:
+    """Puts what cannot be read into ``damaged``; raises it where there is no such list."""
+    try:
+        yield
+    except (StorageError, NotFoundError) as error:
+        if damaged is None:
+            raise
+        damaged.append(f"{what}: {error}")
 
 
 def trace_of(row: Row) -> Trace:

@@ -195,9 +195,10 @@ class Api(LiveHandlers):
         if not math.isfinite(body.value):
             raise RequestError(f"reward {body.value} is not a finite number")
         await self._known(name)
-        reward = Reward(
-            trajectory=name, value=body.value, source=body.source, given_ns=time.time_ns()
-        )
+        last = await self._thread(lambda: self._context.reader.reward(name))
+        # The last one given counts, also where the clock was set back since.
+        given_ns = max(time.time_ns(), last.given_ns + 1 if last is not None else 0)
+        reward = Reward(trajectory=name, value=body.value, source=body.source, given_ns=given_ns)
         # Shielded: a client that leaves must not cancel what the writer has in hand.
         await asyncio.shield(asyncio.wrap_future(self._context.submit(reward)))
         return json_answer(msgspec.json.encode(reward))

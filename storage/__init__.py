@@ -4,8 +4,8 @@ from driftgate.storage.glance import Activity, AnswerText
 from driftgate.storage.leases import MAX_LEASE_S, Leases
 from driftgate.storage.neighbours import Neighbours
 from driftgate.storage.reader import Reader
+from driftgate.storage.rebuild import rebuild_index
 from driftgate.storage.records import Record
-from driftgate.storage.recovery import rebuild_index
 from driftgate.storage.rows import (
     CallRow,
     CellRow,

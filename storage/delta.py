@@ -103,7 +103,16 @@ def trace_bytes(trace: Trace) -> int:
 def diff(
     trace: Trace, base: Trace | None, *, base_depth: int = 0, twin_key: str | None = None
 ) -> StoredTrace:
-    """``trace`` against ``base``; a full record where there is none or too little is shared."""
+    """``trace`` against ``base``; a full record where there is none or too little is shared.
+
+    ValueError for a trace that ``resolve`` would not give back, however little of it is stored.
+    """
+    if (count := len(_ids(trace))) > MAX_IDS:
+        raise ValueError(f"a trace has at most {MAX_IDS} ids, not {count}")
+    if trace.routes is not None and trace.routes.nbytes > MAX_ROUTES_BYTES:
+        raise ValueError(
+            f"a trace has at most {MAX_ROUTES_BYTES} bytes of routes, not {trace.routes.nbytes}"
+        )
     if base is not None and base_depth < MAX_DEPTH:
         stored, saved = _against(trace, base, base_depth + 1, twin_key)
         if saved >= MIN_SAVED_SHARE * trace_bytes(trace):
@@ -121,8 +130,10 @@ def resolve(chain: Sequence[StoredTrace], base: Trace | None = None) -> Trace:
     prompt_len, response_len = newest.prompt_len or 0, newest.response_len or 0
     first = chain[0]
     count = len(first.ids) + (newest.delta.ids if newest.delta else 0)
-    if count != prompt_len + response_len or not 0 <= prompt_len <= count <= MAX_IDS:
+    if count != prompt_len + response_len or not 0 <= prompt_len <= count:
         raise _broken(first, f"{count} ids for {prompt_len} + {response_len}")
+    if count > MAX_IDS:
+        raise _broken(first, f"{count} ids are more than {MAX_IDS}")
     ids = np.empty(count, np.int32)
     _fill_ids(ids, chain, base)
     ids.setflags(write=False)

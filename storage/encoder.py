@@ -126,7 +126,7 @@ class Encoder:
                 return load_trace(self._connection, self._root, trace_id, self._cache)
             except NotFoundError:
                 continue
-            except FormatError as error:
+            except (FormatError, OSError) as error:
                 log.warning("trace %s cannot be a base: %s", trace_id, error)
         return None
 

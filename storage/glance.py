@@ -26,7 +26,7 @@ not the rate wrong."""
 
 _RECENT = (
     "SELECT trajectory, started_ns, (SELECT COALESCE(SUM(response_len), 0) FROM traces t "
-    "WHERE t.call_id = c.call_id) FROM calls c ORDER BY c.rowid DESC LIMIT ?"
+    "WHERE t.call_id = c.call_id) FROM calls c ORDER BY started_ns DESC LIMIT ?"
 )
 _WITH_GAPS = (
     "SELECT COUNT(DISTINCT trajectory) FROM calls WHERE gap AND NOT "

@@ -68,7 +68,7 @@ CREATE TABLE calls (
     status TEXT,                                -- of the outcome
     choices INTEGER NOT NULL DEFAULT 0,         -- n of the request, 0 while no trace says it
     captured INTEGER NOT NULL DEFAULT 0,        -- traces in the store
-    flawed INTEGER NOT NULL DEFAULT 0,          -- of those, partial or missing something
+    flawed INTEGER NOT NULL DEFAULT 0,          -- of those, partial, missing something or baseless
     -- whole: all choices are there; cancelled beside them says that they could not be delivered
     whole INTEGER NOT NULL GENERATED ALWAYS AS
         (captured > 0 AND captured >= choices AND flawed = 0
@@ -76,6 +76,7 @@ CREATE TABLE calls (
     gap INTEGER NOT NULL DEFAULT 1              -- not whole, and no repetition made up for it
 ) STRICT;
 CREATE INDEX calls_by_trajectory ON calls (trajectory, step, retry, started_ns);
+CREATE INDEX calls_by_start ON calls (started_ns);
 CREATE INDEX calls_by_model ON calls (model, trajectory);
 CREATE INDEX calls_open ON calls (trajectory) WHERE captured = 0 AND status IS NULL;
 CREATE INDEX calls_gap ON calls (trajectory) WHERE gap;
@@ -102,6 +103,7 @@ CREATE TABLE traces (
     started_ns INTEGER NOT NULL,
     retry INTEGER NOT NULL,
     flawed INTEGER NOT NULL,
+    baseless INTEGER NOT NULL,                  -- what it is built on is lost: nobody can read it
     scorable INTEGER NOT NULL,                  -- has prompt, response and logprobs: none is empty
     scored INTEGER NOT NULL,                    -- has a drift score by some trainer
     prompt_len INTEGER,
@@ -121,6 +123,7 @@ CREATE INDEX traces_by_call ON traces (call_id);
 CREATE INDEX traces_by_engine ON traces (engine, model);
 CREATE INDEX traces_by_twin ON traces (twin_key, engine, started_ns) WHERE twin_key IS NOT NULL;
 CREATE INDEX traces_by_prompt ON traces (prompt_key, started_ns) WHERE prompt_key IS NOT NULL;
+CREATE INDEX traces_baseless ON traces (trajectory) WHERE baseless;
 CREATE INDEX traces_unscored ON traces (trajectory) WHERE scorable AND NOT scored;
 
 CREATE TABLE scores (
@@ -190,10 +193,9 @@ def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
     except sqlite3.Error as error:
         connection.close()
-        fix = "run `driftgate index rebuild`"
-        if getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE in NOT_ALLOWED:
-            fix = f"make {path.parent} and what is in it writable, or read a copy of the store"
-        raise StorageError(f"index {path} cannot be opened ({error}): {fix}") from error
+        raise StorageError(
+            f"index {path} cannot be opened ({error}): {_fix(path, error)}"
+        ) from error
     if version != INDEX_VERSION:
         connection.close()
         raise StorageError(
@@ -201,6 +203,18 @@ def open_index(path: Path, *, create: bool) -> sqlite3.Connection:
             "run `driftgate index rebuild`"
         )
     return connection
+
+
+def _fix(path: Path, error: sqlite3.Error) -> str:
+    """What to do where an index does not open."""
+    code = getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE
+    if code in NOT_ALLOWED:
+        return f"make {path.parent} and what is in it writable, or read a copy of the store"
+    if code == sqlite3.SQLITE_BUSY:
+        return "another process keeps it locked: look for a stopped gateway or teacher, try again"
+    if code == sqlite3.SQLITE_FULL:
+        return "make room on its disk"
+    return "run `driftgate index rebuild`"
 
 
 def _writable(path: Path) -> bool:
@@ -232,11 +246,7 @@ class Connections:
 
     def get(self) -> sqlite3.Connection:
         """This thread's connection; StorageError where there is no index."""
-        try:
-            inode = os.stat(self._path).st_ino
-        except FileNotFoundError:
-            inode = -1
-        seen = (inode, _unshared(self._path))
+        seen = self._look()
         if getattr(self._local, "seen", None) != seen:
             connection = open_index(self._path, create=False)
             with self._lock:
@@ -244,6 +254,16 @@ class Connections:
             self._local.connection, self._local.seen = connection, seen
         current: sqlite3.Connection = self._local.connection
         return current
+
+    def _look(self) -> tuple[int, ...]:
+        """What differs where a connection must be opened anew."""
+        try:
+            file = os.stat(self._path)
+        except FileNotFoundError:
+            return (-1,)
+        if _unshared(self._path):  # SQLite keeps what it has read of a file that cannot change
+            return file.st_ino, file.st_mtime_ns, file.st_size
+        return (file.st_ino,)
 
     @property
     def file(self) -> int:

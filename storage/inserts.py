@@ -14,10 +14,13 @@ import msgspec
 
 from driftgate.codes import PASSING
 from driftgate.storage.delta import TraceHead
+from driftgate.storage.index import OWNER_GONE
 from driftgate.storage.records import ScoreHead
+from driftgate.storage.segments import series_of
 from driftgate.trace import CallIntent, CallOutcome, Reward, ScoreMeta
 
 __all__ = [
+    "LOST",
     "Place",
     "add_intent",
     "add_outcome",
@@ -27,6 +30,7 @@ __all__ = [
     "has_score",
     "indexed_bytes",
     "is_passing",
+    "mark_baseless",
     "next_seq",
     "set_indexed",
 ]
@@ -82,15 +86,22 @@ def add_intent(connection: sqlite3.Connection, intent: CallIntent, segment: str)
 
 def add_outcome(connection: sqlite3.Connection, outcome: CallOutcome) -> None:
     """A call ended without all its traces. Its intent comes later where storage took it late."""
-    ended = connection.execute(
+    told = connection.execute(
+        "SELECT outcome FROM calls WHERE call_id = ?", (outcome.call_id,)
+    ).fetchone()
+    inferred = outcome.reason == OWNER_GONE
+    if told is None:
+        how = "IGNORE" if inferred else "REPLACE"
+        connection.execute(
+            f"INSERT OR {how} INTO early_outcomes VALUES (?, ?)", (outcome.call_id, _json(outcome))
+        )
+        return
+    if inferred and told[0] is not None:
+        return  # what is inferred yields to what was said, whichever came first
+    connection.execute(
         "UPDATE calls SET outcome = ?, status = ? WHERE call_id = ?",
         (_json(outcome), outcome.status, outcome.call_id),
     )
-    if not ended.rowcount:
-        connection.execute(
-            "INSERT OR REPLACE INTO early_outcomes VALUES (?, ?)", (outcome.call_id, _json(outcome))
-        )
-        return
     connection.execute(
         "UPDATE trajectories SET ended_ns = MAX(ended_ns, ?) "
         "WHERE trajectory = (SELECT trajectory FROM calls WHERE call_id = ?)",
@@ -107,12 +118,14 @@ def add_trace(
     has_logprobs: bool,
     has_routes: bool,
 ) -> None:
-    """A trace is in a segment. A second record with the same trace id is ignored."""
+    """A trace is in a segment. Of two records with its id the one that its writer wrote later
+    counts (FORMAT.md)."""
     meta = head.meta
     scorable = bool(head.prompt_len and head.response_len and has_logprobs)
-    connection.execute(
-        "INSERT OR IGNORE INTO traces VALUES (?,?,?,?,?,?,?,?,?,?,?, EXISTS"
-        "(SELECT 1 FROM scores WHERE trace_id = ? AND kind = 'drift'),?,?,?,?,?,?,?,?,?,?,?)",
+    added = connection.execute(
+        "INSERT INTO traces VALUES (?,?,?,?,?,?,?,?,?,?,0,?, EXISTS"
+        "(SELECT 1 FROM scores WHERE trace_id = ? AND kind = 'drift'),?,?,?,?,?,?,?,?,?,?,?) "
+        "ON CONFLICT (trace_id) DO NOTHING",
         (
             meta.trace_id,
             meta.call_id,
@@ -139,10 +152,24 @@ def add_trace(
             _json(meta),
         ),
     )
+    if not added.rowcount and _is_later(connection, meta.trace_id, place):
+        connection.execute(
+            "UPDATE traces SET base = ?, depth = ?, segment = ?, offset = ?, size_bytes = ? "
+            "WHERE trace_id = ?",
+            (
+                head.delta.base if head.delta else None,
+                head.depth,
+                place.segment,
+                place.offset,
+                place.size_bytes,
+                meta.trace_id,
+            ),
+        )
     connection.execute(
         "INSERT INTO calls "
         "(call_id, trajectory, step, model, retry, started_ns, choices, captured, flawed) "
-        "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, COUNT(*), SUM(flawed) FROM traces WHERE call_id = ?1 "
+        "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, COUNT(*), SUM(flawed OR baseless) "
+        "FROM traces WHERE call_id = ?1 "
         "ON CONFLICT (call_id) DO UPDATE SET choices = MAX(choices, excluded.choices), "
         "captured = excluded.captured, flawed = excluded.flawed",
         (
@@ -158,6 +185,29 @@ def add_trace(
     _touch_trajectory(connection, meta.trajectory, meta.started_ns, meta.ended_ns)
     _add_early_outcome(connection, meta.call_id)
     _settle(connection, meta.call_id)
+
+
+def mark_baseless(connection: sqlite3.Connection) -> None:
+    """Say of each trace whether all that it is built on is there; its call is a gap where not."""
+    changed = connection.execute(
+        f"{LOST} UPDATE traces SET baseless = NOT baseless "
+        "WHERE baseless <> (trace_id IN (SELECT trace_id FROM lost)) RETURNING call_id"
+    ).fetchall()
+    for (call_id,) in set(changed):
+        connection.execute(
+            "UPDATE calls SET flawed = "
+            "(SELECT SUM(flawed OR baseless) FROM traces WHERE call_id = ?1) WHERE call_id = ?1",
+            (call_id,),
+        )
+        _settle(connection, call_id)
+
+
+LOST = (
+    "WITH RECURSIVE lost (trace_id) AS ("
+    "  SELECT trace_id FROM traces WHERE base NOT IN (SELECT trace_id FROM traces) "
+    "  UNION SELECT t.trace_id FROM traces t JOIN lost ON t.base = lost.trace_id)"
+)
+"""Traces that nobody can read: one that they are built on is not there."""
 
 
 def next_seq(connection: sqlite3.Connection) -> int:
@@ -246,6 +296,16 @@ def _add_early_outcome(connection: sqlite3.Connection, call_id: str) -> None:
     ).fetchone()
     if row is not None:
         add_outcome(connection, msgspec.json.decode(row[0], type=CallOutcome))
+
+
+def _is_later(connection: sqlite3.Connection, trace_id: str, place: Place) -> bool:
+    """Whether the writer of a trace's record in the index wrote the one at ``place`` after it."""
+    (segment, offset) = connection.execute(
+        "SELECT segment, offset FROM traces WHERE trace_id = ?", (trace_id,)
+    ).fetchone()
+    if series_of(segment) != series_of(place.segment):
+        return False
+    return (place.segment, place.offset) > (segment, offset)
 
 
 def _touch_trajectory(

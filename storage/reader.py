@@ -311,6 +311,12 @@ class Reader:
             meta = _trace_row(row).meta
             what = meta.missing or ["the answer did not end"]
             gaps += [f"step {meta.step} choice {meta.choice}: {text}" for text in what]
+        for step, choice, base in self._all(
+            "SELECT step, choice, base FROM traces WHERE trajectory = ? AND baseless "
+            "ORDER BY step, choice",
+            trajectory,
+        ):
+            gaps.append(f"step {step} choice {choice}: it is built on {base}, which is lost")
         return gaps
 
     def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:

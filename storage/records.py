@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
-from typing import TypeAlias, TypeVar, cast
+from typing import Annotated, TypeAlias, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -75,7 +75,7 @@ class ScoreHead(msgspec.Struct, frozen=True, kw_only=True):
     """JSON part of a score record."""
 
     meta: ScoreMeta
-    seq: int
+    seq: Annotated[int, msgspec.Meta(ge=1, lt=1 << 62)]
 
 
 def twin_key(trace: Trace) -> str | None:
@@ -197,7 +197,8 @@ def head_of(payload: Payload, type_: type[T]) -> T:
 
 
 def _json(value: msgspec.Struct) -> bytes:
-    """JSON of ``value``; ValueError where it would not decode again (a NaN becomes null)."""
+    """JSON of ``value``; ValueError where it would not decode again (a NaN becomes null, which only
+    optional fields take)."""
     encoded = msgspec.json.encode(value)
     try:
         msgspec.json.decode(encoded, type=type(value))

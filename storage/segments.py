@@ -14,7 +14,6 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import google_crc32c
@@ -41,6 +40,7 @@ __all__ = [
     "header_bytes",
     "read_entry",
     "read_segment",
+    "records_start",
     "scan",
     "segment_paths",
     "segments_dir",
@@ -61,8 +61,8 @@ MAX_NAME_BYTES = 64
 take."""
 
 MAX_RESYNC_TRIES = 10_000
-"""Markers tried after damaged bytes before the rest counts as lost: bounds the time that a hostile
-file costs."""
+"""Markers tried after damaged bytes before the rest is left: bounds the time that a hostile file
+costs."""
 
 SEARCH_BYTES = 1 << 20
 """Block size of that search."""
@@ -175,7 +175,7 @@ def scan(path: Path, start: int | None = None) -> Iterator[Entry | Damage]:
     """Whole records from offset ``start`` (None: the first), and the damage between them.
 
     Ends at the torn tail, if there is one. FormatError where the file is no segment of a known
-    version.
+    version, or where so many markers stand in damage that the rest of it is not searched.
     """
     with path.open("rb") as file:
         fd, size = file.fileno(), os.fstat(file.fileno()).st_size
@@ -183,12 +183,21 @@ def scan(path: Path, start: int | None = None) -> Iterator[Entry | Damage]:
         while at < size:
             entry = _entry_at(fd, at, size)
             if entry is None:
-                entry = _resync(fd, at + 1, size)
+                entry = _resync(path, fd, at + 1, size)
                 if entry is None:
                     return
                 yield Damage(at, entry.offset)
             yield entry
             at = entry.end
+
+
+def records_start(path: Path) -> int:
+    """Offset of a segment's first record; 0 where the file is none or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return _header_end(path, file.fileno())
+    except (FormatError, OSError):
+        return 0
 
 
 def read_segment(path: Path) -> Iterator[Entry]:
@@ -234,12 +243,13 @@ def fsync_dir(path: Path) -> None:
 def has_living_writer(root: Path, segment: str) -> bool:
     """Whether the writer of ``segment`` lives: it holds the lock of the first of its series.
 
-    Where that one is missing nothing says that it is gone: it counts as living.
+    Where that one is missing, or may not be opened, nothing says that it is gone: it counts as
+    living.
     """
     path = segments_dir(root) / f"{series_of(segment)}-{FIRST_SERIAL:06d}{SUFFIX}"
     try:
         fd = take_over(path)
-    except FileNotFoundError:
+    except OSError:
         return True
     if fd is not None:
         os.close(fd)
@@ -291,9 +301,14 @@ def _entry_at(fd: int, at: int, size: int) -> Entry | None:
     return Entry(at, header, frame) if whole(header, head, frame) else None
 
 
-def _resync(fd: int, at: int, size: int) -> Entry | None:
+def _resync(path: Path, fd: int, at: int, size: int) -> Entry | None:
     """The next whole record from ``at`` on."""
-    for candidate in islice(_markers(fd, at), MAX_RESYNC_TRIES):
+    for tries, candidate in enumerate(_markers(fd, at)):
+        if tries == MAX_RESYNC_TRIES:
+            raise FormatError(
+                f"{path}: damaged from byte {at - 1} on, and not searched to its end: it has more "
+                f"than {MAX_RESYNC_TRIES} markers of records that are none"
+            )
         entry = _entry_at(fd, candidate, size)
         if entry is not None:
             return entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from driftgate.adapters.jsonl import Row, rows, trace_of
 from driftgate.errors import NotFoundError
-from driftgate.storage import Reader, Record
+from driftgate.storage import Reader, Record, read_segment
 from driftgate.testing.stores import BAD_TRAINER, SLASHED, example_records, write_store
 from driftgate.testing.traces import (
     TRAINER,
@@ -110,6 +111,21 @@ def test_what_is_missing_stays_missing(tmp_path: Path) -> None:
     assert row.scores == []
     assert row.reward is None
     assert_same_trace(trace_of(row), trace)
+
+
+def test_a_damaged_score_costs_no_trace(tmp_path: Path) -> None:
+    store = write_store(tmp_path, [trace := make_trace(), make_score(trace)])
+    (segment,) = store.glob("segments/*.dgs")
+    *_, score = read_segment(segment)
+    data = bytearray(segment.read_bytes())
+    data[score.offset + 40] ^= 1
+    segment.write_bytes(data)
+    damaged: list[str] = []
+    with closing(Reader(store)) as reader:
+        (row,) = rows(reader, damaged=damaged)
+    assert_same_trace(trace_of(row), trace)
+    assert row.scores == []
+    assert damaged[0].startswith(f"score of {trace.meta.trace_id} by {TRAINER.digest}: ")
 
 
 def test_bodies_with_line_ends_stay_on_one_line(tmp_path: Path) -> None:

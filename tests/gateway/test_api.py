@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -243,7 +244,9 @@ async def test_minting_gives_a_base_url_with_the_encoded_name(api: Api) -> None:
     }
 
 
-async def test_a_reward_is_readable_when_its_answer_comes(tmp_path: Path) -> None:
+async def test_a_reward_is_readable_when_its_answer_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_store(tmp_path, example_records())
     writer, reader, app = Writer(tmp_path), Reader(tmp_path), web.Application()
     context = ApiContext(reader=reader, submit=writer.submit, mint=lambda name: ("", ""))
@@ -255,6 +258,11 @@ async def test_a_reward_is_readable_when_its_answer_comes(tmp_path: Path) -> Non
         reward = reader.reward("two")
         assert reward is not None
         assert (reward.value, reward.source) == (-1.5, "me")
+        monkeypatch.setattr(time, "time_ns", lambda: 1)  # the clock was set back
+        async with api.post("/api/trajectories/two/reward", json={"value": 2.0}):
+            again = reader.reward("two")
+        assert again is not None
+        assert (again.value, again.given_ns) == (2.0, reward.given_ns + 1)
     writer.close()
     reader.close()
 

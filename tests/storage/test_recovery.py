@@ -145,6 +145,7 @@ def test_a_call_whose_record_is_damaged_is_not_said_to_be_lost_in_a_crash(tmp_pa
     first = next(entry for entry in read_segment(segment) if entry.header.kind == Kind.TRACE)
     flip(segment, first.offset)
     assert rebuild_index(tmp_path).lost == [
+        f"segment {segment.name} is damaged: traces 1",
         "t step 0: no trace of call t-0",
         "t step 2: no trace of call t-2",
         "t step 1: trace t-1.0 is built on t-0.0, which is lost",
@@ -426,9 +427,9 @@ def test_a_score_whose_number_was_given_away_gets_a_new_one(
         connection.execute("DELETE FROM segments WHERE name LIKE 'dead-%'")
     connection.close()
     gateway.submit(make_score(two)).result(WAIT_S)
-    recovering = Writer(tmp_path, name="worker")
-    recovering.close()
+    Writer(tmp_path, name="worker").close()
     gateway.close()
+    Writer(tmp_path, name="later").close()  # knows all of the dead one's segment as indexed
     rows = [(row.seq, row.meta.trace_id) for row in Reader(tmp_path).scores()]
     assert rows == [(1, "t1-1.0"), (2, "t1-0.0")]
     before = dump_index(tmp_path)
