@@ -167,6 +167,54 @@ async def test_an_engine_that_is_well_again_gets_calls_again(
     assert calls(engines) == [1, 1]
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("gone", [False, True])
+async def test_only_an_engine_that_was_away_is_taken_for_another(
+    agent: Agent, engines: list[StandIn], monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    first = agent.gateway.upstreams.all[0]
+    returned: list[bool] = []
+    monkeypatch.setattr(first.health, "_returned", returned.append)
+    if gone:
+        engines[0].status = 503
+        await until(lambda: not first.available)
+        engines[0].status = None
+    else:
+        first.health.failed("the engine closed the connection without an answer")
+    await until(lambda: bool(returned))
+    assert returned == [gone]
+
+
+async def test_a_bug_in_a_look_is_not_the_last_one(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(health, "LAST_BACKOFF_S", 0.01)
+    first = agent.gateway.upstreams.all[0]
+    monkeypatch.setattr(first.health, "_wait_s", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(first.health, "_look", lambda: 1 / 0)
+        first.health.failed("it was unplugged")
+        await until(lambda: "it is tried again" in caplog.text)
+    await until(lambda: first.available)
+
+
+async def test_a_call_waits_once_for_engines_that_hang(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadlines: list[float | None] = []
+
+    async def ready(deadline: float | None = None) -> None:
+        deadlines.append(deadline)
+
+    for upstream in agent.gateway.upstreams.all:
+        upstream.error = "not probed yet"
+        monkeypatch.setattr(upstream, "ready", ready)
+    assert await run(agent, "a") == 200
+    assert len(deadlines) == 3
+    assert len(set(deadlines)) == 1
+
+
 @pytest.mark.usefixtures("slow")
 async def test_readiness_tells_of_each(agent: Agent, engines: list[StandIn]) -> None:
     await engines[0].runner.cleanup()
