@@ -4,12 +4,15 @@ captured says what is missing."""
 from __future__ import annotations
 
 import json
+import math
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
 
+from driftgate.gateway.openai import Plan, strip_answer, strip_event
 from tests.gateway.conftest import start
 from tests.gateway.test_tape import chunk
 
@@ -91,3 +94,46 @@ async def test_a_body_that_is_none_reaches_the_agent(says: Says, body: bytes) ->
     status, answer = await agent.send(ASKED)
     assert (status, answer) == (200, body)
     assert (await agent.send(ASKED))[0] == 200
+
+
+# Text that is no strict JSON.
+
+HIDES = Plan(
+    api="chat",
+    hide_top=frozenset({"prompt_token_ids"}),
+    hide_choice=frozenset({"token_ids", "logprobs"}),
+)
+NO_JSON = b'{"choices":[{"logprobs":NaN,"token_ids":[5],"message":{"content":"%b"}}]}'
+
+
+@pytest.mark.parametrize("text", ["NaN", '"NaN"', "\\", 'a\\"-Infinity', "é\n", ""])
+def test_numbers_that_json_does_not_have_pass(text: str) -> None:
+    logprobs = [math.nan, -math.inf, math.inf, -0.5]
+    body = {"a": [math.nan], "choices": [{"x": text, "logprobs": logprobs, "y": -math.inf}]}
+    stripped = strip_answer(json.dumps(body).encode(), HIDES).body
+    body["choices"] = [{"x": text, "logprobs": None, "y": -math.inf}]
+    assert json.dumps(json.loads(stripped)) == json.dumps(body)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'\\"' * (1 << 19), b'\\"' * (1 << 19) + b"\\", b'"' * (1 << 20), b"-" * (1 << 20)],
+    ids=["escaped quotes", "a half escape", "quotes", "signs"],
+)
+def test_a_megabyte_of_anything_is_looked_through_at_once(text: bytes) -> None:
+    """A quadratic search takes hours; the suite's timeout is two minutes."""
+    cut = NO_JSON.partition(b"%b")[0] + text
+    assert strip_answer(cut, HIDES).body == cut
+    assert strip_event(b"data: " + cut, HIDES) == b"data: " + cut
+
+
+def test_looking_through_an_answer_takes_little_memory() -> None:
+    body = NO_JSON % (b"A" * (1 << 22))
+    tracemalloc.start()
+    try:
+        stripped = strip_answer(body, HIDES).body
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert b'"logprobs":null,"token_ids":null' in stripped
+    assert peak < 8 * len(body)  # copies, not a note for each character
