@@ -76,7 +76,9 @@ async def test_text_that_is_none_reaches_the_agent(says: Says, content: bytes) -
     assert status == 200
     assert b'"content":"%b"' % content in stream
     (trace,) = await agent.traces()
-    assert trace.meta.missing[0].startswith("events: 1 cannot be read")
+    assert trace.meta.missing[0].startswith("answer: delta cannot be read")
+    assert trace.response_ids is not None
+    assert trace.response_ids.tolist() == [7, 7]  # the token is whole
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,32 @@ async def test_a_body_that_is_none_reaches_the_agent(says: Says, body: bytes) ->
     status, answer = await agent.send(ASKED)
     assert (status, answer) == (200, body)
     assert (await agent.send(ASKED))[0] == 200
+
+
+@pytest.mark.parametrize(("n", "came"), [(1, 0), (2, 1)])
+async def test_a_whole_answer_that_cannot_be_read_is_said_and_counted(
+    says: Says, n: int, came: int
+) -> None:
+    """The agent has all of it; of the store's gap it must be known whose it is."""
+    unread = USUAL.replace(b'"token_ids":[7]', b'"token_ids":"7"').replace(b"0,", b"1,", 1)
+    agent = await says(USUAL * came + unread + b"data: [DONE]\n\n", EVENT_STREAM)
+    status, _ = await agent.send(ASKED | {"stream": True, "n": n})
+    assert status == 200
+    (outcome,) = await agent.outcomes()
+    assert outcome.status == "capture_failed"
+    why = "events: 1 cannot be read, the first: token_ids: Expected `array | null`, got `str`"
+    assert outcome.reason == f"{came} of {n} choices came: {why}"
+    assert len(await agent.traces()) == came
+    assert 'lost_total{record="trace"} 1.0' in agent.gateway.metrics.render().decode()
+
+
+async def test_a_cut_answer_that_cannot_be_read_says_both(says: Says) -> None:
+    agent = await says(USUAL.replace(b"[7]", b'"7"'), EVENT_STREAM)
+    await agent.send(ASKED | {"stream": True})
+    (outcome,) = await agent.outcomes()
+    assert outcome.status == "failed"
+    assert outcome.reason.startswith("0 of 1 choices came: the stream ended without data: [DONE]")
+    assert "; events: 1 cannot be read, the first: " in outcome.reason
 
 
 # Text that is no strict JSON.
