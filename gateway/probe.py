@@ -298,7 +298,7 @@ class _Probe:
                 while not response.content.at_eof() and len(raw) < MAX_PROBE_BYTES:
                     raw += await response.content.read(MAX_PROBE_BYTES)
                 status = response.status
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # a bad address
             reason = str(error) or type(error).__name__
             raise UpstreamError(
                 f"no engine answers at {self._url}: {reason}; start it, or correct the upstream URL"

@@ -148,9 +148,9 @@ class Proxy:
             upstream.lost()
             broke = breakage(error)
             raise UpstreamError(f"{broke.what}; {broke.fix}") from error
-        return web.Response(
-            status=answer.status, body=body, headers=http.answer_headers(answer.headers)
-        )
+        reason = http.reason_phrase(answer.reason)
+        headers = http.answer_headers(answer.headers)
+        return web.Response(status=answer.status, reason=reason, body=body, headers=headers)
 
     def _that_serve(self, model: str | None) -> Sequence[Upstream]:
         """Engines to ask what is no model call; all where no model is named."""

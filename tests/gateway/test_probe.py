@@ -56,6 +56,8 @@ async def test_an_unknown_model_and_no_engine(engine: StandIn) -> None:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(UpstreamError, match="no engine answers at"):
             await probe(f"http://127.0.0.1:{unused.getsockname()[1]}")
+    with pytest.raises(UpstreamError, match="no engine answers at"):
+        await probe("http://127.0.0.1:99999")
 
 
 def test_defaults_are_read_from_the_model(tmp_path: Path) -> None:

@@ -270,3 +270,42 @@ def test_upstreams_are_checked() -> None:
         GatewayConfig(upstream="http://a:1", upstreams=["http://a:1/"])
     with pytest.raises(ValueError, match="without /v1"):
         GatewayConfig(upstreams=["http://a:1/v1"])
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://a:99999", "Port out of range 0-65535"),
+        ("http://a:abc", "Port could not be cast to integer value as 'abc'"),
+        ("http://a:-1", "Port"),
+        ("http://a:0", "no port behind its colon"),
+        ("http://a:", "no port behind its colon"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("http://a..b:80", "label empty or too long"),
+        (f"http://{'a' * 64}:80", "label"),
+        ("http://a:1?x=1", "query or fragment"),
+        ("http://a:1/?", "query or fragment"),
+        ("http://a:1#f", "query or fragment"),
+        ("http://a b:80", "blanks"),
+        (" http://a:80", "blanks"),
+        ("http://a:80\n", "blanks"),
+        ("http://a:80/v1/", "without /v1"),
+        ("http://me:my secret@a:80", "must not hold credentials"),
+        ("http://a:80/v1/chat/completions", "without /v1"),
+        ("http://:80", "is not a URL like"),
+        ("a:80", "is not a URL like"),
+    ],
+)
+def test_an_address_that_is_none_is_one_line_at_the_start(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=r"^upstream ") as refused:
+        GatewayConfig(upstream=url)
+    assert why in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a", "https://a.b.:1/v1/x", "http://[::1]:1", "http://ü:80", "http://a_b:8000"]
+)
+def test_an_address_that_is_one_is_taken(url: str) -> None:
+    assert GatewayConfig(upstream=url).urls == [url]
