@@ -99,11 +99,13 @@ def _count(details: object, name: str) -> int | None:
 
 def _number(said: object) -> int | None:
     """2, 2.0 and "2" are one count."""
-    try:
-        count = msgspec.convert(said, int | None, strict=False)
+    if said is None:
+        return None
+    try:  # which takes microseconds, and nearly all counts are numbers
+        count = said if type(said) is int else msgspec.convert(said, int, strict=False)
     except msgspec.ValidationError:
         return None
-    return count if count is not None and 0 <= count < MAX_COUNT else None
+    return count if 0 <= count < MAX_COUNT else None
 
 
 class Head(msgspec.Struct):
@@ -122,10 +124,10 @@ class Head(msgspec.Struct):
         except UNREADABLE as error:
             odd.setdefault("usage", str(error))
             return None
-        for name in ("prompt_tokens", "completion_tokens"):
-            said = usage.said_prompt if name == "prompt_tokens" else usage.said_completion
-            if said is not None and getattr(usage, name) is None:
-                odd.setdefault(f"usage.{name}", "it is no count")
+        if usage.said_prompt is not None and usage.prompt_tokens is None:
+            odd.setdefault("usage.prompt_tokens", "it is no count")
+        if usage.said_completion is not None and usage.completion_tokens is None:
+            odd.setdefault("usage.completion_tokens", "it is no count")
         return usage
 
     def fingerprint(self, odd: Odd) -> str | None:
