@@ -155,10 +155,9 @@ def test_an_odd_field_costs_no_other(name: str, changes: dict[str, Any]) -> None
     assert sample.choice == 0
 
 
-@pytest.mark.parametrize(("name", "changes"), ODD)
+# Without its index an event belongs to no choice.
+@pytest.mark.parametrize(("name", "changes"), [case for case in ODD if case[0] != "index"])
 def test_an_odd_field_costs_no_event(name: str, changes: dict[str, Any]) -> None:
-    if name == "index":
-        return  # without it an event belongs to no choice
     piece = {name.replace("message", "delta"): value for name, value in changes.items()}
     top = piece.pop("top", {})
     stream = events(
