@@ -5,7 +5,7 @@ and named in ``missing``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import msgspec
@@ -15,7 +15,7 @@ from msgspec import Raw
 from driftgate.adapters.base import EngineAdapter
 from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.gateway.digits import ids_of, read_all_ids
-from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
+from driftgate.gateway.draft import HEAD, Draft, Odd, Usage, given, read_choice
 from driftgate.gateway.messages import Message
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.pieces import Pieces, check_text
@@ -37,6 +37,9 @@ ARRAY_KEYS = (
 )
 """Left out of ``Sample.response``: the arrays hold them, but for the alternatives that an agent
 asked for (``top_logprobs``)."""
+
+TEXTS = {"message", "delta", "text"}
+"""Fields that hold a choice's text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -68,6 +71,8 @@ class Folded:
     """``system_fingerprint``, where the answer carries it."""
     error: str | None = None
     """What went wrong for the whole answer, in words."""
+    unread: str | None = None
+    """Why choices may be lacking that the engine gave, in words."""
 
 
 def fold_answer(
@@ -91,19 +96,21 @@ def fold_answer(
     folder = _Folder(plan, adapter, expect_routes=expect_routes, via=via, end=None)
     found = given(head.prompt_token_ids)
     prompt_ids = None if found is None else bytes(found)
-    return folder.fold(drafts, prompt_ids, head.usage, head.system_fingerprint)
+    odd = Odd()
+    usage, fingerprint = head.usage(odd), head.fingerprint(odd)
+    return folder.fold(drafts, prompt_ids, usage, fingerprint, odd=odd)
 
 
 def _draft(raw: Raw, position: int) -> Draft:
     draft = Draft(index=position)
     try:
-        choice = CHOICE.decode(raw)
+        choice, odd = read_choice(raw, position)
     except UNREADABLE as error:
         draft.missing.append(f"answer: choice {position} cannot be read: {error}")
         draft.response = bytes(raw)
         return draft
     draft.index = choice.index
-    draft.add(choice)
+    draft.add(choice, odd)
     fields = _FIELDS.decode(raw)
     draft.response = msgspec.json.encode(
         {name: value for name, value in fields.items() if name not in ARRAY_KEYS}
@@ -118,14 +125,15 @@ def fold_stream(
     drafts = tape.drafts()
     if end is None:
         end = tape.error or (None if tape.done else "the stream ended without data: [DONE]")
+    unread = None
     if tape.unread:
+        unread = f"events: {tape.unread} cannot be read, the first: {tape.first_unread}"
         for draft in drafts:
-            draft.missing.append(
-                f"events: {tape.unread} cannot be read, the first: {tape.first_unread}"
-            )
+            draft.missing.append(unread)
     via: RoutesVia = "plugin" if tape.plan.mode == "plugin" else "none"
     folder = _Folder(tape.plan, adapter, expect_routes=expect_routes, via=via, end=end)
-    return folder.fold(drafts, tape.prompt_ids, tape.usage, tape.fingerprint, error=end)
+    folded = folder.fold(drafts, tape.prompt_ids, tape.usage, tape.fingerprint, odd=tape.odd)
+    return replace(folded, error=end, unread=unread)
 
 
 class _Folder:
@@ -153,14 +161,15 @@ class _Folder:
         usage: Usage | None,
         fingerprint: str | None,
         *,
-        error: str | None = None,
+        odd: Odd,
     ) -> Folded:
         usage = usage or Usage()
         for draft in drafts:
             draft.prompt_ids = draft.prompt_ids or prompt_ids
+            draft.odd = odd | draft.odd
         counted = self._usage_gap(drafts, usage)
         samples = [self._sample(draft, usage, counted) for draft in drafts]
-        return Folded(samples=samples, fingerprint=fingerprint, error=error)
+        return Folded(samples=samples, fingerprint=fingerprint)
 
     def _usage_gap(self, drafts: list[Draft], usage: Usage) -> list[str]:
         """Where the engine's own count differs from what came."""
@@ -173,8 +182,9 @@ class _Folder:
 
     def _sample(self, draft: Draft, usage: Usage, counted: list[str]) -> Sample:
         missing = [*draft.missing, *counted]
+        missing += [f"answer: {name} cannot be read: {why}" for name, why in draft.odd.items()]
         terminal = self._end is None and draft.finish_reason is not None
-        if not terminal:
+        if not terminal and (self._end is not None or "finish_reason" not in draft.odd):
             missing.append(f"end: {self._end or 'no finish_reason came'}")
         if self._plan.uncaptured is not None:
             missing.append(f"tokens: {self._plan.uncaptured}")
@@ -294,6 +304,8 @@ class _Folder:
 
     def _text_matches(self, draft: Draft, joined: bytes, offsets: I32 | None) -> bool | None:
         if offsets is None or self._plan.echo or self._end is not None:
+            return None
+        if not TEXTS.isdisjoint(draft.odd):
             return None
         text: str | None
         if draft.text is not None:

@@ -22,6 +22,9 @@ SECRETS = ("upstream_key", "signing_key", *KEYS)
 MIN_SIGNING_CHARS = 32
 """As hexadecimal digits they are 128 bits."""
 
+ROUTES = ("/v1", "/v1/chat/completions", "/v1/completions")
+"""Ends of addresses that were meant for clients."""
+
 StreamingRoutes = Literal["auto", "plugin", "synthesise", "off"]
 
 
@@ -154,13 +157,24 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def _check_upstream(url: str) -> None:
-    parts = urlsplit(url)
+    if "@" in url.partition("://")[2].partition("/")[0]:  # before a message repeats it
+        raise ValueError("upstream must not hold credentials: use upstream_key")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        (parts.hostname or "").encode("idna")
+    except ValueError as error:  # a UnicodeError is one
+        raise ValueError(f"upstream {url!r} is not a URL: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"upstream {url!r} is not a URL like http://host:8000")
-    if parts.path.endswith("/v1"):
-        raise ValueError(f"upstream {url!r} must be given without /v1")
-    if parts.username or parts.password:
-        raise ValueError("upstream must not hold credentials: use upstream_key")
+    if port == 0 or parts.netloc.endswith(":"):
+        raise ValueError(f"upstream {url!r} names no port behind its colon")
+    if not url.isprintable() or " " in url:
+        raise ValueError(f"upstream {url!r} holds blanks or control characters")
+    if "?" in url or "#" in url:
+        raise ValueError(f"upstream {url!r} must be given without a query or fragment")
+    if parts.path.rstrip("/").endswith(ROUTES):
+        raise ValueError(f"upstream {url!r} must be given without /v1 and what follows it")
 
 
 def _is_token(text: str) -> bool:

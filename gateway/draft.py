@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import StringIO
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 from msgspec import Raw
@@ -20,7 +20,16 @@ from driftgate.gateway.pieces import Pieces, Row
 from driftgate.gateway.texts import says_bytes, token_texts
 from driftgate.trace import WeightSpan
 
-__all__ = ["CHOICE", "HEAD", "Choice", "Draft", "Head", "Usage", "given"]
+__all__ = ["HEAD", "Choice", "Draft", "Head", "Odd", "Usage", "given", "read_choice"]
+
+MAX_COUNT = 1 << 63
+"""Of tokens: the store holds no larger number."""
+
+ALIGNED = ("index", "token_ids", "logprobs")
+"""Fields of a choice without which the rest of it belongs to no token."""
+
+Odd: TypeAlias = dict[str, str]
+"""Fields that cannot be read, and why; the rest of their answer is whole."""
 
 _NULL = Raw(b"null")
 _NO_ALTERNATIVES = (b"", b"null", b"[]", b"{}")
@@ -55,11 +64,23 @@ class Choice(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    """Each count is read by itself, in any spelling: a surprise in one must not cost the
+    capture."""
+
+    said_prompt: Any = msgspec.field(default=None, name="prompt_tokens")
+    said_completion: Any = msgspec.field(default=None, name="completion_tokens")
     prompt_tokens_details: Any = None
-    """Whatever an engine puts here: a surprise in it must not cost the capture."""
     completion_tokens_details: Any = None
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Of all choices."""
+        return _number(self.said_prompt)
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """Of all choices."""
+        return _number(self.said_completion)
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -73,20 +94,56 @@ class Usage(msgspec.Struct):
 
 
 def _count(details: object, name: str) -> int | None:
-    count = details.get(name) if isinstance(details, dict) else None
-    return count if isinstance(count, int) else None
+    return _number(details.get(name)) if isinstance(details, dict) else None
+
+
+def _number(said: object) -> int | None:
+    """2, 2.0 and "2" are one count."""
+    if said is None:
+        return None
+    try:  # which takes microseconds, and nearly all counts are numbers
+        count = said if type(said) is int else msgspec.convert(said, int, strict=False)
+    except msgspec.ValidationError:
+        return None
+    return count if 0 <= count < MAX_COUNT else None
 
 
 class Head(msgspec.Struct):
     choices: list[Raw] = []
     prompt_token_ids: Raw = Raw()
-    usage: Usage | None = None
-    system_fingerprint: str | None = None
+    said_usage: Raw = msgspec.field(default=Raw(), name="usage")
+    said_fingerprint: Any = msgspec.field(default=None, name="system_fingerprint")
     error: Raw = Raw()
+
+    def usage(self, odd: Odd) -> Usage | None:
+        """What of it cannot be read is put into ``odd``."""
+        if given(self.said_usage) is None:
+            return None
+        try:
+            usage = _USAGE.decode(self.said_usage)
+        except UNREADABLE as error:
+            odd.setdefault("usage", str(error))
+            return None
+        if usage.said_prompt is not None and usage.prompt_tokens is None:
+            odd.setdefault("usage.prompt_tokens", "it is no count")
+        if usage.said_completion is not None and usage.completion_tokens is None:
+            odd.setdefault("usage.completion_tokens", "it is no count")
+        return usage
+
+    def fingerprint(self, odd: Odd) -> str | None:
+        """``system_fingerprint``, likewise."""
+        said = self.said_fingerprint
+        if said is None or isinstance(said, str):
+            return said
+        odd.setdefault("system_fingerprint", "it is no text")
+        return None
 
 
 HEAD = msgspec.json.Decoder(Head)
-CHOICE = msgspec.json.Decoder(Choice)
+_USAGE = msgspec.json.Decoder(Usage)
+_CHOICE = msgspec.json.Decoder(Choice)
+_PARTS = {part.name: msgspec.json.Decoder(part.type) for part in msgspec.structs.fields(Choice)}
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _SHORT_ROWS = msgspec.json.Decoder(list[Row])
 _RAWS = msgspec.json.Decoder(list[Raw])
 _LONG_ROWS = msgspec.json.Decoder(list[_Row])
@@ -95,6 +152,25 @@ _LONG_ROWS = msgspec.json.Decoder(list[_Row])
 def given(raw: Raw) -> Raw | None:
     """None for a field that is absent or null."""
     return raw if raw and raw != _NULL else None
+
+
+def read_choice(raw: Raw, position: int | None = None) -> tuple[Choice, Odd]:
+    """A choice, of which a field that cannot be read costs no other. One of ``UNREADABLE`` where
+    it is none, or its tokens cannot be read. ``position``: its index, where that is not said."""
+    try:
+        return _CHOICE.decode(raw), {}
+    except UNREADABLE:
+        fields = _FIELDS.decode(raw)
+    choice, odd = Choice(index=position or 0), Odd()
+    for name, part in _PARTS.items():
+        try:
+            if name in fields:
+                setattr(choice, name, part.decode(fields[name]))
+        except UNREADABLE as error:
+            if name in ALIGNED and not (name == "index" and position is not None):
+                raise msgspec.ValidationError(f"{name}: {error}") from error
+            odd[name] = str(error)
+    return choice, odd
 
 
 def _list_of(raw: Raw) -> list[Raw]:
@@ -138,6 +214,7 @@ class Draft:
     stop_reason: int | str | None = None
     response: bytes | None = None
     missing: list[str] = field(default_factory=list)
+    odd: Odd = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -161,7 +238,8 @@ class Draft:
         """The response ids as a JSON array; None where none came."""
         return None if self.ids is None else b"".join([b"[", self.ids, b"]"])
 
-    def add(self, choice: Choice) -> None:
+    def add(self, choice: Choice, odd: Odd) -> None:
+        self.odd = odd | self.odd
         if (prompt_ids := given(choice.prompt_token_ids)) is not None:
             self.prompt_ids = bytes(prompt_ids)
         if choice.token_ids is not None:

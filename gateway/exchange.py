@@ -119,7 +119,8 @@ class Exchange:
             if self._asked.dialect is not None:
                 raw = self._asked.dialect.engine_error(answer.status, raw)
                 headers["Content-Type"] = "application/json"
-        return web.Response(status=answer.status, body=raw, headers=headers)
+        reason = http.reason_phrase(answer.reason)
+        return web.Response(status=answer.status, reason=reason, body=raw, headers=headers)
 
     async def _json(self, answer: EngineAnswer) -> web.StreamResponse:
         asked, end = self._asked, self._end

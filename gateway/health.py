@@ -46,9 +46,10 @@ class Health:
     """Of one engine. Lives on the event loop."""
 
     def __init__(
-        self, url: str, key: str | None, weights: Weights, returned: Callable[[], None]
+        self, url: str, key: str | None, weights: Weights, returned: Callable[[bool], None]
     ) -> None:
-        """``returned`` is called when the engine answers again."""
+        """``returned`` is called when the engine answers again, with whether it was away: not only
+        one of its connections broke."""
         self.error: str | None = None
         """Why no call goes there now."""
         self._url = url
@@ -58,39 +59,53 @@ class Health:
         self._weights_path: str | None = None
         self._session: aiohttp.ClientSession | None = None
         self._wake = asyncio.Event()
+        self._away = False
+        self._wait_s = FIRST_BACKOFF_S
 
     def read_weights(self, path: str | None) -> None:
         """Look for the version at ``path`` from now on, until the engine does not know it."""
         self._weights_path = path
 
-    def failed(self, why: str) -> None:
-        """A call got no answer: leave the engine alone until it is well."""
+    def failed(self, why: str, *, reached: bool = True) -> None:
+        """A call got no answer: leave the engine alone until it is well. ``reached``: there was a
+        connection."""
         self.error = why
+        self._away = self._away or not reached
         self._wake.set()
 
     async def watch(self) -> None:
         """Look for ever."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as self._session:
-            wait_s = FIRST_BACKOFF_S
             while True:
-                if self.error is None:
-                    self._wake.clear()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(INTERVAL_S):
-                            await self._wake.wait()
-                if self.error is not None:
-                    await asyncio.sleep(wait_s)
-                    wait_s = min(2 * wait_s, LAST_BACKOFF_S)
-                was, self.error = self.error, await self._look()
-                if self.error is None:
-                    wait_s = FIRST_BACKOFF_S
-                    await self._look_at_weights()
-                    if was is not None:
-                        log.info("%s is back; it was left because: %s", self._url, was)
-                        self._returned()
-                elif was is None:
-                    log.warning("%s gets no calls: %s", self._url, self.error)
+                try:
+                    await self._pass()
+                except Exception:  # a bug: without this task an engine that was left stays left
+                    log.exception("looking at %s failed; it is tried again", self._url)
+                    await asyncio.sleep(LAST_BACKOFF_S)
+
+    async def _pass(self) -> None:
+        """Wait until it is time, and look once."""
+        if self.error is None:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(INTERVAL_S):
+                    await self._wake.wait()
+        if self.error is not None:
+            await asyncio.sleep(self._wait_s)
+            self._wait_s = min(2 * self._wait_s, LAST_BACKOFF_S)
+        was, self.error = self.error, await self._look()
+        if self.error is not None:
+            self._away = True
+            if was is None:
+                log.warning("%s gets no calls: %s", self._url, self.error)
+            return
+        self._wait_s = FIRST_BACKOFF_S
+        was_away, self._away = self._away, False
+        await self._look_at_weights()
+        if was is not None or was_away:
+            log.info("%s is back; it was left because: %s", self._url, was or "it was not there")
+            self._returned(was_away)
 
     async def confirm(self) -> None:
         """Look at the weights once more, where the engine is what tells of them."""

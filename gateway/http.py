@@ -130,3 +130,9 @@ def error_body(status: int, message: str, *, code: str | None = None) -> bytes:
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     error = {"message": message, "type": kind, "param": None, "code": code or status}
     return msgspec.json.encode({"error": error})
+
+
+def reason_phrase(said: str | None) -> str | None:
+    """The words behind an engine's status; None, which stands for the usual ones, where they
+    cannot be sent."""
+    return said if said is not None and said.isascii() and said.isprintable() else None

@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 
 from driftgate.errors import UNREADABLE
+from driftgate.gateway.probe_answers import typed
 from driftgate.gateway.weights import Weights
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class Numerics:
                 "%s: no numerical fingerprint: its answer has no logprobs: %r", self._url, error
             )
             return None
-        return _Reading(said.get("system_fingerprint"), digest)
+        return _Reading(typed(said, "system_fingerprint", str), digest)
 
 
 def fingerprint_of(logprobs: dict[str, Any]) -> str:

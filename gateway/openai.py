@@ -59,8 +59,17 @@ _TAKEN_TOP, _TAKEN_CHOICE = {"prompt_token_ids"}, {"logprobs", "token_ids"}
 """Fields that ``take_apart`` takes out, which must then be hidden."""
 
 _EMPTY_DELTA = re.compile(rb"\{\s*\}")
-_STRING_OR_NOT_JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)\b')
 _QUOTED = b"driftgate:no-json:"
+_NO_JSON = rb"-?(?:NaN|Infinity)\b"
+_TO_NO_JSON = re.compile(
+    rb'((?:[^"NI-]++|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|(?!%b).)*+)(?:(%b)|\Z)'
+    % (_NO_JSON, _NO_JSON),
+    re.DOTALL,
+)
+"""What stands before a number that JSON does not have, and the number. A string without an end goes
+to the end, and nothing is looked at twice: the time is linear for any bytes."""
+
+_QUOTED_NO_JSON = re.compile(rb'"%b(%b)"' % (_QUOTED, _NO_JSON))
 _LIST_OF_PROMPTS = re.compile(rb"\[\s*[\"\[]")
 
 
@@ -160,8 +169,8 @@ def rewrite(
     logprobs_asked = _ask_logprobs(api, fields, out)
     if not logprobs_asked:
         hide_choice.add("logprobs")
-        if plan.echo:
-            hide_top.add("prompt_logprobs")  # with echo vLLM derives it from top_logprobs
+    if plan.echo and _makes_prompt_logprobs(fields):
+        hide_top.add("prompt_logprobs")
     if plan.mode == "plugin":
         out[adapter.ask_stream_routes] = _TRUE
     elif plan.mode == "synthesise":
@@ -205,6 +214,13 @@ def _ask_logprobs(api: Api, fields: Fields, out: Fields) -> bool:
     return asked
 
 
+def _makes_prompt_logprobs(fields: Fields) -> bool:
+    """With echo vLLM takes ``top_logprobs`` for a ``prompt_logprobs`` that is absent. Its default
+    is 0, so that only our 0 in place of an explicit null makes a difference."""
+    is_null = "top_logprobs" in fields and is_absent(fields, "top_logprobs")
+    return is_null and is_absent(fields, "prompt_logprobs")
+
+
 def _uncapturable(api: Api, fields: Fields, adapter: EngineAdapter) -> str | None:
     """Why this request must reach the engine as it is; None when it can be captured."""
     for name in (adapter.ask_ids, "stream"):
@@ -219,6 +235,8 @@ def _uncapturable(api: Api, fields: Fields, adapter: EngineAdapter) -> str | Non
             return "logprobs is not a number"
         if not is_absent(fields, "echo") and read_lax(fields["echo"], bool) is not False:
             return "echo: asking for token ids would change the echoed text"
+        if is_absent(fields, "logprobs") and _names_tokens(fields):
+            return "logprob_token_ids without logprobs: the engine refuses it"
         return None
     if "messages" not in fields:
         return "messages are missing: the engine's refusal repeats the whole request"
@@ -227,9 +245,15 @@ def _uncapturable(api: Api, fields: Fields, adapter: EngineAdapter) -> str | Non
     top = read(fields, "top_logprobs", int)
     if not is_absent(fields, "top_logprobs") and top is None:
         return "top_logprobs is not a number"
-    if not read(fields, "logprobs", bool) and (top or not is_absent(fields, "logprob_token_ids")):
+    if not read(fields, "logprobs", bool) and (top or _names_tokens(fields)):
         return "top_logprobs or logprob_token_ids without logprobs: the engine refuses it"
     return None
+
+
+def _names_tokens(fields: Fields) -> bool:
+    """An empty list is as good as none."""
+    named = not is_absent(fields, "logprob_token_ids")
+    return named and read(fields, "logprob_token_ids", list[Raw]) != []
 
 
 def _plan(api: Api, fields: Fields, mode: StreamMode) -> Plan:
@@ -319,13 +343,17 @@ def strip_event(event: bytes, plan: Plan) -> bytes | None:
 
 def _quoted(data: bytes) -> bytes:
     """``data`` with NaN and infinities, which Python's encoder writes, as texts."""
-    return _STRING_OR_NOT_JSON.sub(
-        lambda found: found[0] if found[0][:1] == b'"' else b'"%b%b"' % (_QUOTED, found[0]), data
-    )
+    if b"NaN" not in data and b"Infinity" not in data:
+        return data
+
+    def quote(found: re.Match[bytes]) -> bytes:
+        return found[0] if found[2] is None else b'%b"%b%b"' % (found[1], _QUOTED, found[2])
+
+    return _TO_NO_JSON.sub(quote, data)
 
 
 def _unquoted(data: bytes) -> bytes:
-    return re.sub(b'"%b([^"]+)"' % _QUOTED, rb"\1", data)
+    return _QUOTED_NO_JSON.sub(rb"\1", data)
 
 
 def _hidden(answer: Fields, choices: list[Fields], plan: Plan) -> bytes | None:

@@ -49,12 +49,12 @@ class EngineAnswer:
     def __init__(
         self,
         line: _Line,
-        status: int,
-        headers: CIMultiDictProxy[str],
+        message: RawResponseMessage,
         content: aiohttp.StreamReader,
     ) -> None:
-        self.status = status
-        self.headers = headers
+        self.status = message.code
+        self.reason = message.reason
+        self.headers = message.headers
         self.content = content
         self._line: _Line | None = line
 
@@ -178,7 +178,7 @@ class Poster:
         except BaseException:
             line.close()
             raise
-        return EngineAnswer(line, message.code, message.headers, content)
+        return EngineAnswer(line, message, content)
 
     def _kept(self, url: URL) -> _Line | None:
         """The connection that was used last; those that have been idle for too long are closed."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,21 @@ from driftgate.adapters.engines import adapter_for
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
-from driftgate.gateway import sse
 from driftgate.gateway.flags import ServerInfo, cache_flags, read_info
 from driftgate.gateway.http import without_key
+from driftgate.gateway.probe_answers import (
+    COLD,
+    WARM,
+    choice_of,
+    chunks_of,
+    logprobs_mode,
+    prompt_ids_of,
+    top_of,
+    typed,
+)
 from driftgate.trace import LogprobsMode
 
-__all__ = ["ModelInfo", "ProbeReport", "logprobs_mode", "probe", "sampling_defaults"]
+__all__ = ["ModelInfo", "ProbeReport", "probe", "sampling_defaults"]
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 60.0
@@ -33,15 +41,6 @@ REQUEST_TIMEOUT_S = 60.0
 
 MAX_PROBE_BYTES = 16 << 20
 """Of one answer to the probe; a few tokens with routes are kilobytes."""
-
-COLD, WARM = 0.25, 1.0
-"""Two temperatures: logprobs after the temperature differ between them by this ratio, raw ones
-not."""
-
-MIN_GAP = 0.05
-"""Nats between the two best tokens below which the ratio of their gaps says nothing."""
-
-RATIO_TOLERANCE = 0.25
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
@@ -144,6 +143,8 @@ class _Probe:
         self._url = url
         self._adapter = adapter_for("unknown")
         self._notes: list[str] = []
+        self._unread = 0
+        """Events of the stream that cannot be read."""
         self._refused: _Refused | None = None
         """The engine's answer to the question for ids and logprobs."""
 
@@ -156,8 +157,9 @@ class _Probe:
         info = await self._introduce(models)
         warm = await self._ask(asked, WARM)
         mode: LogprobsMode = "unknown"
-        if _choice(warm).get("logprobs"):
-            mode = logprobs_mode(_top(warm), _top(await self._ask(asked, COLD)))
+        choice = choice_of(warm)
+        if typed(choice, "logprobs", dict):
+            mode = logprobs_mode(top_of(warm), top_of(await self._ask(asked, COLD)))
             mode = self._adapter.logprobs_mode if mode == "unknown" else mode
         streamed = await self._stream(asked) if warm and self._adapter.streams_ids else []
         engine = _engine_name(models, warm)
@@ -169,12 +171,15 @@ class _Probe:
             flags=info.flags or await self._cache_flags(),
             models=models,
             model=asked,
-            system_fingerprint=warm.get("system_fingerprint"),
-            token_ids=bool(_prompt_ids(warm) and _choice(warm).get("token_ids")),
-            logprobs=bool(_choice(warm).get("logprobs")),
-            routes=bool(_choice(warm).get("routed_experts")),
+            system_fingerprint=typed(warm, "system_fingerprint", str),
+            token_ids=bool(prompt_ids_of(warm) and typed(choice, "token_ids", list)),
+            logprobs=bool(typed(choice, "logprobs", dict)),
+            routes=bool(typed(choice, "routed_experts", str)),
             streaming=not self._adapter.streams_ids
-            or any(_choice(c).get("token_ids") and _choice(c).get("logprobs") for c in streamed),
+            or any(
+                typed(choice, "token_ids", list) and typed(choice, "logprobs", dict)
+                for choice in map(choice_of, streamed)
+            ),
             streaming_routes=any(self._adapter.routes_chunk_mark in chunk for chunk in streamed),
             logprobs_mode=mode,
             sampling_defaults=await asyncio.to_thread(_defaults, engine, models),
@@ -224,7 +229,10 @@ class _Probe:
             raw = await self._request(
                 "POST", "/v1/chat/completions", self._body(model, temperature)
             )
-            return msgspec.json.decode(self._adapter.common(raw), type=dict[str, Any])
+            answer = msgspec.json.decode(self._adapter.common(raw), type=dict[str, Any])
+            if not choice_of(answer):
+                self._notes.append("A chat completion holds no choice that can be read.")
+            return answer
         except UNREADABLE as error:
             self._notes.append(f"A chat completion could not be read: {error}.")
             return {}
@@ -264,9 +272,13 @@ class _Probe:
         except UpstreamError as error:
             self._notes.append(f"Streaming was refused: {error}.")
             return []
-        splitter = sse.Splitter()
-        data = [sse.event_data(event) for event in splitter.feed(raw)]
-        return [msgspec.json.decode(d) for d in data if d is not None and d.startswith(b"{")]
+        chunks, unread = chunks_of(raw)
+        if unread:
+            self._unread = len(unread)
+            self._notes.append(
+                f"{self._unread} events of a stream cannot be read, the first: {unread[0]}."
+            )
+        return chunks
 
     async def _json(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
@@ -286,7 +298,7 @@ class _Probe:
                 while not response.content.at_eof() and len(raw) < MAX_PROBE_BYTES:
                     raw += await response.content.read(MAX_PROBE_BYTES)
                 status = response.status
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # a bad address
             reason = str(error) or type(error).__name__
             raise UpstreamError(
                 f"no engine answers at {self._url}: {reason}; start it, or correct the upstream URL"
@@ -304,7 +316,8 @@ class _Probe:
             notes.append(f"Answers carry no token ids: {advice('ids')}.")
         if not report.logprobs:
             notes.append(f"Answers carry no logprobs: {advice('logprobs')}.")
-        if report.token_ids and report.logprobs and not report.streaming:
+        unread = self._unread > 0  # then that is why
+        if report.token_ids and report.logprobs and not (report.streaming or unread):
             notes.append("Streams carry no ids or logprobs: let agents ask without streaming.")
         if not report.routes:
             notes.append(f"Answers carry no routed experts: {advice('routes')}.")
@@ -353,41 +366,3 @@ def sampling_defaults(root: Path) -> dict[str, float] | None:
 def _engine_name(models: list[ModelInfo], answer: Mapping[str, Any]) -> str:
     said = f"{models[0].owned_by or ''} {answer.get('system_fingerprint') or ''}".lower()
     return next((name for name in ("vllm", "sglang") if name in said), "unknown")
-
-
-def _prompt_ids(answer: Mapping[str, Any]) -> Any:
-    return answer.get("prompt_token_ids") or _choice(answer).get("prompt_token_ids")
-
-
-def _choice(answer: Mapping[str, Any]) -> dict[str, Any]:
-    choices = answer.get("choices")
-    return choices[0] if isinstance(choices, list) and choices else {}
-
-
-def _top(answer: Mapping[str, Any]) -> dict[str, float]:
-    """The best tokens' logprobs at the first position, by token."""
-    rows = (_choice(answer).get("logprobs") or {}).get("content") or [{}]
-    return {row["token"]: float(row["logprob"]) for row in rows[0].get("top_logprobs") or ()}
-
-
-def logprobs_mode(warm: Mapping[str, float], cold: Mapping[str, float]) -> LogprobsMode:
-    """The mode, from the two best tokens' values at ``WARM`` and ``COLD``; ``unknown`` if unclear.
-
-    The gap between two tokens is the same at both temperatures where values are taken before the
-    temperature, and ``WARM / COLD`` times as large where they are taken after it.
-    """
-    both = sorted(warm.keys() & cold.keys(), key=lambda token: -warm[token])
-    if len(both) < 2:
-        return "unknown"
-    first, second = both[:2]
-    gap = warm[first] - warm[second]
-    if gap < MIN_GAP:
-        return "unknown"
-    ratio = (cold[first] - cold[second]) / gap
-    # Log-probabilities are below 0 and their probabilities do not add up to more than 1.
-    logits = sum(math.exp(min(value, 50.0)) for value in warm.values()) > 1.001
-    if abs(ratio - 1) < RATIO_TOLERANCE:
-        return "raw_logits" if logits else "raw_logprobs"
-    if abs(ratio - WARM / COLD) < RATIO_TOLERANCE * WARM / COLD:
-        return "processed_logits" if logits else "processed_logprobs"
-    return "unknown"

@@ -55,7 +55,7 @@ CONNECT_TIMEOUT_S = 10.0
 
 RESTORE_WAIT_S = 10.0
 """A call that may continue or repeat an earlier one, and does not name its trajectory, waits this
-long for the store to be read at the start."""
+long for the store to be read at the start. A named one asks for what the store has of its own."""
 
 LARGE_BODY_BYTES = 1 << 20
 """Parsing and hashing 40 MB of images took 230 ms: longer requests are read on a thread."""
@@ -148,9 +148,9 @@ class Proxy:
             upstream.lost()
             broke = breakage(error)
             raise UpstreamError(f"{broke.what}; {broke.fix}") from error
-        return web.Response(
-            status=answer.status, body=body, headers=http.answer_headers(answer.headers)
-        )
+        reason = http.reason_phrase(answer.reason)
+        headers = http.answer_headers(answer.headers)
+        return web.Response(status=answer.status, reason=reason, body=body, headers=headers)
 
     def _that_serve(self, model: str | None) -> Sequence[Upstream]:
         """Engines to ask what is no model call; all where no model is named."""

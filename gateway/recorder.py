@@ -307,11 +307,25 @@ class Recorder:
             assert isinstance(record, Trace)
             self._metrics.child(self._metrics.traces, record.meta.status).inc()
         if len(records) < plan.choices or folded.error is not None:
-            status: Literal["cancelled", "failed"] = "cancelled" if answer.cancelled else "failed"
-            detail = folded.error or "the engine answered with fewer choices"
-            reason = f"{len(records)} of {plan.choices} choices came: {detail}"
-            records.append(outcome_of(call.call_id, status, reason))
+            records.append(self._gap(call, plan, answer, folded))
         return records
+
+    def _gap(self, call: Call, plan: Plan, answer: Answer, folded: Folded) -> CallOutcome:
+        """What an answer lacks whose traces are not all there, or not whole."""
+        came = len(folded.samples)
+        status: Literal["cancelled", "failed", "capture_failed"] = "failed"
+        if answer.cancelled:
+            status = "cancelled"
+        elif folded.error is None and folded.unread is not None:
+            status = "capture_failed"  # the agent has all of them
+            self._metrics.lost.labels("trace").inc()
+        unread = folded.unread if came < plan.choices else None  # else it is in the traces
+        why = [said for said in (folded.error, unread) if said is not None]
+        detail = "; ".join(why) or "the engine answered with fewer choices"
+        reason = f"{came} of {plan.choices} choices came: {detail}"
+        if status == "capture_failed":
+            log.error("call %s: its answer was not recorded: %s", call.call_id, reason)
+        return outcome_of(call.call_id, status, reason)
 
     def _trace(
         self, call: Call, plan: Plan, answer: Answer, sample: Sample, engine: Engine

@@ -26,7 +26,7 @@ from driftgate.spoken import message_of
 from driftgate.storage import CallRow, Reader
 from driftgate.trace import Trace
 
-__all__ = ["restore"]
+__all__ = ["repeatable", "restore"]
 
 RESTORED_STEPS = 4
 """Last steps of a trajectory that can be continued: the last one, and those that an agent goes back
@@ -115,7 +115,7 @@ def _read(reader: Reader, trajectory: str, ask_ids: str, now_ns: int) -> _Earlie
             turns += _turns(trace, history, plan)
     ambiguous = tuple(rows[0].meta.ambiguous) if rows else ()
     earlier = [row for row in reader.calls(trajectory) if row.started_ns < now_ns]
-    return _Earlier(trajectory, turns, list(_calls(earlier, ambiguous)), begun)
+    return _Earlier(trajectory, turns, list(repeatable(earlier, ambiguous)), begun)
 
 
 def _history(trace: Trace, fields: Fields, plan: Plan) -> History:
@@ -140,8 +140,9 @@ def _turns(trace: Trace, history: History, plan: Plan) -> Iterator[Turn | End]:
     yield from ends(history, plan, [output])
 
 
-def _calls(rows: list[CallRow], ambiguous: tuple[str, ...]) -> Iterator[Call]:
-    """The last try of each step that failed, and of the last step: what a retry can repeat."""
+def repeatable(rows: list[CallRow], ambiguous: tuple[str, ...] = ()) -> Iterator[Call]:
+    """Of a trajectory's calls the last try of each step that failed, and of the last step: what a
+    retry can repeat."""
     last_tries = {row.step: row for row in rows}
     for step, row in last_tries.items():
         failed = row.state in GONE

@@ -61,7 +61,6 @@ MAX_CANDIDATES = 64
 MAX_CALLS = 20_000
 """Calls that a retry can repeat; SDKs retry within minutes."""
 
-
 Scope: TypeAlias = tuple[str | None, str]
 """The trajectory where the agent named it, and the body's digest."""
 
@@ -251,10 +250,23 @@ class Sessions:
         known = self._steps.get(place.trajectory) is not None
         return place.attribution == "new" or (known and place.trajectory not in self._unread)
 
-    def resume(self, trajectory: str, next_step: int) -> None:
-        """Number on from what the index holds, unless steps were given here in the meantime."""
+    def resume(self, trajectory: str, next_step: int, calls: Iterable[Call] = ()) -> None:
+        """Number on from what the index holds, unless steps were given here in the meantime.
+        ``calls``: those that a retry can repeat."""
+        for call in () if self._has_calls_of(trajectory) else calls:
+            self._calls.put(*self._with_earlier(call))
         self._unread.discard(trajectory)
         self._steps.put(trajectory, max(next_step, self._steps.get(trajectory) or 0))
+
+    def _has_calls_of(self, trajectory: str) -> bool:
+        """Those of the store are here too, and it may say less of them than is known here."""
+        return self._steps.peek(trajectory) is not None and trajectory not in self._unread
+
+    def _with_earlier(self, call: Call) -> tuple[Scope, list[Call]]:
+        scope = _scope_of(call.place, call.body_sha256)
+        here = self._calls.peek(scope) or []
+        is_here = any(call.call_id == other.call_id for other in here)
+        return scope, here if is_here else [call, *here]
 
     def unread(self, trajectory: str) -> None:
         """Number on from memory until the index can be asked."""
@@ -347,9 +359,8 @@ class Sessions:
                 lengths = self._lengths.peek(turn.block) or set()
                 lengths.add(len(turn.tail))
                 self._lengths.put_oldest(turn.block, lengths)
-        for call in calls:
-            scope = _scope_of(call.place, call.body_sha256)
-            self._calls.put_oldest(scope, [call, *(self._calls.peek(scope) or ())])
+        for call in () if self._has_calls_of(trajectory) else calls:
+            self._calls.put_oldest(*self._with_earlier(call))
         if begun is not None:
             self._begun.put_oldest(trajectory, begun)
 

@@ -14,7 +14,8 @@ import sqlite3
 
 from driftgate.errors import StorageError
 from driftgate.gateway.metrics import Metrics
-from driftgate.gateway.sessions import Place, Sessions
+from driftgate.gateway.restore import repeatable
+from driftgate.gateway.sessions import MAX_CANDIDATES, Call, Place, Sessions
 from driftgate.storage import Neighbours, Reader
 
 __all__ = ["Steps"]
@@ -42,15 +43,16 @@ class Steps:
         self._refuses = refuses
 
     async def resumed(self, place: Place) -> Place:
-        """The place, with its trajectory's next step known. StorageError as above."""
+        """The place, with its trajectory's next step known, and the calls of it that can be
+        repeated. StorageError as above."""
         if not self._sessions.is_known(place):
             try:
-                following = await asyncio.to_thread(self._next, place.trajectory)
+                following, calls = await asyncio.to_thread(self._so_far, place.trajectory)
             except StorageError as error:
                 self._unsure(place.trajectory, error)
                 self._sessions.unread(place.trajectory)
             else:
-                self._sessions.resume(place.trajectory, following)
+                self._sessions.resume(place.trajectory, following, calls)
         return place
 
     async def shared(self, place: Place, *, body_sha256: str, sdk_retry: int) -> int | None:
@@ -71,11 +73,11 @@ class Steps:
             self._unsure(place.trajectory, error)
             return None
 
-    def _next(self, trajectory: str) -> int:
-        """Behind the steps that the store knows."""
-        if self._reader is None:
-            return 0
-        return max((call.step + 1 for call in self._reader.calls(trajectory)), default=0)
+    def _so_far(self, trajectory: str) -> tuple[int, list[Call]]:
+        """The step behind those that the store knows, and what a retry can repeat of them."""
+        rows = [] if self._reader is None else self._reader.calls(trajectory)
+        following = max((row.step + 1 for row in rows), default=0)
+        return following, list(repeatable(rows))[-MAX_CANDIDATES:]
 
     def _unsure(self, trajectory: str, error: Exception) -> None:
         if self._refuses:

@@ -15,7 +15,7 @@ import msgspec
 
 from driftgate.errors import UNREADABLE
 from driftgate.gateway import sse
-from driftgate.gateway.draft import CHOICE, HEAD, Draft, Usage, given
+from driftgate.gateway.draft import HEAD, Draft, Odd, Usage, given, read_choice
 from driftgate.gateway.messages import Delta
 from driftgate.gateway.openai import Plan, strip_event
 
@@ -71,6 +71,8 @@ class Tape:
         self.unread = 0
         """Events that are no chunks."""
         self.first_unread = ""
+        self.odd: Odd = {}
+        """What of other events cannot be read and belongs to no choice."""
         self._limit_bytes = limit_bytes
         self._came_bytes = 0
         self._drafts: dict[int, Draft] = {}
@@ -152,18 +154,18 @@ class Tape:
             return
         try:
             head = HEAD.decode(data)
-            choices = [CHOICE.decode(raw) for raw in head.choices]
+            choices = [read_choice(raw) for raw in head.choices]
         except UNREADABLE as error:
             self._cannot_read(error)
             return
-        for choice in choices:
-            self._draft(choice.index).add(choice)
+        for choice, odd in choices:
+            self._draft(choice.index).add(choice, odd)
         if (prompt_ids := given(head.prompt_token_ids)) is not None:
             self.prompt_ids = bytes(prompt_ids)
         if not choices:
-            self.usage = head.usage or self.usage
+            self.usage = head.usage(self.odd) or self.usage
             # beside choices it is the continuous usage of one of them
-        self.fingerprint = head.system_fingerprint or self.fingerprint
+        self.fingerprint = head.fingerprint(self.odd) or self.fingerprint
         if given(head.error) is not None:
             said = bytes(head.error)[:ERROR_BYTES].decode(errors="replace")
             self.error = f"the engine ended the stream with an error: {said}"
@@ -183,13 +185,20 @@ class Tape:
     def _add(self, draft: Draft, tokens: list[Token], *, alone: bool = False) -> bool:
         """Tokens of one choice; False where one of them cannot be read and nothing was added."""
         _, deltas, rows, ids = zip(*tokens, strict=True)
+        parsed, odd = list[Delta](), Odd()
         try:
             parsed = _DELTAS.decode(b"[%b]" % b",".join(deltas))
+        except UNREADABLE as error:
+            if not alone:
+                return False
+            odd["delta"] = str(error)  # its token can still be read
+        try:
             draft.add_rows(b"[%b]" % b",".join(rows))
         except UNREADABLE as error:
             if alone:
                 self._cannot_read(error)
             return False
+        draft.odd = odd | draft.odd
         draft.add_deltas(parsed)
         draft.add_ids(b",".join(ids))
         return True

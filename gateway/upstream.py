@@ -1,8 +1,9 @@
 """What is known of the engine behind the gateway, kept up to date in the background.
 
 The gateway starts whether or not the engine is up. The first calls wait for one probe, so that
-their traces name the engine; another probe follows when an answer carries a ``system_fingerprint``
-that was not seen before.
+their traces name the engine; so do those behind an engine that was away. Another probe follows when
+an answer carries a ``system_fingerprint`` that was not seen before, or a connection broke. Calls do
+not wait for it: what is known of an engine holds until it is known to be another one.
 
 Digesting the weights can take longer than calls may wait. The digest is part of an engine's
 fingerprint, so answers from before and after it belong to different cells. Calls therefore wait for
@@ -40,7 +41,8 @@ FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 """Waits between probes of an engine that does not answer, doubling; an engine loads for minutes."""
 
 FIRST_PROBE_WAIT_S = 10.0
-"""A call waits this long for the first probe; then its trace says ``unknown``."""
+"""A call waits this long for the first probe, of however many engines; then its trace says
+``unknown``."""
 
 REPROBE_INTERVAL_S = 30.0
 """From one further probe to the next: each costs three generations, whatever the reason."""
@@ -85,6 +87,8 @@ class Upstream:
         self._digested = asyncio.Event()
         self._digest_deadline = 0.0
         self._wanted = asyncio.Event()
+        self._urgent = asyncio.Event()
+        """Calls wait for the probe that is wanted."""
         self._probing = False
         self._tried = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -98,25 +102,37 @@ class Upstream:
             self._probing = True
             report = await self._probe()
             self._probing = False
-            if report is None:
+            if self.error is not None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await self._wanted.wait()
                 wait_s = min(2 * wait_s, LAST_RETRY_S)
                 continue
             wait_s = FIRST_RETRY_S
+            if report is None:
+                self._wanted.set()  # it is well, and was too busy to be probed
+                next_probe = self._loop.time() + REPROBE_INTERVAL_S
             async with beside("digest", self._digest(report)):
                 await self._wanted.wait()
-                if self.error is None:
-                    await asyncio.sleep(next_probe - self._loop.time())
+                await self._keep_distance(next_probe)
             next_probe = self._loop.time() + REPROBE_INTERVAL_S
 
-    async def ready(self) -> None:
+    async def _keep_distance(self, until: float) -> None:
+        """To the last probe, but where calls wait for the next one."""
+        assert self._loop is not None, "watch runs"
+        while self.error is None and self._loop.time() < until:
+            self._urgent.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._urgent.wait()
+
+    async def ready(self, deadline: float | None = None) -> None:
         """Wait for a probe, where the engine is not known to be up, and for the digest of its
-        weights; at most one try, at most some seconds."""
+        weights; at most one try, at most until ``deadline`` on the loop's clock."""
         if self.error is None and self._digested.is_set():
             return
-        deadline = asyncio.get_running_loop().time() + FIRST_PROBE_WAIT_S
+        if deadline is None:
+            deadline = asyncio.get_running_loop().time() + FIRST_PROBE_WAIT_S
         with contextlib.suppress(TimeoutError):
             if self.error is not None:
                 if not self._probing:
@@ -220,11 +236,13 @@ class Upstream:
         if self.error is None:
             self._wanted.set()
 
-    def _returned(self) -> None:
-        """The engine was away: it may have another build or other flags now."""
-        self._numerics.forget()
-        self.takes_ids = True
-        self.error = "it was away and is probed again"
+    def _returned(self, was_away: bool) -> None:
+        """It answers again. Where it was away, it may have another build or other flags now."""
+        if was_away:
+            self._numerics.forget()
+            self.takes_ids = True
+            self.error = "it was away and is probed again"
+            self._urgent.set()
         self._wanted.set()
 
     def _notice(self, fingerprint: str) -> None:
@@ -237,21 +255,41 @@ class Upstream:
             self._loop.call_soon_threadsafe(self._wanted.set)
 
     async def _probe(self) -> ProbeReport | None:
-        """Probe and publish what is found; None where no engine answers."""
+        """Probe and publish what is found; None where nothing new was learned."""
         try:
             report = await probe(self.url, key=self._config.upstream_key)
             known = await asyncio.to_thread(self._known_digests, report.models)
+            if self._says_less(report):
+                log.warning("%s told nothing of itself: %s", self.url, "; ".join(report.notes))
+                self.error = None
+                return None
+            self._publish(report, known)
         except UpstreamError as error:
-            self.error = str(error)
-            self._numerics.forget()
-            log.warning("%s", error)
+            self._not_probed(str(error))
+            return None
+        except Exception as error:  # a bug: without this task nobody would probe again
+            log.exception("probing %s failed; it is tried again", self.url)
+            self._not_probed(f"probing it failed: {type(error).__name__}")
             return None
         else:
-            self._publish(report, known)
             return report
         finally:
             self._tried.set()
             self._tried = asyncio.Event()
+
+    def _not_probed(self, why: str) -> None:
+        log.warning("%s", why)
+        if self.error is None and self.health.error is None:
+            return  # it is well, and holds for what it is known as
+        self.error = why
+        self._numerics.forget()
+
+    def _says_less(self, report: ProbeReport) -> bool:
+        """The engine is known, and answers no question now: its weights may be broken."""
+        known = self.report
+        if known is None or not known.answered or report.answered or report.refusal is not None:
+            return False
+        return (known.version, known.models) == (report.version, report.models)
 
     def _publish(self, report: ProbeReport, known: dict[str, str] | None) -> None:
         """Name the engine from here on, with the digests that need no reading of weights."""
@@ -273,16 +311,18 @@ class Upstream:
     def _with_digest(self, report: ProbeReport) -> ProbeReport:
         return msgspec.structs.replace(report, checkpoint=self._checkpoints.get(report.model))
 
-    async def _digest(self, report: ProbeReport) -> None:
+    async def _digest(self, report: ProbeReport | None) -> None:
         """Digest the weights, a minute for a large checkpoint, and name the engine with them."""
         try:
-            if not self._digested.is_set():
+            if report is not None and not self._digested.is_set():
                 async with beside("numerics", self._numerics.read(report, self.weights)) as asked:
                     self._checkpoints = await in_thread(
                         "digest", lambda: self._read_digests(report.models)
                     )
                     self.report = self._with_digest(report)
                     await asked
+        except Exception:  # a bug, at the edge of this task
+            log.exception("%s: reading its weights or numerics failed", self.url)
         finally:
             self._digested.set()
 

@@ -7,6 +7,7 @@ be sampled twice, and one of the two would be in no trace."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -21,7 +22,7 @@ from driftgate.gateway.post import EngineAnswer
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.served import Served
 from driftgate.gateway.sessions import MAX_TRAJECTORIES
-from driftgate.gateway.upstream import Upstream
+from driftgate.gateway.upstream import FIRST_PROBE_WAIT_S, Upstream
 
 __all__ = ["Entry", "Upstreams"]
 
@@ -60,12 +61,14 @@ class Upstreams:
         self._order = list(self.all)
         """The one that was longest without a new trajectory comes first."""
 
-    async def ready(self) -> None:
-        """Wait until one engine can be expected to answer, or all were tried; some seconds."""
+    async def ready(self, deadline: float | None = None) -> None:
+        """Wait until one engine can be expected to answer, or all were tried; at most until
+        ``deadline`` on the loop's clock."""
+        deadline = _deadline() if deadline is None else deadline
         for upstream in self.all:
             if any(other.available for other in self.all if other is not upstream):
                 return
-            await upstream.ready()
+            await upstream.ready(deadline)
 
     @contextmanager
     def entry(self) -> Iterator[Entry]:
@@ -79,10 +82,11 @@ class Upstreams:
     async def choose(self, trajectory: str, model: str, entry: Entry) -> Upstream:
         """The engine for the next call of a trajectory, which is let in to it. UpstreamError (429)
         while all that could take it are paused."""
-        await self.ready()
+        deadline = _deadline()
+        await self.ready(deadline)
         upstream = self._pick(trajectory, model)
         entry.at(upstream)
-        await upstream.ready()
+        await upstream.ready(deadline)
         if not upstream.available:
             upstream = self._pick(trajectory, model)  # its probe has failed since
             entry.at(upstream)
@@ -151,11 +155,11 @@ class Upstreams:
             answer = await post(upstream.url)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._metrics.upstream_calls.labels(upstream.url, "failed").inc()
-            broke = breakage(error).what
-            upstream.health.failed(broke)
+            broke = breakage(error)
+            upstream.health.failed(broke.what, reached=broke.reached)
             if is_last:
                 raise
-            return broke
+            return broke.what
         if answer.status in NOT_SERVED and not is_last:
             self._metrics.upstream_calls.labels(upstream.url, "failed").inc()
             upstream.health.failed(f"it answered a call with {answer.status}")
@@ -178,3 +182,8 @@ class Upstreams:
             and u.takes_over(upstream)
         ]
         return min(others, key=lambda u: u.in_flight, default=None)
+
+
+def _deadline() -> float:
+    """Of a call's waits for probes."""
+    return asyncio.get_running_loop().time() + FIRST_PROBE_WAIT_S

@@ -178,11 +178,20 @@ class StandIn:
                 "id": "chatcmpl-1", "object": "chat.completion", "created": 7,
                 "model": body["model"], "choices": choices, "service_tier": None,
                 "system_fingerprint": self.fingerprint,
-                "usage": self.usage(len(prompt), total), "prompt_logprobs": None,
+                "usage": self.usage(len(prompt), total),
+                "prompt_logprobs": self.prompt_logprobs(body, prompt),
                 "prompt_token_ids": prompt if body.get("return_token_ids") else None,
                 "prompt_text": None, "kv_transfer_params": None, "metrics": {"x": "@number@"},
             }
         )  # fmt: skip
+
+    def prompt_logprobs(self, body: dict[str, Any], prompt: list[int]) -> Any:
+        """With echo vLLM takes ``top_logprobs``, which is 0 where it was not sent."""
+        asked = body.get("prompt_logprobs")
+        if asked is None and body.get("echo"):
+            asked = body.get("top_logprobs", 0)
+        rows = [{str(token): {"logprob": -1.5, "rank": 3}} for token in prompt[1:]]
+        return None if asked is None else [None, *rows]
 
     def usage(self, prompt: int, completion: int) -> dict[str, Any]:
         total = prompt + completion
@@ -359,6 +368,10 @@ class StandIn:
             return self.error(404, f"The model `{body.get('model')}` does not exist.")
         if (body.get("top_logprobs") or 0) > 0 and not body.get("logprobs"):
             return self.error(400, "when using `top_logprobs`, `logprobs` must be set to true.")
+        if body.get("logprob_token_ids") and not (
+            body.get("logprobs") or body.get("logprobs") == 0
+        ):
+            return self.error(400, "when using `logprob_token_ids`, `logprobs` must be set.")
         chat = request.path.endswith("chat/completions")
         try:
             if body.get("stream"):

@@ -403,6 +403,33 @@ async def test_a_call_that_was_open_is_retried_after_a_restart(
     assert [(c.step, c.retry) for c in calls] == [(0, 0), (1, 0), (1, 1), (2, 0)]
 
 
+@pytest.mark.parametrize("headers", [{"x-stainless-retry-count": "1"}, None])
+@pytest.mark.parametrize("is_restored", [True, False])
+async def test_a_named_call_that_failed_is_retried_after_a_restart(
+    connect: Callable[..., Any], engine: StandIn, monkeypatch: pytest.MonkeyPatch,
+    headers: dict[str, str] | None, is_restored: bool,
+) -> None:  # fmt: skip
+    """Whether the store has been read by then, will be, or would not be for its age."""
+    path = "/t/run/v1/chat/completions"
+    agent = await connect()
+    engine.status = 500
+    await agent.send(CHAT, path=path)
+    engine.status = None
+    if not is_restored:
+        monkeypatch.setattr(restore, "RESTORED_AGE_S", -60)
+    agent = await restarted(connect, agent)
+    if is_restored:
+        await agent.gateway.proxy.restored.wait()
+    assert (await agent.send(CHAT, path=path, headers=headers))[0] == 200
+    await agent.gateway.proxy.restored.wait()
+    assert (await agent.send(CHAT, path=path))[0] == 200  # asked again, and not a retry
+    reader = agent.gateway.reader
+    assert reader is not None
+    await agent.flush()
+    assert [(c.step, c.retry) for c in reader.calls("run")] == [(0, 0), (0, 1), (1, 0)]
+    assert reader.trajectory("run").complete
+
+
 @pytest.mark.parametrize(
     ("module", "name", "value", "rules"),
     [

@@ -128,6 +128,70 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], missing: str) -> No
     assert any(said.startswith(missing) for said in sample.missing), sample.missing
 
 
+ODD: list[tuple[str, dict[str, Any]]] = [
+    ("system_fingerprint", {"top": {"system_fingerprint": 5}}),
+    ("usage", {"top": {"usage": [1]}}),
+    ("usage.completion_tokens", {"top": {"usage": {"completion_tokens": "many"}}}),
+    ("usage.prompt_tokens", {"top": {"usage": {"prompt_tokens": -1}}}),
+    ("stop_reason", {"stop_reason": [5]}),
+    ("finish_reason", {"finish_reason": {"type": "stop"}}),
+    ("weight_spans", {"weight_spans": 3}),
+    ("index", {"index": "0"}),
+    ("message", {"message": {"content": [{"type": "text", "text": "ab"}]}}),
+    ("message", {"message": {"content": "ab", "tool_calls": [{"id": 5}]}}),
+]
+"""A field that the tokens do not depend on, of another type than it should have."""
+
+
+@pytest.mark.parametrize(("name", "changes"), ODD)
+def test_an_odd_field_costs_no_other(name: str, changes: dict[str, Any]) -> None:
+    sample = fold(**changes)
+    whole = fold()
+    for array in ("prompt_ids", "response_ids", "logprobs", "token_offsets"):
+        np.testing.assert_array_equal(getattr(sample, array), getattr(whole, array))
+    (said,) = sample.missing
+    assert said.startswith(f"answer: {name} cannot be read: ")
+    assert sample.proof.text_matches is not False
+    assert sample.choice == 0
+
+
+# Without its index an event belongs to no choice.
+@pytest.mark.parametrize(("name", "changes"), [case for case in ODD if case[0] != "index"])
+def test_an_odd_field_costs_no_event(name: str, changes: dict[str, Any]) -> None:
+    piece = {name.replace("message", "delta"): value for name, value in changes.items()}
+    top = piece.pop("top", {})
+    stream = events(
+        delta("a", 7) | {"prompt_token_ids": PROMPT},
+        delta("b", 8, finish_reason="length"),
+        delta("", 9, **piece) | top,
+        {"choices": []} | top,
+    )
+    (sample,) = fold_stream(tape_of(stream), Vllm(), expect_routes=False).samples
+    assert sample.response_ids is not None
+    assert sample.response_ids.tolist() == [7, 8, 9]
+    (said,) = sample.missing
+    assert said.startswith(f"answer: {name.replace('message', 'delta')} cannot be read: ")
+    assert sample.proof.text_matches is not False
+
+
+@pytest.mark.parametrize("count", [2, 2.0, "2"])
+def test_a_count_is_read_in_any_spelling(count: Any) -> None:
+    sample = fold(top={"usage": {"prompt_tokens": 3.0, "completion_tokens": count}})
+    assert (sample.missing, sample.proof.usage_completion, sample.proof.usage_prompt) == ([], 2, 3)
+
+
+def test_a_stream_says_why_choices_are_lacking() -> None:
+    plan = msgspec.structs.replace(PLAN, n=2)
+    tape = Tape(plan, limit_bytes=1 << 20)
+    other = delta("b", 8, index="1")
+    for event in events(delta("a", 7, finish_reason="length"), other, other):
+        tape.take(event)
+    folded = fold_stream(tape, Vllm(), expect_routes=False)
+    why = "events: 2 cannot be read, the first: index: Expected `int`, got `str`"
+    assert (folded.error, folded.unread) == (None, why)
+    assert folded.samples[0].missing[0] == why
+
+
 def test_tokens_named_by_id_have_no_text() -> None:
     named = [{"token": f"token_id:{i}", "logprob": -1.0, "bytes": None} for i in IDS]
     sample = fold(logprobs={"content": named})

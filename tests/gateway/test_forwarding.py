@@ -24,6 +24,7 @@ class Echo:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.reason: str | None = None
         self.reply: tuple[int, bytes, dict[str, str]] = (200, b'{"choices":[]}', {})
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -31,7 +32,7 @@ class Echo:
         if request.path.endswith("/v1/models"):
             return web.json_response({"data": []})
         status, body, headers = self.reply
-        return web.Response(status=status, body=body, headers=headers)
+        return web.Response(status=status, reason=self.reason, body=body, headers=headers)
 
 
 @pytest.fixture
@@ -71,6 +72,20 @@ async def test_a_redirect_is_the_agents_to_follow(gateway: str, engine: tuple[Ec
     status, _, headers = await post(f"{gateway}/v1/chat/completions", json=CHAT)
     assert (status, headers["Location"]) == (307, "/update_weights")
     assert not any("update_weights" in asked for asked in engine[0].asked)
+
+
+@pytest.mark.parametrize(
+    ("said", "passed"), [("Slow Down", "Slow Down"), ("Zu spät", "Too Many Requests")]
+)
+async def test_the_words_behind_a_status_pass(
+    gateway: str, engine: tuple[Echo, str], said: str, passed: str
+) -> None:
+    engine[0].reply, engine[0].reason = (429, b"{}", {}), said
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(f"{gateway}/v1/chat/completions", json=CHAT) as answer,
+    ):
+        assert (answer.status, answer.reason) == (429, passed)
 
 
 async def test_a_large_body_is_read_beside_the_loop_and_served_alike(

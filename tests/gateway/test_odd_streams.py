@@ -4,12 +4,15 @@ captured says what is missing."""
 from __future__ import annotations
 
 import json
+import math
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
 
+from driftgate.gateway.openai import Plan, strip_answer, strip_event
 from tests.gateway.conftest import start
 from tests.gateway.test_tape import chunk
 
@@ -73,7 +76,9 @@ async def test_text_that_is_none_reaches_the_agent(says: Says, content: bytes) -
     assert status == 200
     assert b'"content":"%b"' % content in stream
     (trace,) = await agent.traces()
-    assert trace.meta.missing[0].startswith("events: 1 cannot be read")
+    assert trace.meta.missing[0].startswith("answer: delta cannot be read")
+    assert trace.response_ids is not None
+    assert trace.response_ids.tolist() == [7, 7]  # the token is whole
 
 
 @pytest.mark.parametrize(
@@ -91,3 +96,72 @@ async def test_a_body_that_is_none_reaches_the_agent(says: Says, body: bytes) ->
     status, answer = await agent.send(ASKED)
     assert (status, answer) == (200, body)
     assert (await agent.send(ASKED))[0] == 200
+
+
+@pytest.mark.parametrize(("n", "came"), [(1, 0), (2, 1)])
+async def test_a_whole_answer_that_cannot_be_read_is_said_and_counted(
+    says: Says, n: int, came: int
+) -> None:
+    """The agent has all of it; of the store's gap it must be known whose it is."""
+    unread = USUAL.replace(b'"token_ids":[7]', b'"token_ids":"7"').replace(b"0,", b"1,", 1)
+    agent = await says(USUAL * came + unread + b"data: [DONE]\n\n", EVENT_STREAM)
+    status, _ = await agent.send(ASKED | {"stream": True, "n": n})
+    assert status == 200
+    (outcome,) = await agent.outcomes()
+    assert outcome.status == "capture_failed"
+    why = "events: 1 cannot be read, the first: token_ids: Expected `array | null`, got `str`"
+    assert outcome.reason == f"{came} of {n} choices came: {why}"
+    assert len(await agent.traces()) == came
+    assert 'lost_total{record="trace"} 1.0' in agent.gateway.metrics.render().decode()
+
+
+async def test_a_cut_answer_that_cannot_be_read_says_both(says: Says) -> None:
+    agent = await says(USUAL.replace(b"[7]", b'"7"'), EVENT_STREAM)
+    await agent.send(ASKED | {"stream": True})
+    (outcome,) = await agent.outcomes()
+    assert outcome.status == "failed"
+    assert outcome.reason.startswith("0 of 1 choices came: the stream ended without data: [DONE]")
+    assert "; events: 1 cannot be read, the first: " in outcome.reason
+
+
+# Text that is no strict JSON.
+
+HIDES = Plan(
+    api="chat",
+    hide_top=frozenset({"prompt_token_ids"}),
+    hide_choice=frozenset({"token_ids", "logprobs"}),
+)
+NO_JSON = b'{"choices":[{"logprobs":NaN,"token_ids":[5],"message":{"content":"%b"}}]}'
+
+
+@pytest.mark.parametrize("text", ["NaN", '"NaN"', "\\", 'a\\"-Infinity', "é\n", ""])
+def test_numbers_that_json_does_not_have_pass(text: str) -> None:
+    logprobs = [math.nan, -math.inf, math.inf, -0.5]
+    body = {"a": [math.nan], "choices": [{"x": text, "logprobs": logprobs, "y": -math.inf}]}
+    stripped = strip_answer(json.dumps(body).encode(), HIDES).body
+    body["choices"] = [{"x": text, "logprobs": None, "y": -math.inf}]
+    assert json.dumps(json.loads(stripped)) == json.dumps(body)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'\\"' * (1 << 19), b'\\"' * (1 << 19) + b"\\", b'"' * (1 << 20), b"-" * (1 << 20)],
+    ids=["escaped quotes", "a half escape", "quotes", "signs"],
+)
+def test_a_megabyte_of_anything_is_looked_through_at_once(text: bytes) -> None:
+    """A quadratic search takes hours; the suite's timeout is two minutes."""
+    cut = NO_JSON.partition(b"%b")[0] + text
+    assert strip_answer(cut, HIDES).body == cut
+    assert strip_event(b"data: " + cut, HIDES) == b"data: " + cut
+
+
+def test_looking_through_an_answer_takes_little_memory() -> None:
+    body = NO_JSON % (b"A" * (1 << 22))
+    tracemalloc.start()
+    try:
+        stripped = strip_answer(body, HIDES).body
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert b'"logprobs":null,"token_ids":null' in stripped
+    assert peak < 8 * len(body)  # copies, not a note for each character

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from driftgate.errors import UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
-from driftgate.gateway.probe import logprobs_mode, probe, sampling_defaults
+from driftgate.gateway.probe import ProbeReport, probe, sampling_defaults
+from driftgate.gateway.probe_answers import logprobs_mode
 from driftgate.trace import LogprobsMode
+from tests.gateway.test_upstream import serving
 
 if TYPE_CHECKING:
     from tests.gateway.conftest import StandIn
@@ -53,6 +56,8 @@ async def test_an_unknown_model_and_no_engine(engine: StandIn) -> None:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(UpstreamError, match="no engine answers at"):
             await probe(f"http://127.0.0.1:{unused.getsockname()[1]}")
+    with pytest.raises(UpstreamError, match="no engine answers at"):
+        await probe("http://127.0.0.1:99999")
 
 
 def test_defaults_are_read_from_the_model(tmp_path: Path) -> None:
@@ -113,3 +118,73 @@ async def test_a_new_engine_behind_the_same_address_is_probed_again(
     assert first.digest != second.digest
     while agent.gateway.upstreams.all[0].report.system_fingerprint != "vllm-0.30.0-other":
         await agent.send(chat)
+
+
+# Fields of other types than they should have.
+
+ROW = {"token": "a", "logprob": -0.5, "top_logprobs": [{"token": "a", "logprob": -0.5}]}
+CHOICE: dict[str, Any] = {"token_ids": [7], "logprobs": {"content": [ROW]}}
+EVENT = b'data: {"choices":[{"token_ids":[7],"logprobs":{"content":[]}}]}\n\n'
+
+
+async def odd(answer: dict[str, Any], stream: bytes = EVENT) -> ProbeReport:
+    """The report of an engine that answers the probe like this."""
+
+    def chat(body: dict[str, Any]) -> web.Response:
+        if body.get("stream"):
+            return web.Response(body=stream, content_type="text/event-stream")
+        return web.json_response({"prompt_token_ids": [1], "choices": [CHOICE]} | answer)
+
+    async with serving(chat) as url:
+        return await probe(url)
+
+
+@pytest.mark.parametrize("choices", [[None], {"0": CHOICE}, [], None, 3])
+async def test_a_choice_that_is_none_is_absent(choices: Any) -> None:
+    report = await odd({"choices": choices})
+    assert (report.answered, report.token_ids, report.logprobs) == (True, False, False)
+    assert report.notes[0] == "A chat completion holds no choice that can be read."
+
+
+@pytest.mark.parametrize("logprobs", [[-0.5], "a", 1])
+async def test_logprobs_that_are_none_are_absent(logprobs: Any) -> None:
+    report = await odd({"choices": [CHOICE | {"logprobs": logprobs}]})
+    assert (report.token_ids, report.logprobs) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        None,
+        {"top_logprobs": [{"id": 5, "logprob": -1}]},
+        {"top_logprobs": [{"token": "a", "logprob": None}]},
+        {"top_logprobs": {"a": -1.0}},
+        {"top_logprobs": [None]},
+    ],
+)
+async def test_rows_of_another_form_tell_no_mode(row: Any) -> None:
+    report = await odd({"choices": [CHOICE | {"logprobs": {"content": [row]}}]})
+    assert report.captures
+    assert report.logprobs_mode == "unknown" or report.engine == "vllm"
+
+
+async def test_a_fingerprint_that_is_no_text_is_absent() -> None:
+    assert (await odd({"system_fingerprint": [5]})).system_fingerprint is None
+
+
+@pytest.mark.parametrize(
+    "event",
+    [b'{"choices":[{"logprobs":{"content":[{"logprob":NaN}]}}]}', b'{"choices":[', b"[]", b"\xff"],
+)
+async def test_events_that_cannot_be_read_are_said(event: bytes) -> None:
+    alone = await odd({}, b"data: %b\n\ndata: [DONE]\n\n" % event)
+    assert not alone.streaming
+    assert any("1 events of a stream cannot be read" in note for note in alone.notes)
+    assert not any("let agents ask without" in note for note in alone.notes)
+    assert (await odd({}, b"data: %b\n\n" % event + EVENT)).streaming
+
+
+@pytest.mark.parametrize("choices", ["null", "[null]"])
+async def test_events_without_a_choice_show_nothing(choices: str) -> None:
+    report = await odd({}, b'data: {"choices":%b}\n\n' % choices.encode())
+    assert (report.logprobs, report.streaming) == (True, False)

@@ -6,7 +6,7 @@ import pytest
 
 from driftgate.gateway import sessions
 from driftgate.gateway.conversation import read_conversation
-from driftgate.gateway.sessions import Call, Sessions
+from driftgate.gateway.sessions import Call, Place, Sessions
 
 BODY = "0123456789abcdef"
 HELLO = read_conversation(b'[{"role":"user","content":"hi"}]')
@@ -114,3 +114,27 @@ def test_an_assistants_message_is_known_in_other_clothes(once: str, again: str) 
         return conversation.turns[0].digest
 
     assert turn(once) == turn(again)
+
+
+def test_what_is_read_of_the_store_twice_can_be_repeated_once() -> None:
+    memory = Sessions()
+    earlier = [Call("old", Place("t", "url"), 0, 0, BODY, failed=True)]
+    memory.resume("t", 1, earlier)
+    first = begin(memory, url="t")
+    memory.resume("t", 1, earlier)  # by a call that came at the same time
+    memory.restore("t", [], earlier, None)
+    assert (first.step, first.retry) == (0, 1)
+    assert (begin(memory, url="t").step, begin(memory, url="t").step) == (1, 2)
+
+
+def test_a_run_whose_calls_were_not_read_gets_them_later() -> None:
+    memory = Sessions()
+    begin(memory, url="t")
+    memory.unread("t")
+    earlier = [Call("old", Place("t", "url"), 4, 0, "other", failed=True)]
+    memory.restore("t", [], earlier, None)
+    memory.resume("t", 5, earlier)
+    place = memory.place(url="t", headers={}, metadata=None, history=None)
+    again = memory.begin(place, call_id="c", body_sha256="other", sdk_retry=0)
+    assert (again.step, again.retry) == (4, 1)
+    assert memory.begin(place, call_id="c2", body_sha256="other", sdk_retry=0).step == 5

@@ -126,12 +126,25 @@ def test_usual_events_of_vllm_are_not_parsed(monkeypatch: pytest.MonkeyPatch) ->
         b'"delta":{"content":"\\ud800"}',
     ],
 )
-def test_a_token_that_cannot_be_read_is_named_and_the_others_are_kept(broken: bytes) -> None:
+def test_a_text_that_cannot_be_read_is_named_and_costs_no_token(broken: bytes) -> None:
     usual = chunk({"content": "a"}, ["a"], [7])
     bad = usual.replace(b'"delta":{"content":"a"}', broken)
     passed, folded = play([usual, bad, usual, DONE])
     assert passed[1] is not None
     assert broken in passed[1]
+    (sample,) = folded.samples
+    assert sample.response_ids is not None
+    assert sample.response_ids.tolist() == [7, 7, 7]
+    assert sample.missing[0].startswith("answer: delta cannot be read: ")
+    assert sample.proof.text_matches is None
+
+
+def test_a_token_that_cannot_be_read_is_named_and_the_others_are_kept() -> None:
+    usual = chunk({"content": "a"}, ["a"], [7])
+    bad = usual.replace(b'"logprob":-0.125', b'"logprob":-')
+    assert bad != usual
+    passed, folded = play([usual, bad, usual, DONE])
+    assert passed[1] is not None
     (sample,) = folded.samples
     assert sample.response_ids is not None
     assert sample.response_ids.tolist() == [7, 7]

@@ -36,6 +36,12 @@ CHAT_EXTRAS: dict[str, dict[str, Any]] = {
     "ids off": {"return_token_ids": False},
     "ids and tools": {"return_token_ids": True, "tools": TOOLS},
     "all": {"return_token_ids": True, "logprobs": True, "top_logprobs": 1, "n": 2},
+    "echo": {"echo": True},
+    "echo, top logprobs null": {"echo": True, "top_logprobs": None},
+    "echo, logprobs, top logprobs null": {"echo": True, "logprobs": True, "top_logprobs": None},
+    "echo, prompt logprobs": {"echo": True, "prompt_logprobs": 1},
+    "echo, both": {"echo": True, "prompt_logprobs": 1, "top_logprobs": None},
+    "no tokens named": {"logprob_token_ids": []},
 }
 
 TEXT_EXTRAS: dict[str, dict[str, Any]] = {
@@ -46,6 +52,8 @@ TEXT_EXTRAS: dict[str, dict[str, Any]] = {
     "ids": {"return_token_ids": True},
     "two prompts": {"prompt": ["a", "bc"], "n": 2},
     "token ids": {"prompt": [5, 6, 7]},
+    "tokens named": {"logprobs": 0, "logprob_token_ids": [5, 6]},
+    "no tokens named": {"logprob_token_ids": []},
 }
 
 
@@ -142,6 +150,17 @@ async def test_what_the_engine_refuses_is_refused_by_it(
     direct, proxied = await agent.both(CHAT | extra)
     assert proxied == direct
     assert [outcome.status for outcome in await agent.outcomes()] == ["failed"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+async def test_tokens_that_are_named_without_logprobs_are_refused_by_the_engine(
+    agent: Agent, stream: bool
+) -> None:
+    for body, path in ((CHAT, "/v1/chat/completions"), (TEXT, "/v1/completions")):
+        named = body | {"logprob_token_ids": [5, 6], "stream": stream}
+        assert (await agent.send(named, path=path))[0] == 400
+        direct, proxied = await agent.both(named, path=path)
+        assert proxied == direct
 
 
 async def test_malformed_json_gets_the_engines_answer(agent: Agent) -> None:

@@ -39,11 +39,14 @@ class Probes:
 
     def __init__(self) -> None:
         self.report = REPORT
-        self.error: UpstreamError | None = None
+        self.error: Exception | None = None
+        self.hold: asyncio.Event | None = None
         self.made = 0
 
     async def __call__(self, url: str, **_: object) -> ProbeReport:
         self.made += 1
+        if self.hold is not None:
+            await self.hold.wait()
         if self.error is not None:
             raise self.error
         return self.report
@@ -121,6 +124,70 @@ async def test_an_engine_that_is_away_is_probed_by_each_call(probes: Probes) -> 
         probes.error = None
         await upstream.ready()
         assert upstream.error is None
+
+
+async def test_a_bug_in_the_probe_is_not_the_last_one(
+    probes: Probes, caplog: pytest.LogCaptureFixture
+) -> None:
+    probes.error = TypeError("a bug")
+    async with watched() as upstream:
+        await upstream.ready()
+        assert upstream.error == "probing it failed: TypeError"
+        probes.error = None
+        await upstream.ready()
+        assert upstream.error is None
+    assert "probing http://e:1 failed; it is tried again" in caplog.text
+
+
+async def test_a_connection_that_broke_makes_no_call_wait(probes: Probes) -> None:
+    async with watched() as upstream:
+        await upstream.ready()
+        probes.hold = asyncio.Event()
+        upstream._returned(False)
+        await until(lambda: probes.made == 2)
+        await upstream.ready()  # the probe is under way
+        assert (upstream.available, upstream.engine("tiny", None).version) == (True, "1")
+        probes.report = msgspec.structs.replace(REPORT, version="2")
+        probes.hold.set()
+        await until(lambda: upstream.engine("tiny", None).version == "2")
+
+
+async def test_an_engine_that_was_away_is_waited_for(probes: Probes) -> None:
+    async with watched() as upstream:
+        await upstream.ready()
+        upstream.lost()  # so that the next probe would have to keep its distance
+        await until(lambda: probes.made == 2)
+        upstream.lost()
+        await until(upstream._wanted.is_set)
+        probes.report = msgspec.structs.replace(REPORT, version="2")
+        upstream._returned(True)
+        await upstream.ready()
+        assert upstream.engine("tiny", None).version == "2"
+
+
+async def test_an_engine_that_is_well_and_cannot_be_probed_stays_known(probes: Probes) -> None:
+    async with watched() as upstream:
+        await upstream.ready()
+        probes.error = UpstreamError("no answer within a minute")
+        upstream.lost()
+        await until(lambda: probes.made == 2)
+        await upstream.ready()
+        assert upstream.available
+        upstream.health.failed("its /health did not answer")
+        upstream._returned(True)
+        await until(lambda: upstream.error == "no answer within a minute")
+
+
+async def test_an_engine_that_tells_nothing_now_stays_known(
+    probes: Probes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REPROBE_INTERVAL_S", 0.0)
+    async with watched() as upstream:
+        await upstream.ready()
+        probes.report = msgspec.structs.replace(REPORT, answered=False, routes=False)
+        upstream.lost()
+        await until(lambda: probes.made >= 3)  # it is asked again by itself
+        assert (upstream.available, upstream.has_routes) == (True, True)
 
 
 # The digest of the weights.

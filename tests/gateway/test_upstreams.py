@@ -167,6 +167,54 @@ async def test_an_engine_that_is_well_again_gets_calls_again(
     assert calls(engines) == [1, 1]
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("gone", [False, True])
+async def test_only_an_engine_that_was_away_is_taken_for_another(
+    agent: Agent, engines: list[StandIn], monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    first = agent.gateway.upstreams.all[0]
+    returned: list[bool] = []
+    monkeypatch.setattr(first.health, "_returned", returned.append)
+    if gone:
+        engines[0].status = 503
+        await until(lambda: not first.available)
+        engines[0].status = None
+    else:
+        first.health.failed("the engine closed the connection without an answer")
+    await until(lambda: bool(returned))
+    assert returned == [gone]
+
+
+async def test_a_bug_in_a_look_is_not_the_last_one(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(health, "LAST_BACKOFF_S", 0.01)
+    first = agent.gateway.upstreams.all[0]
+    monkeypatch.setattr(first.health, "_wait_s", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(first.health, "_look", lambda: 1 / 0)
+        first.health.failed("it was unplugged")
+        await until(lambda: "it is tried again" in caplog.text)
+    await until(lambda: first.available)
+
+
+async def test_a_call_waits_once_for_engines_that_hang(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadlines: list[float | None] = []
+
+    async def ready(deadline: float | None = None) -> None:
+        deadlines.append(deadline)
+
+    for upstream in agent.gateway.upstreams.all:
+        upstream.error = "not probed yet"
+        monkeypatch.setattr(upstream, "ready", ready)
+    assert await run(agent, "a") == 200
+    assert len(deadlines) == 3
+    assert len(set(deadlines)) == 1
+
+
 @pytest.mark.usefixtures("slow")
 async def test_readiness_tells_of_each(agent: Agent, engines: list[StandIn]) -> None:
     await engines[0].runner.cleanup()
@@ -222,3 +270,42 @@ def test_upstreams_are_checked() -> None:
         GatewayConfig(upstream="http://a:1", upstreams=["http://a:1/"])
     with pytest.raises(ValueError, match="without /v1"):
         GatewayConfig(upstreams=["http://a:1/v1"])
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://a:99999", "Port out of range 0-65535"),
+        ("http://a:abc", "Port could not be cast to integer value as 'abc'"),
+        ("http://a:-1", "Port"),
+        ("http://a:0", "no port behind its colon"),
+        ("http://a:", "no port behind its colon"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("http://a..b:80", "label empty or too long"),
+        (f"http://{'a' * 64}:80", "label"),
+        ("http://a:1?x=1", "query or fragment"),
+        ("http://a:1/?", "query or fragment"),
+        ("http://a:1#f", "query or fragment"),
+        ("http://a b:80", "blanks"),
+        (" http://a:80", "blanks"),
+        ("http://a:80\n", "blanks"),
+        ("http://a:80/v1/", "without /v1"),
+        ("http://me:my secret@a:80", "must not hold credentials"),
+        ("http://a:80/v1/chat/completions", "without /v1"),
+        ("http://:80", "is not a URL like"),
+        ("a:80", "is not a URL like"),
+    ],
+)
+def test_an_address_that_is_none_is_one_line_at_the_start(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=r"^upstream ") as refused:
+        GatewayConfig(upstream=url)
+    assert why in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a", "https://a.b.:1/v1/x", "http://[::1]:1", "http://ü:80", "http://a_b:8000"]
+)
+def test_an_address_that_is_one_is_taken(url: str) -> None:
+    assert GatewayConfig(upstream=url).urls == [url]
