@@ -154,8 +154,8 @@ def test_the_worst_token_of_merged_sums_is_the_furthest() -> None:
 
 def refused(*codes: str, pooled: str | None = None) -> str:
     """What the alarm about a cell says of whose scores each carries ``codes``."""
-    verdict = "no" if pooled is None else "yes"
-    comparable = Comparable(verdict=verdict, reasons=[reason(code, "", "") for code in codes])
+    reasons = [reason(code, "", "") for code in codes]
+    comparable = Comparable(verdict="yes" if pooled else "no", reasons=reasons)
     fold = None
     for score in scores(4):
         meta = msgspec.structs.replace(score.meta, comparable=comparable)
