@@ -152,7 +152,8 @@ def template(run: Run, d: F64) -> Undone:
         detail = f"drift is higher where the prefix breaks, steps {listed(steps)}"
         return Undone(found.d, "measured", detail, evidence, fix)
     if evidence["baseline"] is None:
-        detail = "prefixes break, and there is nothing to compare their steps with"
+        few = evidence["other_tokens"]
+        detail = f"prefixes break; {few} tokens of other steps are too few to compare with"
         return Undone(None, "suspected", detail, evidence, fix)
     detail = "prefixes break, but those steps drift no more than the others"
     return Undone(None, "absent", detail, evidence, "nothing")
@@ -177,7 +178,10 @@ def stale_weights(run: Run, d: F64) -> Undone:
             detail = "drift is higher where the tokens are of another weight version"
             return Undone(found.d, "measured", detail, evidence, fix)
         if evidence["baseline"] is None:
-            detail = "the tokens are of another weight version, and nothing shows drift without"
+            few = evidence["other_tokens"]
+            detail = (
+                f"tokens are of another weight version; {few} others are too few to compare with"
+            )
             return Undone(None, "suspected", detail, evidence, fix)
     jump = _jump(run, d)
     if jump is not None:
@@ -209,7 +213,7 @@ def _jump(run: Run, d: F64) -> tuple[F64, Evidence] | None:
         worse = after if rises else ~after
         found = excess(run, d, worse, ~worse, floor=False)
         z = found.evidence.get("z")
-        if found.d is None or int((~worse).sum()) < BASELINE_MIN_TOKENS:
+        if found.d is None:
             continue
         score = z if isinstance(z, float) else math.inf
         if best is None or score > best[0]:
