@@ -299,7 +299,8 @@ class ReasonCount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
-    """A 95 % interval by cluster bootstrap over trajectories."""
+    """A 95 % interval by cluster bootstrap over trajectories, all of them; over a thousand groups
+    of them where there are more."""
 
     low: float
     high: float
