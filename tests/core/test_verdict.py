@@ -351,6 +351,9 @@ def test_gates_tell_what_each_trainer_would_do() -> None:
         ([("step-3", "5")], None, 0, True),
         ([("1.2", "1.9")], None, 0, True),
         ([("a1b2", "a1b9")], None, 0, True),
+        ([("999999", "999998")], 1, 1, False),
+        ([("0482624", "1190331")], None, 0, True),  # commits
+        ([("step-0482624", "step-0482626")], 2, 2, False),
         ([("3", "5"), ("unknown", "5")], None, 2, False),
         ([("unknown", "unknown")], None, 0, False),
         ([("٣", "5")], None, 0, True),
