@@ -22,7 +22,7 @@ TEST_MIN_TOKENS = 200
 """Tokens for the mean weight and slope tests: the standard error itself is then known to 5 %."""
 MEAN_WEIGHT_Z = 4.0
 """z of the mean weight test: 6e-5 false alarms per test under normality, and it runs on every cell
-and every long answer. With `MEAN_WEIGHT_SHORT_K3` there was none in 33,000 valid samples of 200 to
+and every long answer. With `MEAN_WEIGHT_SHORT_K3` there was one in 65,000 valid samples of 200 to
 5,000 tokens, normal and heavy-tailed; without, there were up to 10 % in the heavy-tailed ones."""
 MEAN_WEIGHT_SHORT_K3 = 1.5
 """k3 that a mean weight below 1 must be short by. What a sample of heavy-tailed drift lacks are its

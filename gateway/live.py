@@ -27,7 +27,7 @@ from driftgate.views import Kind
 __all__ = ["BLOCK_TOKENS", "CellKey", "Live", "Refuted", "Sums", "TrajectoryWorst", "stretch"]
 
 MAX_SCORES = 50_000
-"""Rows kept of one cell, the newest: about 15 MB."""
+"""Rows kept of one cell, the newest: about 16 MB."""
 
 KEPT_WORST = 200
 """Trajectories whose worst token is kept, those with the largest |D|."""
