@@ -144,7 +144,7 @@ def write_export(
 
 def _elsewhere(span: Span) -> bool:
     asked = effective_temperature(span.temperature)
-    return asked > 0.0 and span.logprobs_temperature != asked
+    return span.temperature is None or (asked > 0.0 and span.logprobs_temperature != asked)
 
 
 def read_export(out: Path, fmt: Format) -> list[Sample]:

@@ -144,7 +144,8 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
     exponent: float | None
     """.5: independent noise, the sum grows as sqrt(T); above: it compounds; below: it cancels."""
     exponent_if_independent: tuple[float, float] | None
-    """Smallest and largest exponent of the same tokens in 99 random orders."""
+    """Smallest and largest exponent of the same tokens in 99 random orders; each response keeps
+    how far it is off."""
     compounds: bool | None
     """The exponent is above all of those."""
     bias_per_token: float | None
@@ -176,7 +177,8 @@ def growth(responses: Sequence[Response]) -> Growth:
     """Fits the exponent over blocks of 1, 2, 4, … tokens that stay inside a response.
 
     Least squares of log std on log length (the aggregated-variance estimate of a Hurst exponent,
-    Taqqu, Teverovsky, Willinger 1995), held against the same tokens in random order.
+    Taqqu, Teverovsky, Willinger 1995), held against the same tokens in random order. Long blocks
+    are of long answers only, which may be noisier or less: see `_levels`.
     """
     parts = [response.d for response in responses]
     d = np.concatenate(parts) if parts else np.zeros(0)
@@ -184,7 +186,7 @@ def growth(responses: Sequence[Response]) -> Growth:
     scales = _scales(parts)
     z = mean / (spread / math.sqrt(d.size)) if mean is not None and spread else None
     biased = z is not None and abs(z) >= BIAS_Z
-    fitted = _exponent(scales)
+    fitted = _exponent(_levels(parts))
     independent = None if fitted is None else _shuffled(parts)
     return Growth(
         exponent=fitted,
@@ -221,21 +223,45 @@ def _blocks(part: F64, length: int) -> F64:
     return np.asarray(part[:whole].reshape(-1, length).sum(axis=1))
 
 
-def _exponent(scales: Sequence[Scale]) -> float | None:
-    if len(scales) < MIN_SCALES or any(scale.log_ratio_sum_std <= 0.0 for scale in scales):
+def _levels(parts: Sequence[F64]) -> list[float]:
+    """log std of the sums over 1, 2, 4, … tokens, the first taken as 0. Each step is over one set
+    of tokens, those in whole blocks of the longer length. Empty without spread."""
+    levels = [0.0]
+    length = 1
+    while True:
+        whole = [part[: part.size // (2 * length) * 2 * length] for part in parts]
+        shorter = np.concatenate([_blocks(part, length) for part in whole] or [np.zeros(0)])
+        longer = shorter.reshape(-1, 2).sum(axis=1)
+        if longer.size < MIN_BLOCKS:
+            return levels
+        before, after = float(shorter.std(ddof=1)), float(longer.std(ddof=1))
+        if before <= 0.0 or after <= 0.0:
+            return []
+        levels.append(levels[-1] + math.log(after / before))
+        length *= 2
+
+
+def _exponent(levels: Sequence[float]) -> float | None:
+    if len(levels) < MIN_SCALES:
         return None
-    x = np.log([scale.length for scale in scales])
-    y = np.log([scale.log_ratio_sum_std for scale in scales])
-    return float(np.polyfit(x, y, 1)[0])
+    x = math.log(2.0) * np.arange(len(levels))
+    return float(np.polyfit(x, levels, 1)[0])
 
 
 def _shuffled(parts: Sequence[F64]) -> tuple[float, float] | None:
-    """Of the run's tokens in random order; the lengths of its responses are kept."""
+    """Of the run's tokens in random order. Each response keeps its length and how far it is off,
+    its root mean square about the run's mean: tokens are moved in units of it."""
     rng = np.random.default_rng(0)
     d = np.concatenate(parts)[:MAX_SHUFFLED]
+    d = d - d.mean()
     ends = np.cumsum([part.size for part in parts])
     cuts = ends[ends < d.size]
-    found = [_exponent(_scales(np.split(rng.permutation(d), cuts))) for _ in range(SHUFFLES)]
+    far = np.concatenate(
+        [np.full(part.size, math.sqrt(float(np.square(part).mean()))) for part in np.split(d, cuts)]
+    )
+    unit = np.divide(d, far, out=np.zeros_like(d), where=far > 0.0)
+    orders = (np.split(rng.permutation(unit) * far, cuts) for _ in range(SHUFFLES))
+    found = [_exponent(_levels(order)) for order in orders]
     known = [exponent for exponent in found if exponent is not None]
     return (min(known), max(known)) if known else None
 

@@ -9,12 +9,17 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["BANDS", "MOE_FP8_SLACK", "Band", "Colour", "band"]
+from driftgate.trace import Engine, Trainer
+
+__all__ = ["BANDS", "MOE_FP8_SLACK", "Band", "Colour", "band", "slack_of"]
 
 Colour = Literal["green", "amber", "red"]
 
 MOE_FP8_SLACK = 2.5
 """Widening of the k3 band for MoE and for FP8 engines: METRICS says x2-3."""
+FP8 = ("fp8", "float8")
+"""In what an engine says of its quantisation or dtype: ``fp8``, ``fbgemm_fp8``,
+``torch.float8_e4m3fn``."""
 
 
 class Band(msgspec.Struct, frozen=True):
@@ -59,3 +64,13 @@ def band(
     if red:
         return "red"
     return "green" if green and not n_bad_tokens else "amber"
+
+
+def slack_of(side: Engine | Trainer | None, *, routed: bool) -> float:
+    """How much wider the k3 band of a rollout is: ``routed``, it has routes, or FP8 is declared.
+
+    ``side``: what sampled; None where that is not known.
+    """
+    said = () if side is None else (side.settings.get("quantization"), side.settings.get("dtype"))
+    fp8 = any(name in (word or "").lower() for word in said for name in FP8)
+    return MOE_FP8_SLACK if routed or fp8 else 1.0

@@ -39,7 +39,10 @@ many boundaries is looked at: 4 would fire on noise."""
 EXCESS_FACTOR = 1.5
 """A group of tokens is worse only where its mean|D| is at least this much of the other's."""
 BASELINE_MIN_TOKENS = 32
-"""Below this a baseline is no baseline."""
+"""Below this a measured floor is no baseline, and a group of tokens has no mean."""
+LIKE_MIN_TOKENS = 100
+"""Other tokens of the run that make a baseline: of noise whose tail is 3 % of the tokens they hold
+three of it."""
 BIN_MIN_TOKENS = 8
 """Of the baseline in one bin of probability. Rare tokens drift more than certain ones, so that
 groups of tokens are only compared at like probability."""
@@ -108,6 +111,7 @@ class _Level(NamedTuple):
 
     mean: float
     error: float
+    """Standard error of its difference from the group's; 0 for a level that is given."""
     tokens: Mask
     """[n] of the group, those that the baseline says something about."""
     words: str
@@ -122,11 +126,11 @@ def excess(run: Run, d: F64, group: Mask, base: Mask, *, floor: bool = True) -> 
         words = f"noise floor of the {run.floor.side}"
         level = _Level(run.floor.abs_log_ratio_mean, 0.0, group, words)
     if level is None or int(level.tokens.sum()) < BASELINE_MIN_TOKENS:
-        return Excess(None, evidence | {"baseline": None})
+        return Excess(None, evidence | {"baseline": None, "other_tokens": int(base.sum())})
     here = np.abs(d[level.tokens])
     mean = float(here.mean())
     evidence |= {"baseline": level.mean, "baseline_is": level.words}
-    spread = math.hypot(level.error, _standard_error(here))
+    spread = max(level.error, _standard_error(here))
     z = (mean - level.mean) / spread if spread else math.inf
     evidence["z"] = z if math.isfinite(z) else None
     if mean <= level.mean or z < EXCESS_Z or mean < EXCESS_FACTOR * level.mean:
@@ -136,15 +140,15 @@ def excess(run: Run, d: F64, group: Mask, base: Mask, *, floor: bool = True) -> 
 
 def _like(run: Run, d: F64, group: Mask, base: Mask) -> _Level | None:
     """mean|D| of ``base`` with each bin of probability weighted as in ``group``."""
-    if int(base.sum()) < BASELINE_MIN_TOKENS:
+    if int(base.sum()) < LIKE_MIN_TOKENS:
         return None
-    means, errors, counts = [], [], []
+    means, variances, counts = [], [], []
     tokens = np.zeros(d.size, dtype=np.bool_)
     for at in range(len(PROBABILITY_EDGES) - 1):
         there, here = np.abs(d[base & (run.bins == at)]), group & (run.bins == at)
         if there.size >= BIN_MIN_TOKENS and here.any():
             means.append(float(there.mean()))
-            errors.append(_standard_error(there))
+            variances.append(_variance(there, np.abs(d[here])))
             counts.append(int(here.sum()))
             tokens |= here
     if not counts:
@@ -152,10 +156,19 @@ def _like(run: Run, d: F64, group: Mask, base: Mask) -> _Level | None:
     weights = np.array(counts) / sum(counts)
     return _Level(
         mean=float(weights @ np.array(means)),
-        error=math.sqrt(float(weights**2 @ np.square(errors))),
+        error=math.sqrt(float(weights**2 @ np.array(variances))),
         tokens=tokens,
         words=f"{int(base.sum())} other tokens of this run, at like probability",
     )
+
+
+def _variance(there: F64, here: F64) -> float:
+    """Of the difference of the two means, the larger of two: as if both were of one distribution
+    (a short baseline of heavy-tailed noise has none of the tail, so that its own error is too
+    small), and each by itself (one outlier in a small group is no level)."""
+    both = np.concatenate([there, here])
+    pooled = float(both.var(ddof=1)) * (1.0 / there.size + 1.0 / here.size)
+    return max(pooled, _standard_error(there) ** 2 + _standard_error(here) ** 2)
 
 
 def _standard_error(x: F64) -> float:

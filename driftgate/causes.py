@@ -25,7 +25,7 @@ from driftgate.baseline import (
     mean_abs,
 )
 from driftgate.comparable import DUAL_T_FACTOR, DUAL_T_FLOOR, DUAL_T_MIN_TOKENS
-from driftgate.evidence import SLOPE_MIN_CORRELATION, SLOPE_TOLERANCE, SLOPE_Z, TEST_MIN_TOKENS
+from driftgate.evidence import TEST_MIN_TOKENS, slope_is_off
 from driftgate.mismatch import LOGIT_EDGE, Bucket, good_tokens
 from driftgate.sums import CoMoments
 from driftgate.words import listed
@@ -100,7 +100,7 @@ def transform(run: Run, d: F64) -> Undone:
         if here > DUAL_T_FLOOR and there <= DUAL_T_FACTOR * here:
             detail = f"mean|D| {here:.3g} falls to {there:.3g} with the logits at the other T"
             return Undone(other, "measured", detail, evidence, fix)
-    if _slope_is_off(whole.logits):
+    if slope_is_off(whole.logits):
         detail = f"log-odds slope {whole.logits.slope():.3f}, not 1: one side is scaled"
         return Undone(_calibrated(run, whole.logits), "inferred", detail, evidence, fix)
     if signs := sorted(run.codes() & set(CONVENTION_CODES)):
@@ -110,17 +110,6 @@ def transform(run: Run, d: F64) -> Undone:
         detail = f"{whole.logits.n} uncertain tokens of {TEST_MIN_TOKENS}, and one temperature"
         return Undone(None, "untested", detail, evidence, "score more tokens")
     return Undone(None, "absent", "both sides are at one temperature", evidence, "nothing")
-
-
-def _slope_is_off(logits: CoMoments) -> bool:
-    slope, error, correlation = logits.slope(), logits.slope_se(), logits.correlation()
-    if logits.n < TEST_MIN_TOKENS or slope is None or error is None or correlation is None:
-        return False
-    if correlation < SLOPE_MIN_CORRELATION:
-        return False
-    # With noise on either side the true slope is between the two regressions (Frisch 1934).
-    tolerance = max(SLOPE_TOLERANCE, SLOPE_Z * error)
-    return slope - 1.0 > tolerance or 1.0 - slope / correlation**2 > tolerance
 
 
 def _calibrated(run: Run, logits: CoMoments) -> F64:
@@ -163,7 +152,8 @@ def template(run: Run, d: F64) -> Undone:
         detail = f"drift is higher where the prefix breaks, steps {listed(steps)}"
         return Undone(found.d, "measured", detail, evidence, fix)
     if evidence["baseline"] is None:
-        detail = "prefixes break, and there is nothing to compare their steps with"
+        few = evidence["other_tokens"]
+        detail = f"prefixes break; {few} tokens of other steps are too few to compare with"
         return Undone(None, "suspected", detail, evidence, fix)
     detail = "prefixes break, but those steps drift no more than the others"
     return Undone(None, "absent", detail, evidence, "nothing")
@@ -188,7 +178,10 @@ def stale_weights(run: Run, d: F64) -> Undone:
             detail = "drift is higher where the tokens are of another weight version"
             return Undone(found.d, "measured", detail, evidence, fix)
         if evidence["baseline"] is None:
-            detail = "the tokens are of another weight version, and nothing shows drift without"
+            few = evidence["other_tokens"]
+            detail = (
+                f"tokens are of another weight version; {few} others are too few to compare with"
+            )
             return Undone(None, "suspected", detail, evidence, fix)
     jump = _jump(run, d)
     if jump is not None:
@@ -220,7 +213,7 @@ def _jump(run: Run, d: F64) -> tuple[F64, Evidence] | None:
         worse = after if rises else ~after
         found = excess(run, d, worse, ~worse, floor=False)
         z = found.evidence.get("z")
-        if found.d is None or int((~worse).sum()) < BASELINE_MIN_TOKENS:
+        if found.d is None:
             continue
         score = z if isinstance(z, float) else math.inf
         if best is None or score > best[0]:

@@ -77,6 +77,8 @@ class GroupVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """Kish over e^(sum of D) of each run: can whole runs be weighted against each other. Falls
     with length by itself, so no profile looks at it. Over the comparable tokens of each; null below
     two runs, and where one has none or is not scored in full."""
+    undefined: dict[str, str] = {}
+    """Why it is null."""
 
 
 class TrajectoryVerdicts(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +110,8 @@ class FeedbackRow(msgspec.Struct, frozen=True, kw_only=True):
     """Comparable ones, behind the numbers that follow."""
     kl_k3_rollout_train: float | None
     abs_log_ratio_mean: float | None
+    undefined: dict[str, str] = {}
+    """Why one of the two is null."""
 
 
 class Feedback(msgspec.Struct, frozen=True, kw_only=True):

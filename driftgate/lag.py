@@ -20,8 +20,9 @@ DIFFERS = "differs"
 FAR = 32
 """Versions apart from which on all lags have one label: what is split by lag stays small."""
 
-NUMBERED = re.compile(r"([A-Za-z_./-]*?)([0-9]{1,18})", re.ASCII)
-"""A word without digits, then the number: the digits of a commit or of ``1.2`` are no count."""
+NUMBERED = re.compile(r"(?=[0-9]{1,6}$|[^0-9])([A-Za-z_./-]*)([0-9]{1,18})", re.ASCII)
+"""A word without digits, then the number: the digits of a commit or of ``1.2`` are no count. Alone
+it has six digits at most: one short hash of a commit in 27 is seven digits and no letter."""
 
 
 class Lag(msgspec.Struct, frozen=True, kw_only=True):

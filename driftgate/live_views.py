@@ -229,5 +229,5 @@ class Glossary(msgspec.Struct, frozen=True, kw_only=True):
     router_metrics: dict[str, Metric]
     bands: dict[str, Band]
     moe_slack: float
-    """The k3 band of a cell with routes is this much wider."""
+    """How much wider the k3 band is where it is (``k3_slack``): of routes, and of FP8."""
     codes: dict[str, str]

@@ -47,7 +47,12 @@ CLAMPED = "clamped_frac_20"
 BUT_WORST = "_but_worst"
 LEAVE_ONE_OUT = "ess_kish_token" + BUT_WORST
 """``ess_kish_token`` without the token of the largest |D|: one token is no rate, and no reason to
-throw a run away."""
+throw a run away. Null where that token has nearly all of the weight: `MAX_LOG_RATIO` is of it."""
+SHIFT = "log_ratio_mean" + BUT_WORST
+"""``log_ratio_mean`` without the token of the largest |D|: one is not what all tokens share."""
+MAX_LOG_RATIO = 13.8
+"""nats, ln 1e6. The engine sampled what it gave less than one in a million to: a fault, and no
+noise. On the other side the veto at 1e-4 comes first."""
 
 NOT_COMPARABLE = "not_comparable_frac"
 """Share of the scored answers' tokens that no number of the verdict rests on: of answers that are
@@ -137,7 +142,7 @@ _SHIFT_SIZES: tuple[tuple[Tier, float], ...] = (
 _SHIFTS = tuple(
     Limit(
         code="SYSTEMATIC_SHIFT",
-        metric="log_ratio_mean",
+        metric=SHIFT,
         verdict=verdict,
         above=size if side > 0 else None,
         below=-size if side < 0 else None,
@@ -151,8 +156,8 @@ _SHIFTS = tuple(
 DEFAULT = Profile(
     name="default",
     about=(
-        "Limits that fire on real data: ratios outside [.5, 2] and [.2, 5], any ratio below 1e-4, "
-        "token ESS, a shift of all tokens, lag, and routing by expert sets."
+        "Limits that fire on real data: ratios outside [.5, 2] and [.2, 5], any ratio below 1e-4 "
+        "or above 1e6, token ESS, a shift of all tokens, lag, and routing by expert sets."
     ),
     limits=(
         *MASKED,
@@ -162,6 +167,12 @@ DEFAULT = Profile(
             metric="gate_veto_drop_frac",
             verdict="quarantine",
             above=0,
+        ),
+        Limit(
+            code="VETO_THRESHOLD_EXCEEDED",
+            metric="abs_log_ratio_max",
+            verdict="quarantine",
+            above=MAX_LOG_RATIO,
         ),
         # F(2) > .1 precedes collapse (R3 paper, arXiv 2510.11370); F(5) of 1 % is as far out.
         Limit(

@@ -146,7 +146,7 @@ def _ess(b: Bucket) -> dict[str, Value]:
 def _inverse_mean(square: LogSum, n: int) -> float | None:
     """1 / mean; None where float64 cannot hold it."""
     log_mean = square.log_mean(n)
-    if -log_mean > MAX_EXPONENT:
+    if abs(log_mean) > MAX_EXPONENT:
         return None
     mean = square.mean(n)
     return 1.0 / mean if mean else math.exp(-log_mean)

@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from driftgate.bands import MOE_FP8_SLACK, Colour, band
+from driftgate.bands import Colour, band, slack_of
 from driftgate.codes import SEVERITY
 from driftgate.floor import label_of
 from driftgate.render_beside import beside, by_lag, floor_name, progress, replay_measure
@@ -98,7 +98,7 @@ def colour(item: ScoreView | CellView) -> Colour | None:
         return None
     values = item.measures.metrics
     bad = int(values.get("n_bad_tokens") or 0)
-    slack = 1.0 if item.router is None else MOE_FP8_SLACK
+    slack = slack_of(item.engine, routed=item.router is not None)
     found = [band(name, values.get(name), n_bad_tokens=bad, slack=slack) for name in GATED]
     if item.router is not None:
         name = "router_set_disagree_rate"

@@ -64,8 +64,12 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def logprobs_temperature(self) -> float | None:
         """Temperature of the density that the logprobs are of; None where that is not known."""
+        if self.logprobs_mode == "raw_logprobs":
+            return 1.0
+        if self.temperature is None:
+            return None
         asked = effective_temperature(self.temperature)
-        if self.logprobs_mode == "raw_logprobs" or asked in (0.0, 1.0):
+        if asked in (0.0, 1.0):
             return 1.0
         return asked if self.logprobs_mode == "processed_logprobs" else None
 

@@ -12,7 +12,7 @@ import msgspec
 
 from driftgate.lag import Lag
 from driftgate.mismatch import Bucket
-from driftgate.profiles import CLAMPED, LEAVE_ONE_OUT, NOT_COMPARABLE, Profile
+from driftgate.profiles import CLAMPED, LEAVE_ONE_OUT, NOT_COMPARABLE, SHIFT, Profile
 from driftgate.router import RouterBucket
 from driftgate.sums import LogSum, bin_value, kish
 
@@ -23,7 +23,7 @@ CLAMP = 20.0
 
 LOO_MIN_REST = 1e-11
 """Least share of the sum of e^2D that the other tokens must have: their own sum, a difference, is
-then right to 1e-5 in float64. A token that leaves less is no noise."""
+then right to 1e-5 in float64."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,8 +77,12 @@ def measure(subject: Subject, profile: Profile) -> tuple[dict[str, float | None]
     if subject.bucket is not None:
         values |= subject.bucket.metrics()
         values[CLAMPED] = _clamped(subject.bucket)
+        values[SHIFT] = _mean_but_worst(subject.bucket)
         values[LEAVE_ONE_OUT] = _ess_but_worst(subject.bucket)
         why |= subject.bucket.undefined()
+        few = subject.compared < 2
+        why[SHIFT] = "needs two tokens"
+        why[LEAVE_ONE_OUT] = why[SHIFT] if few else "the worst token has nearly all of the weight"
     values[NOT_COMPARABLE] = subject.not_compared_share
     if subject.router is not None:
         values |= {
@@ -91,7 +95,7 @@ def measure(subject: Subject, profile: Profile) -> tuple[dict[str, float | None]
     undefined: dict[str, str] = {}
     for limit in profile.limits:
         if subject.compared < limit.min_tokens:
-            why.setdefault(limit.metric, f"{subject.compared} tokens of {limit.min_tokens}")
+            why[limit.metric] = f"{subject.compared} tokens of {limit.min_tokens}"
             values[limit.metric] = None
     for name in dict.fromkeys(limit.metric for limit in profile.limits):
         measured[name] = values.get(name)
@@ -109,16 +113,24 @@ def _clamped(bucket: Bucket) -> float | None:
     return above / bucket.n_tokens
 
 
+def _mean_but_worst(bucket: Bucket) -> float | None:
+    """``log_ratio_mean`` without the token of the largest |D|, nats; None below two tokens."""
+    n = bucket.n_tokens
+    if bucket.worst is None or n < 2:
+        return None
+    return (n * bucket.log_ratio.mean - bucket.worst.log_ratio) / (n - 1)
+
+
 def _ess_but_worst(bucket: Bucket) -> float | None:
-    """``ess_kish_token`` without the token of the largest |D|; None below two tokens."""
+    """``ess_kish_token`` without the token of the largest |D|; None below two tokens, and where
+    float64 cannot tell the weight of the others beside it."""
     if bucket.worst is None or bucket.n_tokens < 2:
         return None
-    full = kish(bucket.weight, bucket.weight_sq, bucket.n_tokens)
     d = bucket.worst.log_ratio
     if bucket.weight.shift or bucket.weight_sq.shift:
-        return full
+        return None
     weight = LogSum(0.0, bucket.weight.total - math.exp(d))
     weight_sq = LogSum(0.0, bucket.weight_sq.total - math.exp(2.0 * d))
     if weight_sq.total <= LOO_MIN_REST * bucket.weight_sq.total:
-        return full
+        return None
     return kish(weight, weight_sq, bucket.n_tokens - 1)

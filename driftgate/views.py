@@ -154,6 +154,8 @@ class ScoreView(msgspec.Struct, frozen=True, kw_only=True):
     replay_reason: str | None = None
     """Why ``replay`` is null."""
     worst: WorstView | None = None
+    k3_slack: float = 1.0
+    """As of its cell."""
     one_pass: bool = False
     forward_s: float = 0.0
     scored_ns: int
@@ -297,7 +299,8 @@ class ReasonCount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
-    """A 95 % interval by cluster bootstrap over trajectories."""
+    """A 95 % interval by cluster bootstrap over trajectories, all of them; over a thousand groups
+    of them where there are more."""
 
     low: float
     high: float
@@ -371,6 +374,8 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     intervals: dict[str, Interval] = {}
     """Of ``measures``, by metric; empty where there are too few trajectories to tell."""
     floors: list[FloorView] = []
+    k3_slack: float = 1.0
+    """The band of k3 is this much wider: of a mixture of experts, and of an FP8 engine."""
 
 
 class Cells(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from driftgate.bands import slack_of
 from driftgate.bodies import json_of
 from driftgate.bootstrap import FEW_TRAJECTORIES
 from driftgate.comparable import CODES
@@ -211,6 +212,7 @@ class Answers:
             replay=shape.replay(ReplayPair.of(meta), comparable=meta.comparable.verdict != "no"),
             replay_reason=meta.replay_reason,
             worst=self._in_context(worst) if worst and text else worst,
+            k3_slack=slack_of(meta.engine, routed=meta.router is not None),
             one_pass=meta.one_pass,
             forward_s=meta.forward_s,
             scored_ns=meta.scored_ns,
@@ -323,6 +325,7 @@ class Answers:
             worst=self.worst_token(row.worst),
             intervals=self._spread.intervals(row) if intervals else {},
             floors=list(_floors(row, rows)),
+            k3_slack=slack_of(row.engine, routed=row.router is not None),
         )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from driftgate.bands import BANDS, MOE_FP8_SLACK, Colour, band
+from driftgate.bands import BANDS, Colour, band, slack_of
 from driftgate.errors import DriftgateError
 from driftgate.gateway.answers import Answers
 from driftgate.storage import Counts
@@ -140,9 +140,9 @@ def _headlines(cell: CellView) -> dict[str, float]:
 
 
 def _band(cell: CellView, metric: str, number: float) -> Colour | None:
-    """As the dashboard colours it: a mixture of experts has a wider band of k3."""
+    """As the dashboard colours it."""
     bad = (cell.measures.metrics.get("n_bad_tokens") or 0) if cell.measures else 0
-    slack = MOE_FP8_SLACK if cell.router is not None else 1.0
+    slack = slack_of(cell.engine, routed=cell.router is not None)
     return band(metric, number, n_bad_tokens=int(bad), slack=slack)
 
 

@@ -6,9 +6,10 @@ hold very many, so that drift can be shown against time and an alarm can say sin
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -26,7 +27,7 @@ from driftgate.views import Kind
 __all__ = ["BLOCK_TOKENS", "CellKey", "Live", "Refuted", "Sums", "TrajectoryWorst", "stretch"]
 
 MAX_SCORES = 50_000
-"""Rows kept of one cell, the newest: about 15 MB."""
+"""Rows kept of one cell, the newest: about 16 MB."""
 
 KEPT_WORST = 200
 """Trajectories whose worst token is kept, those with the largest |D|."""
@@ -38,8 +39,11 @@ PAGE = 1000
 """Scores read from the index at once."""
 
 BLOCK_TOKENS = 512
-"""Tokens that are judged together when a stretch is dated: single answers are too short to tell
-drift from chance."""
+"""Tokens, or (token, layer) pairs where routes are asked about, that are judged together when a
+stretch is dated: single answers are too short to tell drift from chance."""
+
+RATIO_2 = math.log(2.0)
+"""nats; beyond it a token's ratio leaves [1/2, 2]."""
 
 CellKey = tuple[str, str, str, Kind]
 """Engine digest, trainer digest, model, kind."""
@@ -62,6 +66,8 @@ class Sums(NamedTuple):
     abs_log_ratio: float = 0.0
     over_2: int = 0
     """Tokens whose ratio leaves [1/2, 2]."""
+    worst: float = 0.0
+    """D of the token with the largest |D|, nats."""
     cells: int = 0
     """Valid (token, layer) pairs of routes that nothing is known against."""
     disagree: int = 0
@@ -89,6 +95,7 @@ class Sums(NamedTuple):
             k3=bucket.linear.k3 if bucket.linear is not None else None,
             abs_log_ratio=bucket.sum_abs,
             over_2=bucket.token_hits.get("extreme_frac_tau2", 0),
+            worst=bucket.worst.log_ratio if bucket.worst is not None else 0.0,
             cells=0 if spoiled else router.n_cells,
             disagree=0 if spoiled else router.n_cells - same,
             all_cells=router.n_cells,
@@ -106,6 +113,7 @@ class Sums(NamedTuple):
             k3=0.0,
             abs_log_ratio=0.0,
             over_2=0,
+            worst=0.0,
         )
 
     @classmethod
@@ -116,12 +124,26 @@ class Sums(NamedTuple):
         total = {
             name: sum(getattr(row, name) for row in rows)
             for name in cls._fields
-            if name not in ("scored_ns", "k3", "pool")
+            if name not in ("scored_ns", "k3", "worst", "pool")
         }
         return cls(
             scored_ns=rows[0].scored_ns if rows else 0,
             k3=sum(k3) if len(k3) == len(rows) else None,
+            worst=max((row.worst for row in rows), key=abs, default=0.0),
             **total,
+        )
+
+    def but_worst(self) -> Sums:
+        """The same without the token of the largest |D|: one token is no rate."""
+        if not self.n_tokens:
+            return self
+        d = self.worst
+        return self._replace(
+            n_tokens=self.n_tokens - 1,
+            k3=None if self.k3 is None else self.k3 - (math.expm1(d) - d),
+            abs_log_ratio=self.abs_log_ratio - abs(d),
+            over_2=self.over_2 - (abs(d) > RATIO_2),
+            worst=0.0,
         )
 
     def metrics(self) -> dict[str, float | None]:
@@ -265,31 +287,38 @@ class Live:
             del self._runs[next(iter(self._runs))]
 
 
-def stretch(rows: Sequence[Sums], holds: Callable[[Sums], bool]) -> Sums | None:
+def stretch(
+    rows: Sequence[Sums], holds: Callable[[Sums], bool], weight: Callable[[Sums], int]
+) -> Sums | None:
     """The newest unbroken stretch of which ``holds`` is true, merged; None where there is none.
 
-    Judged in blocks of at least ``BLOCK_TOKENS`` tokens, or (token, layer) pairs, from the newest
-    back.
+    Judged in blocks of at least ``BLOCK_TOKENS`` of ``weight``, what the question divides by, from
+    the newest back. Rows without any of it neither fill a block nor break a stretch.
     """
     found: list[Sums] = []
-    for block in _blocks(rows):
+    for block in _blocks(rows, weight):
         if not holds(Sums.merge(block)):
             break
         found = block + found
     return Sums.merge(found) if found else None
 
 
-def _blocks(rows: Sequence[Sums]) -> Iterable[list[Sums]]:
+def _blocks(rows: Sequence[Sums], weight: Callable[[Sums], int]) -> Iterator[list[Sums]]:
+    """From the newest back; the oldest rows, too few for a block, are part of the oldest one."""
+    full: list[Sums] = []
     block: list[Sums] = []
-    weight = 0
+    filled = 0
     for row in reversed(rows):
+        if not (more := weight(row)):
+            continue
         block.insert(0, row)
-        weight += max(row.n_tokens, row.all_cells)
-        if weight >= BLOCK_TOKENS:
-            yield block
-            block, weight = [], 0
-    if block:
-        yield block
+        filled += more
+        if filled >= BLOCK_TOKENS:
+            if full:
+                yield full
+            full, block, filled = block, [], 0
+    if full or block:
+        yield block + full
 
 
 def _points(rows: Sequence[Sums], slot_ns: int) -> list[SeriesPoint]:

@@ -1,13 +1,15 @@
 """How sure a cell's numbers are: its scores folded by trajectory, for the cluster bootstrap.
 
 The index folds a cell as a whole; intervals need it by trajectory. This reads each score once, as
-it comes, and keeps the newest trajectories of each cell. Derived, in memory, rebuilt by reading
-again.
+it comes. No trajectory is left out, so that an interval is of what its headline is of: beyond
+`MAX_GROUPS` they share groups, by their names, and groups are what is drawn. Derived, in memory,
+rebuilt by reading again.
 """
 
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -28,8 +30,9 @@ B = TypeVar("B", Bucket, RouterBucket, ReplayPair)
 
 Key: TypeAlias = tuple[str, str, str, str]
 
-MAX_TRAJECTORIES = 1000
-"""Per cell: an interval over more clusters is no wider in its second digit, and costs memory."""
+MAX_GROUPS = 1000
+"""Per cell: the width of an interval over so many clusters is known to 2 %, and each costs memory.
+A group holds whole trajectories, and which ones has nothing to do with their drift."""
 
 PAGE = 1000
 """Scores read from the index at once."""
@@ -37,7 +40,7 @@ PAGE = 1000
 
 @dataclass(slots=True)
 class _Run:
-    """One trajectory of a cell, by pool."""
+    """One group of trajectories of a cell, by pool."""
 
     buckets: dict[str, Bucket] = field(default_factory=dict)
     """Over the comparable scores only, as the cell's headline."""
@@ -49,15 +52,27 @@ class _Run:
 
 @dataclass(slots=True)
 class _Cell:
-    """One cell by trajectory; the one that was scored longest ago comes first."""
+    """One cell by group."""
 
     runs: dict[str, _Run] = field(default_factory=dict)
+    """By the trajectory that came first to the group."""
+    names: list[str] = field(default_factory=list)
+    """Keys of ``runs`` in the order they came."""
     pools: set[str] = field(default_factory=set)
     """Known so far; scores come in the order in which the index folds them."""
     refuted: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
     """Pools whose logprobs and whose routes ``intervals`` leave out."""
     intervals: dict[str, Interval] | None = None
     """Forgotten when a score arrives."""
+
+    def run(self, trajectory: str) -> _Run:
+        """The group of a trajectory: its own, while there are fewer than `MAX_GROUPS`."""
+        if trajectory not in self.runs:
+            if len(self.names) >= MAX_GROUPS:
+                return self.runs[self.names[zlib.crc32(trajectory.encode()) % MAX_GROUPS]]
+            self.names.append(trajectory)
+            self.runs[trajectory] = _Run()
+        return self.runs[trajectory]
 
 
 class Spread:
@@ -94,15 +109,13 @@ class Spread:
         cell.intervals = None
         pool = pool_of(meta, cell.pools)
         cell.pools.add(pool)
-        run = cell.runs[meta.trajectory] = cell.runs.pop(meta.trajectory, _Run())
+        run = cell.run(meta.trajectory)
         if meta.bucket is not None and meta.comparable.verdict != "no":
             _add(run.buckets, pool, meta.bucket)
             if (pair := ReplayPair.of(meta)) is not None:
                 _add(run.replays, pool, pair)
         if meta.router is not None and not refutes(meta.comparable.reasons, SPOILS_ROUTES):
             _add(run.routers, pool, meta.router)
-        if len(cell.runs) > MAX_TRAJECTORIES:
-            cell.runs.pop(next(iter(cell.runs)))
 
 
 def _add(sums: dict[str, B], pool: str, bucket: B) -> None:
@@ -131,7 +144,7 @@ def _intervals(
 
 
 def _by_run(runs: Mapping[str, Mapping[str, B]], refuted: frozenset[str]) -> dict[str, B]:
-    """The sum of each trajectory over the pools that stand; one without any is left out."""
+    """The sum of each group over the pools that stand; one without any is left out."""
     kept = {
         run: [bucket for pool, bucket in sums.items() if pool not in refuted]
         for run, sums in runs.items()

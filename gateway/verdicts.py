@@ -36,6 +36,9 @@ from driftgate.verdict import Brief, Verdict, brief, judge
 
 __all__ = ["Verdicts", "of_response"]
 
+NUMBERS = ("kl_k3_rollout_train", "abs_log_ratio_mean")
+"""Of a row of the feedback."""
+
 MAX_MEMBERS = 128
 """Runs of one prompt that are judged together, the nearest in time; groups are of 4 to 64 runs."""
 
@@ -130,6 +133,8 @@ class Verdicts:
             }
             if len(same) < 2:
                 continue
+            subjects = [pair.subject for pair in same.values()]
+            why = _no_kish(subjects)
             yield GroupVerdict(
                 model=own.model,
                 engine_digest=own.engine.digest,
@@ -140,7 +145,8 @@ class Verdicts:
                     for name, pair in same.items()
                 ],
                 verdict=judge(_together(same), profile),
-                ess_kish_trajectory=_kish([pair.subject for pair in same.values()]),
+                ess_kish_trajectory=_kish(subjects),
+                undefined={} if why is None else {"ess_kish_trajectory": why},
             )
 
 
@@ -224,10 +230,20 @@ def _merged_routers(routers: Iterable[RouterBucket | None]) -> RouterBucket | No
     return total
 
 
+def _no_kish(subjects: Sequence[Subject]) -> str | None:
+    """Why the runs of a group have no `_kish`."""
+    if len(subjects) < 2:
+        return f"needs two runs, has {len(subjects)}"
+    unscored = sum(s.scored < s.scorable for s in subjects)
+    if unscored:
+        return f"runs that are not scored in full: {unscored}"
+    empty = sum(not s.compared for s in subjects)
+    return f"runs without a comparable token: {empty}" if empty else None
+
+
 def _kish(subjects: Sequence[Subject]) -> float | None:
-    """Kish over e^(sum of D), one weight for each run; None for fewer than two, and where a run has
-    none or it is only of a part of its answers."""
-    if len(subjects) < 2 or any(s.scored < s.scorable or not s.compared for s in subjects):
+    """Kish over e^(sum of D), one weight for each run; None where `_no_kish` says why."""
+    if _no_kish(subjects) is not None:
         return None
     sums = np.array(
         [s.bucket.log_ratio.mean * s.bucket.n_tokens for s in subjects if s.bucket is not None]
@@ -250,7 +266,8 @@ class _Tally:
         self._bucket = _merged_buckets([self._bucket, pair.subject.bucket])
 
     def row(self) -> FeedbackRow:
-        first, values = self._first, self._bucket.metrics() if self._bucket else {}
+        bucket = self._bucket or Bucket()
+        first, values, why = self._first, bucket.metrics(), bucket.undefined()
         return FeedbackRow(
             engine=first.engine,
             engine_digest=first.engine.digest,
@@ -260,7 +277,8 @@ class _Tally:
             trajectories=self._verdicts.total(),
             verdicts=dict(self._verdicts),
             codes=dict(sorted(self._codes.items())),
-            n_tokens=self._bucket.n_tokens if self._bucket else 0,
-            kl_k3_rollout_train=values.get("kl_k3_rollout_train"),
-            abs_log_ratio_mean=values.get("abs_log_ratio_mean"),
+            n_tokens=bucket.n_tokens,
+            kl_k3_rollout_train=values["kl_k3_rollout_train"],
+            abs_log_ratio_mean=values["abs_log_ratio_mean"],
+            undefined={name: why[name] for name in NUMBERS if name in why},
         )

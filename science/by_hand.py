@@ -106,8 +106,9 @@ def verdict(profile: str, d: F64, lag: int, disagree: float, slot0: float) -> st
             return "replay"
         return "train_with_correction" if clamped > 0 or lag or slot0 > 0.15 else "train"
     two, five = (int((size > math.log(tau)).sum()) for tau in (2, 5))
-    n, shift, rest = len(d), abs(float(d.mean())), _but_worst(w, size)
-    if w.min() < 1e-4 or _rate(two, n, 0.1) or _rate(five, n, 0.01):
+    n, rest = len(d), _but_worst(w, size)
+    shift = abs(float(np.delete(d, int(size.argmax())).mean()))
+    if w.min() < 1e-4 or size.max() > 13.8 or _rate(two, n, 0.1) or _rate(five, n, 0.01):
         return "quarantine"
     if rest < 0.80 or lag > 8 or shift > 0.47:
         return "quarantine"
@@ -123,8 +124,6 @@ def _rate(hits: int, n: int, limit: float) -> bool:
 
 
 def _but_worst(w: F64, size: F64) -> float:
-    """ESS without the token of the largest |D|, unless the others weigh nothing beside it."""
+    """ESS without the token of the largest |D|."""
     others = np.delete(w, int(size.argmax()))
-    if (others * others).sum() < 1e-11 * (w * w).sum():
-        others = w
     return float(others.sum() ** 2 / (len(others) * (others * others).sum()))

@@ -92,7 +92,7 @@ def drift(
             router=router,
             router_reason=reason,
             comparable=judged,
-            replay=None if under is None else _bucket(trace, under),
+            replay=None if under is None else _bucket(trace, under, of=headline),
             replay_reason=why_not,
             replay_coverage=replayed.coverage if replayed and under is not None else None,
             worst=mismatch.worst(
@@ -255,11 +255,13 @@ def floor(
     )
 
 
-def _bucket(trace: Trace, train: F32) -> Bucket:
+def _bucket(trace: Trace, train: F32, *, of: F32 | None = None) -> Bucket:
+    """``of``: [R] nats; over the tokens that compare with these alone, so that equal counts are
+    equal tokens."""
     assert trace.logprobs is not None
-    return Bucket.of(
-        train, trace.logprobs, token_ids=trace.response_ids, trace_id=trace.meta.trace_id
-    )
+    mask = None if of is None else mismatch.good_tokens(of, trace.logprobs, None)[0]
+    ids, name = trace.response_ids, trace.meta.trace_id
+    return Bucket.of(train, trace.logprobs, mask, token_ids=ids, trace_id=name)
 
 
 def _replay(

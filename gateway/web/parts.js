@@ -95,13 +95,13 @@ export function BandMark({ colour, words = false }) {
 }
 
 /** A metric's value with its band's sign and its unit; a null says why it is one. */
-export function Metric({ glossary, name, measures, moe, unit = true, digits }) {
+export function Metric({ glossary, name, measures, slack, unit = true, digits }) {
   const value = measures?.metrics[name] ?? null;
   if (value == null) {
     const why = measures?.undefined?.[name] ?? "no numbers";
     return html`<span class="muted" title=${why}>–<span class="sr"> ${why}</span></span>`;
   }
-  const colour = band(glossary, name, value, { bad: measures.metrics.n_bad_tokens, moe });
+  const colour = band(glossary, name, value, { bad: measures.metrics.n_bad_tokens, slack });
   const known = glossary?.metrics[name] ?? glossary?.router_metrics[name];
   const of = unit && known && known.unit !== "1" ? html` <span class="unit">${known.unit}</span>` : null;
   return html`<span class="value"><${BandMark} colour=${colour} /> ${num(value, digits)}${of}</span>`;

@@ -2,10 +2,10 @@
 // A colour never stands alone: a band has a sign and a word, a token its number.
 
 /** "green" | "amber" | "red" | null, as driftgate.bands.band. */
-export function band(glossary, name, value, { bad = 0, moe = false } = {}) {
+export function band(glossary, name, value, { bad = 0, slack = 1 } = {}) {
   const limits = glossary?.bands[name];
   if (!limits || value == null) return null;
-  const wide = moe && name === "kl_k3_rollout_train" ? glossary.moe_slack : 1;
+  const wide = name === "kl_k3_rollout_train" ? slack : 1;
   const up = limits.ascending;
   const green = up ? value < limits.green * wide : value >= limits.green;
   const red = up ? value >= limits.red * wide : value < limits.red;
@@ -21,7 +21,7 @@ export const BAND_ORDER = ["green", "amber", "red"];
 export function scoreBand(glossary, score) {
   if (score.comparable.verdict === "no" || !score.measures) return null;
   const m = score.measures.metrics;
-  const found = GATED.map((name) => band(glossary, name, m[name], { bad: m.n_bad_tokens, moe: score.router != null }));
+  const found = GATED.map((name) => band(glossary, name, m[name], { bad: m.n_bad_tokens, slack: score.k3_slack }));
   const routes = "router_set_disagree_rate";
   if (score.router) found.push(band(glossary, routes, score.router.metrics[routes]));
   return BAND_ORDER.findLast((level) => found.includes(level)) ?? null;

@@ -58,6 +58,38 @@ def test_drift_that_carries_on_compounds() -> None:
     assert found.exponent > 0.65
 
 
+def unlike(calls: float, answers: float, *, offset: float = 0.0) -> Growth:
+    """40 calls of 24 tokens and 4 answers of 400, each with its own width of independent noise;
+    ``offset``: sigma of what the tokens of one response share, in units of its width."""
+    rng = np.random.default_rng(8)
+    parts = [
+        sigma * (rng.normal(0.0, 1.0, size) + offset * rng.normal())
+        for sigma, size, count in ((calls, 24, 40), (answers, 400, 4))
+        for _ in range(count)
+    ]
+    traces = [run(1, len(d), seed=n)[0] for n, d in enumerate(parts)]
+    found = responses(traces, [scored(t, d) for t, d in zip(traces, parts, strict=True)])
+    return anatomy.growth(found)
+
+
+@pytest.mark.parametrize(("calls", "answers"), [(0.005, 0.04), (0.04, 0.005)])
+def test_answers_of_different_noise_do_not_compound_by_it(calls: float, answers: float) -> None:
+    """Long blocks are of the long answers alone."""
+    found = unlike(calls, answers)
+    assert found.exponent == pytest.approx(0.5, abs=0.06)
+    assert found.compounds is False
+    assert found.exponent_if_independent is not None
+    low, high = found.exponent_if_independent
+    assert low < 0.5 < high
+
+
+def test_what_a_response_shares_compounds_whatever_its_noise() -> None:
+    found = unlike(0.005, 0.04, offset=1.0)
+    assert found.compounds is True
+    assert found.exponent is not None
+    assert found.exponent > 0.75
+
+
 def test_drift_that_takes_itself_back_does_not() -> None:
     found = growth(np.diff(noise(4, 4001, 0.05)))
     assert found.exponent is not None

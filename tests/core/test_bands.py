@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from driftgate.bands import BANDS, MOE_FP8_SLACK, band
+from driftgate.bands import BANDS, MOE_FP8_SLACK, band, slack_of
 from driftgate.glossary import METRICS, ROUTER_METRICS
+from driftgate.trace import Engine
 
 K3 = "kl_k3_rollout_train"
 
@@ -42,6 +43,25 @@ def test_bad_tokens_are_never_green() -> None:
 def test_moe_and_fp8_widen_k3_alone() -> None:
     assert band(K3, 2e-3, slack=MOE_FP8_SLACK) == "green"
     assert band("abs_log_ratio_mean", 0.03, slack=MOE_FP8_SLACK) == "amber"
+
+
+@pytest.mark.parametrize(
+    ("settings", "routed", "slack"),
+    [
+        ({}, False, 1.0),
+        ({}, True, MOE_FP8_SLACK),
+        ({"quantization": "fp8"}, False, MOE_FP8_SLACK),
+        ({"quantization": "fbgemm_fp8"}, True, MOE_FP8_SLACK),
+        ({"dtype": "torch.float8_e4m3fn"}, False, MOE_FP8_SLACK),
+        ({"quantization": "awq", "dtype": "bfloat16"}, False, 1.0),
+    ],
+)
+def test_routes_and_fp8_are_what_widens_it(
+    settings: dict[str, str], routed: bool, slack: float
+) -> None:
+    side = Engine(name="vllm", version="0.29.0", model="m", settings=settings)
+    assert slack_of(side, routed=routed) == slack
+    assert slack_of(None, routed=routed) == (MOE_FP8_SLACK if routed else 1.0)
 
 
 def test_bands_are_of_metrics() -> None:

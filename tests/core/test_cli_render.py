@@ -126,6 +126,14 @@ def test_colour_is_the_worst_band_of_a_valid_comparison(
     assert render.colour(view) == expected
 
 
+def test_fp8_has_the_wider_band_of_k3() -> None:
+    of = Measures(metrics={"kl_k3_rollout_train": 2e-3})
+    fp8 = msgspec.structs.replace(ENGINE, settings={"quantization": "fp8"})
+    assert render.colour(score(measures=of)) == "amber"
+    assert render.colour(score(measures=of, engine=fp8)) == "green"
+    assert render.colour(cell(measures=of, engine=fp8)) == "green"
+
+
 def test_bad_tokens_are_never_green() -> None:
     good = measures(0.001)
     bad = msgspec.structs.replace(good, metrics=good.metrics | {"n_bad_tokens": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from driftgate import evidence
 from driftgate.codes import CODES, SEVERITY
 from driftgate.comparable import headline_temperature, judge
 from driftgate.facts import NEUTRAL_DEFAULTS
@@ -194,6 +196,42 @@ def test_truncation_that_nobody_declared_fails_the_mean_weight_test() -> None:
     result = verdict("processed_logprobs", "cut")
     assert result.verdict == "no"
     assert "not_sampling_density" in codes(result)
+
+
+def heavy(seed: int) -> Bucket:
+    """A valid pair, E[e^D] = 1, whose log ratios are far off at one token of twenty."""
+    rng = np.random.default_rng(seed)
+    sigma = np.where(rng.random(1000) < 0.05, 2.0, 0.02)
+    d = rng.normal(-(sigma**2) / 2, sigma)
+    rollout = -rng.exponential(1.0, 1000) - 0.01 - np.maximum(d, 0.0)
+    return Bucket.of(rollout + d, rollout)
+
+
+def test_heavy_tailed_drift_is_no_other_density() -> None:
+    """The rare large weights are not in the sample: its mean is low, its error too small."""
+    found = [evidence.tests(heavy(seed), is_density=True) for seed in range(60)]
+    codes = [{reason.code for reason in reasons} for reasons in found]
+    assert "not_sampling_density" not in set[str]().union(*codes)
+    assert codes.count({"low_power"}) > 10
+    short = next(r for reasons in found for r in reasons if "leaves a sample short" in r.detail)
+    assert short.code == "low_power"
+
+
+def test_a_cut_density_is_found_below_drift_that_is_not_heavy_tailed() -> None:
+    cut = Bucket.of(np.full(400, -1.0), np.full(400, -1.0) - math.log(0.9))
+    (reason,) = evidence.tests(cut, is_density=True)
+    assert reason.code == "not_sampling_density"
+
+
+def test_noise_on_the_engines_side_is_no_temperature() -> None:
+    """The numbers of `test_explain`: slope .855 is correlation^2, as noise in x gives."""
+    rng = np.random.default_rng(5)
+    odds = rng.normal(0, 2.0, 800)
+    noisy = odds + np.random.default_rng(6).normal(0, 0.8, 800)
+    bucket = Bucket.of(-np.logaddexp(0, -odds), -np.logaddexp(0, -noisy))
+    assert bucket.logits.slope() == pytest.approx(0.855, abs=1e-3)
+    assert not evidence.slope_is_off(bucket.logits)
+    assert evidence.tests(bucket, is_density=False) == []
 
 
 def test_a_hidden_temperature_is_seen_in_the_slope() -> None:

@@ -147,6 +147,39 @@ def test_without_any_baseline_lag_is_suspected_and_its_drift_stays_unexplained()
     assert found["unexplained"].share == 1.0
 
 
+def tailed(seed: int, size: int) -> F64:
+    """3 % of the tokens have a sigma of .7, the others of .015."""
+    rng = np.random.default_rng(seed)
+    return np.asarray(rng.normal(0.0, np.where(rng.random(size) < 0.03, 0.7, 0.015)))
+
+
+@pytest.mark.parametrize(("first", "said"), [(40, "suspected"), (120, "absent")])
+def test_a_short_first_step_without_the_tail_is_no_proof_of_a_template(
+    first: int, said: str
+) -> None:
+    """The same noise in every step; only the first prompt is whole, and holds none of the tail."""
+    sizes = [first] + [300] * 8
+    traces = [
+        with_meta(run(len(sizes), size)[at], prefix_exact=not at) for at, size in enumerate(sizes)
+    ]
+    parts = [noise(0, first, 0.015), *(tailed(n, 300) for n in range(1, 9))]
+    found = responses(traces, [scored(t, d) for t, d in zip(traces, parts, strict=True)])
+    cause = causes(found)["template"]
+    assert (cause.found, cause.share) == (said, 0.0)
+    assert (f"{first} tokens of other steps" in cause.detail) == (said == "suspected")
+
+
+def test_one_outlier_in_a_short_group_is_no_template() -> None:
+    """Of 1,640 tokens at .02 the broken step has 40, one of them 5 nats off."""
+    sizes = [800, 800, 40]
+    traces = [run(3, size)[at] for at, size in enumerate(sizes)]
+    traces[2] = with_meta(traces[2], prefix_exact=False)
+    parts = [noise(at, size, 0.02) for at, size in enumerate(sizes)]
+    parts[2][7] = -5.0
+    found = responses(traces, [scored(t, d) for t, d in zip(traces, parts, strict=True)])
+    assert causes(found)["template"].found == "absent"
+
+
 def test_a_jump_between_steps_is_stale_weights_or_cache() -> None:
     found = simple([0.01, 0.01, 0.1, 0.1])
     before, after = found[:2], found[2:]

@@ -253,6 +253,14 @@ def test_overflowing_sums_say_so_and_the_log_domain_goes_on() -> None:
     assert bucket.metrics()["log_mean_weight_seq"] == 900.0
 
 
+def test_an_inverse_that_underflows_is_not_0() -> None:
+    values = Bucket.of(np.array([-1.0, -1.0]), np.array([-801.0, -1.0]))
+    for name in ("ess_inv_second_moment_seq", "ess_chi2_token"):
+        assert values.metrics()[name] is None
+        assert values.undefined()[name].startswith("beyond float64")
+    assert values.metrics()["log_ess_inv_second_moment_seq"] == -1600.0
+
+
 def test_tiny_differences_keep_their_divergences() -> None:
     d = 1e-7
     values = Bucket.of(np.array([-1.0 + d, -1.0 - d]), np.array([-1.0, -1.0])).metrics()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from driftgate.samples import Sample, assemble, lines
+from driftgate.samples import Sample, Span, assemble, lines
 from driftgate.testing.traces import make_trace, make_trajectory
 from driftgate.testing.trajectories import runs
-from driftgate.trace import Trace
+from driftgate.trace import LogprobsMode, Trace
 
 
 def full(trace: Trace) -> list[int]:
@@ -147,3 +147,24 @@ def test_lines_that_do_not_join_are_refused() -> None:
         assemble([one, replace(two, routes=np.zeros((33, 4, 2), np.uint8))], reward=None)
     with pytest.raises(ValueError, match="no prompt, response or logprobs"):
         assemble([replace(one, logprobs=None)], reward=None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "sampled", "at"),
+    [
+        ("raw_logprobs", None, 1.0),
+        ("processed_logprobs", None, None),
+        ("unknown", None, None),
+        ("unknown", 0.7, None),
+        ("processed_logprobs", 0.7, 0.7),
+        ("unknown", 1.0, 1.0),
+    ],
+)
+def test_a_temperature_that_nobody_said_is_not_one(
+    mode: LogprobsMode, sampled: float | None, at: float | None
+) -> None:
+    span = Span(
+        trace_id="c.0", step=0, choice=0, start=1, end=2, temperature=sampled, logprobs_mode=mode,
+        weight_version="1", finish_reason="stop",
+    )  # fmt: skip
+    assert span.logprobs_temperature == at

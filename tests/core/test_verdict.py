@@ -257,19 +257,39 @@ def test_one_token_throws_no_run_away(outlier: float) -> None:
 @pytest.mark.parametrize("d", [-8.0, -2.0, 0.0, 2.0, 40.0, 800.0])
 def test_a_run_of_one_token(d: float) -> None:
     found = of(subject(np.array([d])))
-    assert found.measured["log_ratio_mean"] is None
-    assert found.undefined["log_ratio_mean"] == "1 tokens of 32"
+    assert found.measured["log_ratio_mean_but_worst"] is None
+    assert found.undefined["log_ratio_mean_but_worst"] == "1 tokens of 32"
     assert found.measured["ess_kish_token_but_worst"] is None
+    assert found.undefined["ess_kish_token_but_worst"] == "needs two tokens"
     assert found.verdict == ("train_with_correction" if abs(d) == 2.0 else found.verdict)
 
 
-@pytest.mark.parametrize(
-    "d", [[0.0, 800.0], [-50.0, 15.0], [-700.0, -800.0], [30.0, 30.0], [0.0, 0.0]]
-)
+@pytest.mark.parametrize("d", [[-50.0, 15.0], [30.0, 30.0], [0.0, 0.0]])
 def test_ess_without_the_worst_token_is_finite_and_never_above_one(d: list[float]) -> None:
     found = of(subject(np.array(d))).measured["ess_kish_token_but_worst"]
     assert found is not None
     assert 0.0 < found <= 1.0
+
+
+@pytest.mark.parametrize("size", [14.0, 15.0, 20.0, 800.0])
+def test_ess_without_the_worst_token_is_never_that_with_it(size: float) -> None:
+    """31 tokens are equal on both sides, so that without the other it is 1, or not known."""
+    found = of(subject(np.array([size] + [0.0] * 31)))
+    ess = found.measured["ess_kish_token_but_worst"]
+    assert ess == (pytest.approx(1.0) if size == 14.0 else None)
+    assert (ess is None) == ("nearly all of the weight" in str(found.undefined))
+    assert found.verdict == "quarantine"
+    assert found.reasons[0].code == "VETO_THRESHOLD_EXCEEDED"
+
+
+@pytest.mark.parametrize(("tokens", "outlier"), [(40, -9.1), (32, -8.0), (32, 7.5), (32, 13.7)])
+def test_one_token_is_no_shift_of_all(tokens: int, outlier: float) -> None:
+    d = np.zeros(tokens)
+    d[5] = outlier
+    found = of(subject(d))
+    assert found.measured["log_ratio_mean_but_worst"] == pytest.approx(0.0, abs=1e-12)
+    assert found.verdict == "train_with_correction"
+    assert "SYSTEMATIC_SHIFT" not in codes(found)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +319,7 @@ def test_what_is_not_known_is_null_with_a_reason_and_breaks_no_limit() -> None:
         "policy_lag": "'a' is no number",
         "router_set_disagree_rate": "dense",
     }
-    assert "over 1000 tokens; 7 of 9" in found.reasons[0].detail
+    assert "over 1000 tokens; 8 of 10" in found.reasons[0].detail
 
 
 def test_the_most_severe_reason_comes_first_and_is_the_verdict() -> None:
@@ -331,6 +351,9 @@ def test_gates_tell_what_each_trainer_would_do() -> None:
         ([("step-3", "5")], None, 0, True),
         ([("1.2", "1.9")], None, 0, True),
         ([("a1b2", "a1b9")], None, 0, True),
+        ([("999999", "999998")], 1, 1, False),
+        ([("0482624", "1190331")], None, 0, True),  # commits
+        ([("step-0482624", "step-0482626")], 2, 2, False),
         ([("3", "5"), ("unknown", "5")], None, 2, False),
         ([("unknown", "unknown")], None, 0, False),
         ([("٣", "5")], None, 0, True),

@@ -21,6 +21,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from driftgate.errors import StorageError
 from driftgate.gateway.answers import Answers
 from driftgate.gateway.api import ROUTES, ApiContext, add_api_routes
+from driftgate.gateway.spread import Spread
 from driftgate.mismatch import Bucket
 from driftgate.storage import Reader, Record, Writer
 from driftgate.testing.stores import BAD_TRAINER, SLASHED, example_records, write_store
@@ -232,6 +233,26 @@ async def test_a_cell_that_fails_as_a_whole_says_so_everywhere(tmp_path: Path) -
     assert any("in the whole cell" in reason.detail for reason in whole.findings)
     assert answers.mismatch(f"{good}-0").cells[0].whole.verdict == "yes"
     reader.close()
+
+
+def test_an_interval_is_of_all_trajectories_as_its_headline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drift of .01 in the first 40 runs, and of .05 in the 20 after them."""
+    monkeypatch.setattr("driftgate.gateway.spread.MAX_GROUPS", 20)
+    store: list[Record] = []
+    for at in range(60):
+        for trace in make_trajectory(f"run-{at}", steps=2, response=20, routed=False):
+            store += [trace, make_score(trace, noise=0.01 if at < 40 else 0.05, seed=at)]
+    reader = Reader(write_store(tmp_path, store))
+    (row,) = reader.cells()
+    found = Spread(reader).intervals(row)
+    reader.close()
+    assert row.comparable_bucket is not None
+    for name in ("abs_log_ratio_mean", "kl_k3_rollout_train"):
+        value = row.comparable_bucket.metrics()[name]
+        assert value is not None
+        assert found[name].low < value < found[name].high
 
 
 async def test_minting_gives_a_base_url_with_the_encoded_name(api: Api) -> None:

@@ -243,7 +243,12 @@ def test_feedback_of_two_engines_and_three_versions(tmp_path: Path) -> None:
             lagging = {} if version == "10" else {"STALE_POLICY_LAG": 4}
             assert row.codes == (lagging or {"WITHIN_BUDGET": 4})
     assert rows[ENGINE.digest, TRAINER.digest, "8+9"].trajectories == 1
-    assert rows[ENGINE.digest, None, "8"].verdicts == {"null": 1}
+    unscored = rows[ENGINE.digest, None, "8"]
+    assert unscored.verdicts == {"null": 1}
+    assert unscored.kl_k3_rollout_train is None
+    assert unscored.undefined == dict.fromkeys(
+        ("kl_k3_rollout_train", "abs_log_ratio_mean"), "no comparable token (0 bad)"
+    )
     reader.close()
 
 
@@ -257,6 +262,7 @@ def test_a_group_waits_for_members_that_no_trainer_has_scored(tmp_path: Path) ->
     assert group.verdict.verdict is None
     assert group.verdict.why_null == "26 of 28 traces that can be scored are scored"
     assert group.ess_kish_trajectory is None
+    assert group.undefined == {"ess_kish_trajectory": "runs that are not scored in full: 1"}
     reader.close()
 
 

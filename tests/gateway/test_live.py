@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from driftgate.codes import CODES, reason
 from driftgate.gateway.alarms import alarms
 from driftgate.gateway.live import BLOCK_TOKENS, CellKey, Live, Sums, stretch
 from driftgate.listings import TrajectoryRow
 from driftgate.mismatch import Bucket
 from driftgate.storage import Activity, ScoreRow
+from driftgate.storage.cells import CellFold
 from driftgate.testing.traces import STEP_NS, TRAINER, make_score, make_trajectory
 from driftgate.trace import Comparable, Score, Trace
 
@@ -67,8 +71,7 @@ def test_the_worst_token_of_a_trajectory_is_its_largest() -> None:
     assert worst.step == int(np.argmax(sizes))
 
 
-def sums(k3: float, at: int, *, zero: int = 0, cells: int = 0) -> Sums:
-    n = BLOCK_TOKENS
+def sums(k3: float, at: int, *, zero: int = 0, cells: int = 0, n: int = BLOCK_TOKENS) -> Sums:
     return Sums(scored_ns=at, scores=1, n_tokens=n, k3=k3 * n, all_cells=cells, zero_overlap=zero)
 
 
@@ -79,7 +82,11 @@ def codes(*rows: Sums, activity: Activity = QUIET, now_ns: int = 0) -> dict[str,
 
 def test_a_stretch_begins_where_the_condition_last_began() -> None:
     rows = [sums(0.1, 1), sums(0.0, 2), sums(0.1, 3), sums(0.3, 4)]
-    now = stretch(rows, lambda total: (total.metrics()["kl_k3_rollout_train"] or 0) > 0.05)
+    now = stretch(
+        rows,
+        lambda total: (total.metrics()["kl_k3_rollout_train"] or 0) > 0.05,
+        lambda row: row.n_tokens,
+    )
     assert now is not None
     assert now.scored_ns == 3
     assert now.metrics()["kl_k3_rollout_train"] == pytest.approx(0.2)
@@ -87,8 +94,85 @@ def test_a_stretch_begins_where_the_condition_last_began() -> None:
 
 def test_drift_sounds_while_it_lasts_and_falls_silent_after() -> None:
     assert codes(sums(0.0, 1), sums(0.02, 2), sums(0.03, 3)) == {"drift_red": 2}
-    assert codes(sums(0.02, 1), sums(0.004, 2)) == {"drift_amber": 2}
     assert codes(sums(0.02, 1), sums(0.0, 2)) == {}
+
+
+def test_amber_goes_on_through_what_was_worse() -> None:
+    rows = [sums(0.0, 1), sums(0.004, 2), sums(0.02, 3), sums(0.004, 4)]
+    assert codes(*rows) == {"drift_amber": 2}
+
+
+def test_an_answer_that_cannot_be_compared_does_not_end_an_alarm() -> None:
+    masked = sums(0.0, 3, n=0, cells=BLOCK_TOKENS)._replace(k3=0.0, scores=0, not_comparable=1)
+    red = [sums(0.1, 1, cells=24 * BLOCK_TOKENS), sums(0.1, 2, cells=24 * BLOCK_TOKENS)]
+    assert codes(*red, masked) == {"drift_red": 1}
+    assert codes(masked, *red) == {"drift_red": 1}
+
+
+def test_routes_do_not_fill_a_block_of_tokens() -> None:
+    """One lucky answer of 16 tokens and 48 layers among red ones ended the alarm."""
+    red = [sums(0.1, at, n=16, cells=16 * 48) for at in range(64)]
+    assert codes(*red, sums(0.0, 64, n=16, cells=16 * 48)) == {"drift_red": 0}
+
+
+def test_drift_needs_a_whole_block_of_tokens() -> None:
+    assert codes(sums(0.1, 1, n=BLOCK_TOKENS - 1)) == {}
+    assert codes(sums(0.1, 1, n=BLOCK_TOKENS - 1), sums(0.1, 2, n=1)) == {"drift_red": 1}
+    assert codes(sums(0.1, 1, n=8), sums(0.1, 2)) == {"drift_red": 1}
+
+
+def test_one_token_alone_is_no_alarm() -> None:
+    """D = 1.5 gives a block of 512 a k3 of .0039; F(2) wants three tokens."""
+    far = sums(0.0, 1)._replace(k3=math.expm1(1.5) - 1.5, worst=1.5, over_2=1)
+    assert far.metrics()["kl_k3_rollout_train"] == pytest.approx(3.88e-3, rel=1e-2)
+    assert far.but_worst().metrics()["kl_k3_rollout_train"] == pytest.approx(0.0, abs=1e-12)
+    assert codes(far) == {}
+    assert codes(far._replace(k3=2 * far.k3 if far.k3 else None, over_2=2)) == {"drift_amber": 1}
+    assert codes(sums(0.0, 1)._replace(over_2=2)) == {}
+    assert codes(sums(0.0, 1)._replace(over_2=3)) == {"drift_amber": 1}
+
+
+def test_the_alarm_of_an_fp8_engine_has_the_wider_band() -> None:
+    meta = scores(1)[0].meta
+    meta.engine = msgspec.structs.replace(meta.engine, settings={"quantization": "fp8"})
+    fold = CellFold(meta)
+    fold.fold(meta)
+    at = (meta.engine.digest, meta.trainer.digest, meta.model, meta.kind)
+    found = alarms({at: [sums(0.012, 1)], KEY: [sums(0.012, 1)]}, [fold.row(1)], QUIET, 1, now_ns=0)
+    assert [alarm.severity for alarm in found] == ["red", "amber"]
+    assert found[1].engine_digest == meta.engine.digest
+
+
+def test_the_worst_token_of_merged_sums_is_the_furthest() -> None:
+    both = Sums.merge([sums(0.0, 1)._replace(worst=-2.0), sums(0.0, 2)._replace(worst=1.0)])
+    assert both.worst == -2.0
+    found = scores(1)[0].meta
+    assert found.worst is not None
+    assert Sums.of(found).worst == found.worst.log_ratio
+    assert Sums.of(found).refuted().worst == 0.0
+
+
+def refused(*codes: str, pooled: str | None = None) -> str:
+    """What the alarm about a cell says of whose scores each carries ``codes``."""
+    reasons = [reason(code, "", "") for code in codes]
+    comparable = Comparable(verdict="yes" if pooled else "no", reasons=reasons)
+    fold = None
+    for score in scores(4):
+        meta = msgspec.structs.replace(score.meta, comparable=comparable)
+        fold = fold or CellFold(meta)
+        fold.fold(meta)
+    assert fold is not None
+    findings = {"a pool": [reason(pooled, "", "")]} if pooled else {}
+    row = msgspec.structs.replace(fold.row(4), verdict="no", findings=findings)
+    (alarm,) = alarms({}, [row], QUIET, 1, now_ns=0)
+    return alarm.text.split(". ", 1)[1]
+
+
+def test_only_what_refuses_a_comparison_is_named_as_its_cause() -> None:
+    noted = ("weight_version_unknown", "raw_logprobs_not_sampling_density")
+    assert refused(*noted, "grammar_masked") == CODES["grammar_masked"]
+    assert refused(*noted, pooled="not_sampling_density") == CODES["not_sampling_density"]
+    assert refused(*noted) == "No score has numbers."
 
 
 def test_routes_without_a_common_expert_are_misaligned() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import promql_parser as promql
 import pytest
@@ -24,7 +25,7 @@ from driftgate.gateway.ending import Outcome
 from driftgate.router import RouterBucket
 from driftgate.storage import Reader
 from driftgate.testing.stores import write_store
-from driftgate.testing.traces import make_score, make_trajectory
+from driftgate.testing.traces import ENGINE, make_score, make_trajectory
 from driftgate.trace import Comparable, Score, Trace
 from driftgate.views import Kind
 
@@ -207,6 +208,21 @@ def test_the_band_of_a_mixture_of_experts_is_the_dashboards(tmp_path: Path) -> N
     )
     assert BANDS[name].red <= drift < BANDS[name].red * MOE_FP8_SLACK
     assert colour == 1
+
+
+def test_an_fp8_engine_has_the_wider_band_everywhere(tmp_path: Path) -> None:
+    fp8 = msgspec.structs.replace(ENGINE, settings={"quantization": "fp8"})
+    (trace,) = make_trajectory(steps=1, routed=False)
+    trace.meta.engine = fp8
+    write_store(tmp_path, [trace, make_score(trace, noise=0.17, engine=fp8)])
+    reader = Reader(tmp_path)
+    answers = Answers(reader)
+    families = {family.name: family for family in DriftMetrics(answers).collect()}
+    (cell,) = answers.cells().items
+    reader.close()
+    bands = {s.labels["metric"]: s.value for s in families["driftgate_drift_band"].samples}
+    assert cell.k3_slack == MOE_FP8_SLACK
+    assert bands["kl_k3_rollout_train"] == 1
 
 
 async def test_what_is_counted_by_kind_stands_at_0_before_its_first_event(

@@ -16,12 +16,15 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from driftgate.replay import ReplayPair
 from driftgate.storage import Reader
+from driftgate.teacher.base import SliceResult
 from driftgate.teacher.config import TeacherConfig
 from driftgate.teacher.held import hold
 from driftgate.teacher.reference import ReferenceBackend
-from driftgate.teacher.replay import Replayer, plan, usable
+from driftgate.teacher.replay import Replayed, Replayer, plan, usable
+from driftgate.teacher.scores import drift
 from driftgate.teacher.sequences import Replay, Sequence, Slice, assemble
 from driftgate.testing.checkpoints import CheckpointKind
+from driftgate.testing.traces import TRAINER, make_trajectory
 from driftgate.trace import Score, Trace
 from tests.teacher.support import MakeTrace, Say, store, teach, tokens
 
@@ -206,6 +209,26 @@ def test_positions_without_a_route_stay_native(exact: ReferenceBackend) -> None:
     assert result.routes is not None
     known = asked.replay.given
     assert (np.sort(result.routes, -1)[known] == np.sort(rows, -1)[known]).all()
+
+
+def test_shares_are_over_the_same_tokens_where_each_pass_lost_one() -> None:
+    """Token 0 is NaN natively and token 1 under replay: equal counts of other tokens."""
+    trace = next(iter(make_trajectory(steps=1, response=20, routed=False)))
+    assert trace.logprobs is not None
+    native, under = trace.logprobs + np.float32(0.05), trace.logprobs - np.float32(0.01)
+    native[0], under[1] = np.nan, np.nan
+    native = np.minimum(native, 0.0)
+    result = SliceResult(
+        trace_id=trace.meta.trace_id, logprobs=native, entropy=native, at_temperature=None,
+        routes=None, margins=None, layer_ids=(), experts=None, one_pass=False, forward_s=0.0,
+    )  # fmt: skip
+    again = Replayed(result=replace(result, logprobs=under), coverage=1.0)
+    score = drift(hold(trace), result, trainer=TRAINER, now_ns=1, replayed=again)
+    pair = ReplayPair.of(score.meta)
+    assert pair is not None
+    assert (pair.native.n_tokens, pair.under.n_tokens) == (19, 18)
+    assert set(pair.shares().values()) == {None}
+    assert "not the same ones" in pair.undefined()[ABS]
 
 
 def test_experts_that_the_trainer_does_not_have_are_left_out_and_counted(

@@ -29,7 +29,7 @@ function Whole({ cell, glossary }) {
     <//>
     <section class="card">
       <p class="headline">
-        <span class="big"><${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${cell.measures ?? cell.all_measures} moe=${moe} /></span>
+        <span class="big"><${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${cell.measures ?? cell.all_measures} slack=${cell.k3_slack} /></span>
         <${Verdict} verdict=${cell.verdict} />
         <span>k3, <${Basis} cell=${cell} metric="kl_k3_rollout_train" />, ${plural(cell.n_seqs, "answer")}</span>
       </p>
@@ -50,7 +50,7 @@ function Whole({ cell, glossary }) {
       <p><a href=${routeTo.compare(`c:${routeTo.cell(cell).slice(7)}`, null)}>Compare with another cell</a></p>
     </section>
     <${Why} cell=${cell} />
-    <${Metrics} cell=${cell} glossary=${glossary} moe=${moe} />
+    <${Metrics} cell=${cell} glossary=${glossary} />
     <${ByLag} cell=${cell} glossary=${glossary} />
     <${Replay} of=${cell} raw=${paths.cells} />
     <${Layers} cells=${moe ? [cell] : []} />
@@ -76,7 +76,7 @@ function Why({ cell }) {
 function ByLag({ cell, glossary }) {
   if (cell.by_lag.length < 2) return null;
   const moe = cell.router != null;
-  const value = (part, name, from = part.measures) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} moe=${moe} /></td>`;
+  const value = (part, name, from = part.measures) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} slack=${cell.k3_slack} /></td>`;
   return html`<${Section} id="by-lag" title="By weight lag" raw=${paths.cells}>
     <p class="muted small">Weight versions between sampling and scoring. What grows with them is the policy's own change, no drift of the engine.</p>
     <${Scroll} label="Drift by weight lag">
@@ -108,7 +108,7 @@ function ByPosition({ cell }) {
 }
 
 /** All scalar metrics with what they mean; router ones after the others. */
-function Metrics({ cell, glossary, moe }) {
+function Metrics({ cell, glossary }) {
   const [all, setAll] = useState(false);
   const measures = cell.measures ?? cell.all_measures;
   const main = ["kl_k3_rollout_train", "abs_log_ratio_mean", "abs_log_ratio_p99", "abs_log_ratio_max", "extreme_frac_tau2", "mean_weight_token", "ess_kish_seq", "ess_kish_response"];
@@ -133,7 +133,7 @@ function Metrics({ cell, glossary, moe }) {
             const known = glossary?.metrics[name] ?? glossary?.router_metrics[name];
             return html`<tr>
               <th scope="row"><code>${name}</code></th>
-              <td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} moe=${moe} /></td>
+              <td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} slack=${cell.k3_slack} /></td>
               <td class="n nowrap">${interval ? `${num(interval.low)} … ${num(interval.high)}` : "–"}</td>
               ${cell.floors.map((f) => html`<td class="n">${num(f.measures.metrics[name] ?? f.router?.metrics[name])}</td>`)}
               <td class="reads">${known && html`${known.formula}: ${known.reads}. ${known.trap && html`<span class="muted">Trap: ${known.trap}.</span>`}`}</td>

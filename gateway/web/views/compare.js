@@ -82,7 +82,7 @@ function SamePrompts({ cells }) {
                   const [x, y] = [p.a, p.b].map((s) => s.measures?.metrics[name] ?? null);
                   return html`<tr>
                     <th scope="row"><code>${name}</code></th>
-                    ${[p.a, p.b].map((s, i) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${s.measures} moe=${cells[i].router != null} /></td>`)}
+                    ${[p.a, p.b].map((s, i) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${s.measures} slack=${cells[i].k3_slack} /></td>`)}
                     <td class="n">${x == null || y == null ? "–" : signed(y - x)}</td>
                   </tr>`;
                 })}
@@ -126,7 +126,7 @@ function Table({ sides, id, raw }) {
             const [x, y] = [value(a, name), value(b, name)];
             return html`<tr>
               <th scope="row"><code>${name}</code></th>
-              ${[a, b].map((c) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${sourceOf(c, name)} moe=${c.router != null} /></td>`)}
+              ${[a, b].map((c) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${sourceOf(c, name)} slack=${c.k3_slack} /></td>`)}
               <td class="n">${x == null || y == null ? "–" : num(y - x)}</td>
               ${dated && html`<td class="muted">${apart(name)}</td>`}
             </tr>`;

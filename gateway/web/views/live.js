@@ -105,7 +105,7 @@ function Rows({ events, glossary }) {
           <td class="nowrap"><span class="mark"><${BandMark} colour=${scoreBand(glossary, s)} /></span><${Time} ns=${s.scored_ns} seconds /></td>
           <th scope="row"><a href=${routeTo.trajectory(s.trajectory, { step: s.step, choice: s.choice })}>${s.trajectory}</a></th>
           <td class="n">${s.step}${s.choice ? `.${s.choice}` : ""}</td>
-          <td class="n nowrap">${s.comparable.verdict === "no" ? html`<span class="muted">left out</span>` : html`<${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${s.measures} moe=${s.router != null} />`}</td>
+          <td class="n nowrap">${s.comparable.verdict === "no" ? html`<span class="muted">left out</span>` : html`<${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${s.measures} slack=${s.k3_slack} />`}</td>
           <td class="nowrap" title=${s.comparable.reasons.map((r) => `${r.code}: ${r.detail}`).join("\n")}><${Verdict} verdict=${s.comparable.verdict} short /> ${s.comparable.verdict} <span class="muted">${s.comparable.reasons[0]?.code}</span></td>
           <td class="nowrap">${s.worst && html`<a class="token-link" href=${routeTo.token(s.worst, s.trajectory)}><${InContext} worst=${s.worst} chars=${16} /></a>`}</td>
           <td class=${s.comparable.verdict === "no" ? "n nowrap muted" : "n nowrap"}>${s.worst && html`<${LogRatio} value=${s.worst.log_ratio} />`}</td>

@@ -92,7 +92,7 @@ function Cell({ cell, metric, glossary }) {
     .map((f) => [floorName(f), f.measures.metrics[metric] ?? f.router?.metrics[metric]])
     .filter(([, v]) => v != null);
   return html`<a class="cell" href=${routeTo.cell(cell)}>
-    <span class="cell-value"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(cell, metric)} moe=${cell.router != null} /></span>
+    <span class="cell-value"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(cell, metric)} slack=${cell.k3_slack} /></span>
     <span class="cell-line"><${Basis} cell=${cell} metric=${metric} /></span>
     <span class="cell-line">${floors.length ? `floor ${floors.map(([s, v]) => `${s} ${num(v)}`).join(", ")}` : "floor not measured"}</span>
     <span class="cell-line">${lagWords(cell)}</span>

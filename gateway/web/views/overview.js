@@ -132,8 +132,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
   const points = useMemo(() => line.points.filter((p) => p.metrics[metric] != null), [line, metric]);
   const times = points.map((p) => p.start_ns / 1e9);
   const values = points.map((p) => p.metrics[metric]);
-  const moe = cell?.router != null;
-  const wide = moe && metric === "kl_k3_rollout_train" ? glossary?.moe_slack : 1;
+  const wide = metric === "kl_k3_rollout_train" ? (cell?.k3_slack ?? 1) : 1;
   const of = glossary?.bands[metric];
   const limits = of && { green: of.green * wide, red: of.red * wide };
   const floors = (cell?.floors ?? [])
@@ -146,7 +145,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
   return html`<figure class="chart">
     <figcaption>
       <a href=${routeTo.cell(line)}><strong>${line.model}</strong> <span class="muted">${name}</span></a>
-      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} moe=${moe} /> <${Partial} cell=${cell} /></span>`}
+      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} slack=${cell?.k3_slack} /> <${Partial} cell=${cell} /></span>`}
     </figcaption>
     ${source && html`<p class="muted small"><${Basis} cell=${cell} metric=${metric} /></p>`}
     <${DriftChart}
@@ -157,7 +156,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
       label=${`${metric} of ${line.model} ${name} over time: ${plural(points.length, "point")}, last ${num(values.at(-1))}; the table below has them`}
     />
     <p class="muted small">
-      Noise floor: ${floorText}. ${limits ? `Bands from ${round(limits.green)} and ${round(limits.red)}${wide > 1 ? " (×2.5 for MoE)" : ""}.` : ""}
+      Noise floor: ${floorText}. ${limits ? `Bands from ${round(limits.green)} and ${round(limits.red)}${wide > 1 ? ` (×${wide} for MoE and FP8)` : ""}.` : ""}
       ${zero ? ` ${plural(zero, "point")} at 0 not drawn.` : ""}${line.forgotten ? ` ${count(line.forgotten)} older scores not shown.` : ""}
     </p>
     <${Fold} summary=${`Table of ${plural(points.length, "point")}`}>

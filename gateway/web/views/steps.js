@@ -112,7 +112,7 @@ function answerOf(choice, glossary) {
     score,
     k3,
     comparable: score != null && score.measures != null && score.comparable.verdict !== "no",
-    colour: band(glossary, "kl_k3_rollout_train", k3, { bad: m?.n_bad_tokens, moe: score?.router != null }),
+    colour: band(glossary, "kl_k3_rollout_train", k3, { bad: m?.n_bad_tokens, slack: score?.k3_slack }),
     worst: score?.worst ?? null,
   };
 }

@@ -82,7 +82,7 @@ function Cells({ mismatch, glossary, name }) {
                 <tbody>
                   ${data.cells.map(({ whole: c }) => {
                     const of = c.measures ?? c.all_measures;
-                    const value = (metric, from = of) => html`<${Metric} glossary=${glossary} name=${metric} measures=${from} moe=${c.router != null} />`;
+                    const value = (metric, from = of) => html`<${Metric} glossary=${glossary} name=${metric} measures=${from} slack=${c.k3_slack} />`;
                     return html`<tr>
                       <th scope="row"><a href=${routeTo.cell(c)}>${side(c.engine)} → ${side(c.trainer)}</a></th>
                       <td><${Verdict} verdict=${c.verdict} /> <${Partial} cell=${c} />${c.comparable.no ? html` <span class="muted">${plural(c.comparable.no, "answer")} left out</span>` : ""}</td>
