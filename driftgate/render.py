@@ -7,23 +7,21 @@ Numbers without a value are drawn as ``–``, never as 0.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.text import Text
 
-from driftgate.bands import Colour, band, slack_of
+from driftgate.bands import band
 from driftgate.codes import SEVERITY
-from driftgate.floor import label_of
-from driftgate.render_beside import beside, by_lag, floor_name, progress, replay_measure
-from driftgate.terminal import MISSING, number, percent, plain, safe, signed
-from driftgate.trace import Engine, Reason, Trainer
+from driftgate.colours import STYLES, VERDICTS, colour
+from driftgate.fitted import Fitted
+from driftgate.render_cells import matrix, worst_token
+from driftgate.terminal import MISSING, number, percent, plain, quoted, safe, signed
+from driftgate.trace import Reason
 from driftgate.views import (
-    CellView,
+    ChoiceView,
     DriftEvent,
     MismatchView,
     ScoreView,
@@ -32,6 +30,7 @@ from driftgate.views import (
     TrajectoryDetail,
     WorstView,
 )
+from driftgate.words import counted
 
 __all__ = [
     "colour",
@@ -43,67 +42,6 @@ __all__ = [
     "trajectory",
     "worst_in_context",
 ]
-
-STYLES: dict[Colour | None, str] = {
-    "green": "green",
-    "amber": "yellow",
-    "red": "bold red",
-    None: "bright_black",
-}
-
-VERDICTS = {"yes": "green", "converted": "yellow", "no": "red"}
-
-ORDER: tuple[Colour, ...] = ("green", "amber", "red")
-
-GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2")
-"""Metrics whose bands colour a line; a router's set-disagree is the fourth."""
-
-CELLS_PER_TABLE = 4
-"""Columns of values that fit a terminal of 120 characters beside the names."""
-
-ROWS: tuple[tuple[str, str], ...] = (
-    ("k3", "kl_k3_rollout_train"),
-    ("mean |D|", "abs_log_ratio_mean"),
-    ("p99 |D|", "abs_log_ratio_p99"),
-    ("max |D|", "abs_log_ratio_max"),
-    ("ess_kish_response", "ess_kish_response"),
-    ("ess_kish_token", "ess_kish_token"),
-    ("ess_kish_seq", "ess_kish_seq"),
-    ("ess_inv_second_moment_seq", "ess_inv_second_moment_seq"),
-)
-"""What the matrix shows of METRICS 2: (label, name)."""
-
-AGAINST_FLOOR = tuple(name for _, name in ROWS if not name.startswith("ess"))
-"""Shown with the noise floor; effective sample sizes are 1 at a floor of 0."""
-
-ROUTER_ROWS: tuple[tuple[str, str], ...] = (
-    ("router set-disagree", "router_set_disagree_rate"),
-    ("router expert-miss", "router_expert_miss_rate"),
-    ("router zero-overlap", "router_zero_overlap_rate"),
-)
-
-
-REPLAY_ROWS: tuple[tuple[str, str], ...] = (
-    ("k3 under replay", "kl_k3_rollout_train"),
-    ("mean |D| under replay", "abs_log_ratio_mean"),
-)
-"""Drift that is left under the rollout's routes, and the share of it that is gone."""
-
-
-def colour(item: ScoreView | CellView) -> Colour | None:
-    """The worst band of the gated metrics; None where no valid comparison stands behind them."""
-    if isinstance(item, ScoreView) and item.comparable.verdict == "no":
-        return None
-    if item.measures is None:
-        return None
-    values = item.measures.metrics
-    bad = int(values.get("n_bad_tokens") or 0)
-    slack = slack_of(item.engine, routed=item.router is not None)
-    found = [band(name, values.get(name), n_bad_tokens=bad, slack=slack) for name in GATED]
-    if item.router is not None:
-        name = "router_set_disagree_rate"
-        found.append(band(name, item.router.metrics.get(name)))
-    return max((level for level in found if level), key=ORDER.index, default=None)
 
 
 def drift_line(event: DriftEvent) -> Text:
@@ -131,7 +69,7 @@ def drift_line(event: DriftEvent) -> Text:
         removed = score.replay.shares.metrics.get("replay_removes_abs_log_ratio_mean")
         line.append("  replay removes ").append(percent(removed))
     if score.worst is not None:
-        line.append("  worst ").append(_quoted(score.worst), "reverse")
+        line.append("  worst ").append(quoted(score.worst.token_id, score.worst.text), "reverse")
         line.append(f" {signed(score.worst.log_ratio)}")
     return line
 
@@ -145,154 +83,6 @@ def _verdict(score: ScoreView) -> str:
 
 def _verdict_style(score: ScoreView) -> str:
     return VERDICTS[score.comparable.verdict]
-
-
-def _quoted(worst: WorstView) -> str:
-    """The token as a JSON string, so that blanks and line ends are seen; its id without a text."""
-    if worst.text is None:
-        return f"⟨{worst.token_id}⟩"
-    return safe(json.dumps(worst.text, ensure_ascii=False))
-
-
-def matrix(cells: Sequence[CellView]) -> RenderableType:
-    """The cells side by side, each number with its interval and, beside it, the noise floor."""
-    if not cells:
-        return Text("Nothing is scored yet: start `driftgate teach --follow` beside the gateway.")
-    drift = sorted((cell for cell in cells if cell.kind == "drift"), key=lambda cell: cell.model)
-    floors = sorted((cell for cell in cells if cell.kind != "drift"), key=lambda cell: cell.model)
-    groups = [drift[at : at + CELLS_PER_TABLE] for at in range(0, len(drift), CELLS_PER_TABLE)]
-    tables = [_matrix_table(group) for group in groups]
-    if floors:
-        tables.append(_floor_table(floors))
-    return Group(*tables, *_cell_reasons(drift), *_cell_notes(drift))
-
-
-def _matrix_table(cells: Sequence[CellView]) -> Table:
-    table = Table(title="rollout engine × trainer", title_justify="left", pad_edge=False)
-    table.add_column("")
-    for cell in cells:
-        table.add_column(plain(cell.model))
-    table.add_row("engine", *(_side(cell.engine, cell.engine_digest) for cell in cells))
-    table.add_row("trainer", *(_side(cell.trainer, cell.trainer_digest) for cell in cells))
-    table.add_row("tokens / responses", *(_counts(cell) for cell in cells))
-    table.add_row("scored of captured", *(progress(cell) for cell in cells))
-    table.add_row("comparable", *(_comparable(cell) for cell in cells), end_section=True)
-    for label, name in ROWS:
-        table.add_row(label, *(_measure(cell, name) for cell in cells))
-    if any(cell.router is not None for cell in cells):
-        for label, name in ROUTER_ROWS:
-            table.add_row(label, *(_router_measure(cell, name) for cell in cells))
-    if any(cell.replay is not None for cell in cells):
-        for label, name in REPLAY_ROWS:
-            table.add_row(label, *(replay_measure(cell, name) for cell in cells))
-    if any(len(cell.by_lag) > 1 for cell in cells):
-        table.add_row("mean |D| by lag", *(by_lag(cell, "abs_log_ratio_mean") for cell in cells))
-    table.add_row("worst token", *(_worst_cell(cell.worst) for cell in cells))
-    return table
-
-
-def _floor_table(cells: Sequence[CellView]) -> Table:
-    """Each side against itself; what drift is read against."""
-    table = Table(title="noise floor: the same side twice", title_justify="left", pad_edge=False)
-    for name in (
-        "model",
-        "side",
-        "second run",
-        "tokens / responses",
-        "k3",
-        "mean |D|",
-        "max |D|",
-        "router",
-    ):
-        table.add_column(name)
-    for cell in cells:
-        metrics = cell.measures.metrics if cell.measures else {}
-        router = cell.router.metrics if cell.router else {}
-        table.add_row(
-            plain(cell.model),
-            _side(cell.engine, cell.engine_digest),
-            label_of(cell.trainer),
-            _counts(cell),
-            *(number(metrics.get(name)) for name in AGAINST_FLOOR if "p99" not in name),
-            percent(router.get("router_set_disagree_rate")),
-        )
-    return table
-
-
-def _side(side: Engine | Trainer, digest: str) -> Text:
-    if isinstance(side, Engine):
-        return plain(f"{side.name} {side.version}\n{digest}")
-    return plain(f"{side.backend} {side.dtype} ×{side.world_size}\n{digest}")
-
-
-def _counts(cell: CellView) -> str:
-    few = "  (few)" if cell.few else ""
-    return f"{cell.n_tokens:,} / {cell.n_seqs:,}{few}"
-
-
-def _comparable(cell: CellView) -> Text:
-    text = Text()
-    for verdict, style in VERDICTS.items():
-        if count := cell.comparable.get(verdict, 0):
-            text.append(f"{verdict} {count}  ", style)
-    if cell.verdict != "yes":
-        text.append(f"\nmerged: {cell.verdict}", VERDICTS[cell.verdict])
-    return text
-
-
-def _measure(cell: CellView, name: str) -> Text:
-    shown = cell.measures or cell.all_measures
-    text = Text(number(shown.metrics.get(name) if shown else None), STYLES[colour(cell)])
-    if interval := cell.intervals.get(name):
-        text.append(f" [{number(interval.low)}, {number(interval.high)}]", "dim")
-    if name in AGAINST_FLOOR:
-        floors = [(floor_name(f), number(f.measures.metrics.get(name))) for f in cell.floors]
-        text.append(beside(floors), "dim")
-    return text
-
-
-def _router_measure(cell: CellView, name: str) -> Text:
-    if cell.router is None:
-        return Text(MISSING)
-    text = Text(percent(cell.router.metrics.get(name)), STYLES[colour(cell)])
-    if interval := cell.intervals.get(name):
-        text.append(f" [{percent(interval.low)}, {percent(interval.high)}]", "dim")
-    routers = [
-        (floor_name(floor), floor.router) for floor in cell.floors if floor.router is not None
-    ]
-    floors = [(side, percent(router.metrics.get(name))) for side, router in routers]
-    text.append(beside(floors), "dim")
-    return text
-
-
-def _worst_cell(worst: WorstView | None) -> Text:
-    if worst is None:
-        return Text(MISSING)
-    return Text(f"{_quoted(worst)} {signed(worst.log_ratio)}")
-
-
-def _cell_reasons(cells: Sequence[CellView]) -> Iterator[Text]:
-    """What makes scores not comparable, or comparable only under a transform."""
-    for cell in cells:
-        for reason in cell.reasons:
-            if SEVERITY.get(reason.code) != "note":
-                line = Text("! ", "yellow").append(reason.code, "bold")
-                scores = f"{reason.scores} of {cell.scored} scores of {cell.model}"
-                yield line.append(safe(f": {reason.meaning} ({scores})"), "default")
-        for finding in cell.findings:
-            if SEVERITY.get(finding.code) != "note":
-                line = Text("! merged: ", "red").append(finding.code, "bold")
-                yield line.append(safe(f": {finding.detail}. {finding.fix}"), "default")
-
-
-def _cell_notes(cells: Sequence[CellView]) -> Iterator[Text]:
-    """What is worth knowing and changes no verdict, in one line."""
-    counts: Counter[str] = Counter()
-    for cell in cells:
-        counts.update({r.code: r.scores for r in cell.reasons if SEVERITY.get(r.code) == "note"})
-    if counts:
-        listed = ", ".join(f"{code} {count}" for code, count in sorted(counts.items()))
-        yield Text(f"notes (scores): {listed}", "dim")
 
 
 def _reason(reason: Reason) -> Text:
@@ -326,27 +116,43 @@ def trajectory(detail: TrajectoryDetail) -> RenderableType:
     """An agent run: one row per answer, then what is not there."""
     item = detail.trajectory
     head = Text(safe(item.trajectory), "bold")
-    head.append(f"  {safe(', '.join(item.models))}  {item.steps} steps, {item.choices} choices, ")
+    steps, choices = counted(item.steps, "step"), counted(item.choices, "choice")
+    head.append(f"  {safe(', '.join(item.models))}  {steps}, {choices}, ")
     head.append("complete" if item.complete else "INCOMPLETE_CAPTURE", _whole(item.complete))
     head.append(f", {item.scored} of {item.captured} scored")
     if detail.reward is not None:
         head.append(f", reward {detail.reward.value:g}")
-    table = Table(pad_edge=False)
-    for column in ("step", "prompt", "sampled", "finish", "routes", "k3", "mean|D|", "max|D|"):
-        table.add_column(column, justify="left" if column == "finish" else "right")
-    for column in ("comparable", "worst"):
-        table.add_column(column)
-    for row in detail.steps:
-        for choice in row.choices:
-            table.add_row(
-                f"{row.step}.{choice.meta.choice}",
-                number(choice.prompt_len),
-                number(choice.response_len),
-                plain(choice.meta.finish_reason or MISSING),
-                choice.meta.routes_via if choice.has_routes else MISSING,
-                *_score_columns(choice.scores),
-            )
+    table = Fitted(
+        columns=ANSWER_COLUMNS,
+        rows=[_answer_row(row.step, choice) for row in detail.steps for choice in row.choices],
+        spare=["routes", "finish", "prompt", "worst", "sampled", "max|D|", "comparable"],
+    )
     return Group(head, table, *(Text(safe(f"! {gap}"), "yellow") for gap in item.gaps))
+
+
+ANSWER_COLUMNS: tuple[tuple[str, JustifyMethod], ...] = (
+    ("step", "right"),
+    ("prompt", "right"),
+    ("sampled", "right"),
+    ("finish", "left"),
+    ("routes", "right"),
+    ("k3", "right"),
+    ("mean|D|", "right"),
+    ("max|D|", "right"),
+    ("comparable", "left"),
+    ("worst", "left"),
+)
+
+
+def _answer_row(step: int, choice: ChoiceView) -> list[RenderableType]:
+    return [
+        f"{step}.{choice.meta.choice}",
+        number(choice.prompt_len),
+        number(choice.response_len),
+        plain(choice.meta.finish_reason or MISSING),
+        choice.meta.routes_via if choice.has_routes else MISSING,
+        *_score_columns(choice.scores),
+    ]
 
 
 def _score_columns(scores: Sequence[ScoreView]) -> list[RenderableType]:
@@ -358,7 +164,7 @@ def _score_columns(scores: Sequence[ScoreView]) -> list[RenderableType]:
     names = ("kl_k3_rollout_train", "abs_log_ratio_mean", "abs_log_ratio_max")
     values = [Text(number(last.measures.metrics.get(name)), STYLES[colour(last)]) for name in names]
     verdict = Text(_verdict(last), _verdict_style(last))
-    return [*values, verdict, _worst_cell(last.worst)]
+    return [*values, verdict, worst_token(last.worst)]
 
 
 def _whole(complete: bool) -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from driftgate.anatomy import Growth, Place, Slice
 from driftgate.explain import Explanation, TrajectoryExplanation
+from driftgate.fitted import Fitted
 from driftgate.judgements import Feedback, TrajectoryVerdicts
 from driftgate.profiles import Tier
 from driftgate.terminal import MISSING, number, percent, plain, safe, signed
@@ -230,13 +231,9 @@ def feedback(found: Feedback) -> RenderableType:
         f"verdicts on the newest {found.trajectories} of {found.of} trajectories, "
         f"profile {found.profile.name}"
     )
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    for column in ("model", "engine", "trainer", "weights", "runs", *TIER_STYLES):
-        table.add_column(column or "none yet")
-    for column in ("k3", "mean|D|", "reasons"):
-        table.add_column(column)
-    for row in found.items:
-        table.add_row(
+    names = ("model", "engine", "trainer", "weights", "runs", *TIER_STYLES)
+    rows: list[list[RenderableType]] = [
+        [
             plain(row.model),
             row.engine_digest,
             row.trainer_digest or MISSING,
@@ -249,5 +246,8 @@ def feedback(found: Feedback) -> RenderableType:
             number(row.kl_k3_rollout_train),
             number(row.abs_log_ratio_mean),
             ", ".join(f"{code} {count}" for code, count in row.codes.items()),
-        )
-    return table
+        ]
+        for row in found.items
+    ]
+    columns = [name or "none yet" for name in (*names, "k3", "mean|D|", "reasons")]
+    return Fitted(title=title, columns=[(name, "left") for name in columns], rows=rows)

@@ -17,6 +17,7 @@ from rich.text import Text
 from driftgate.breaks import BREAKS
 from driftgate.terminal import number, percent, safe
 from driftgate.tree import Node, Tree
+from driftgate.words import counted
 
 __all__ = ["tree"]
 
@@ -67,8 +68,9 @@ def tree(found: Tree) -> RenderableType:
 def _head(found: Tree) -> Text:
     tokens = found.tokens
     shapes = ", ".join(f"{count} {kind}" for kind, count in sorted(found.kinds.items()))
-    text = Text("tree: ", "bold").append(f"{found.samples} samples in {tokens.lines} lines ")
-    text.append(f"({shapes})\n", "dim")
+    text = Text("tree: ", "bold").append(counted(found.samples, "sample"))
+    text.append(f" in {counted(tokens.lines, 'line')} ")
+    text.append(f"({shapes or 'nothing'})\n", "dim")
     text.append(f"tokens: {number(tokens.sent)} sent, {number(tokens.once)} scored once: ")
     text.append(f"{percent(tokens.merged_share)} merge", "bold")
     ways = sorted(found.continuations.items(), key=lambda way: way[0] != "exact")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlencode
 
 from driftgate.bands import Colour
-from driftgate.render import ORDER, colour
+from driftgate.colours import ORDER, colour
 from driftgate.views import DriftEvent, Kind
 
 __all__ = ["HELD", "Tail", "Wanted"]

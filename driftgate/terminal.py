@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 from rich.text import Text
 
-__all__ = ["MISSING", "number", "percent", "plain", "safe", "signed"]
+__all__ = ["MISSING", "number", "percent", "plain", "quoted", "safe", "signed"]
 
 MISSING = "–"
 
@@ -44,3 +45,8 @@ def safe(text: str) -> str:
 def plain(text: str) -> Text:
     """``text`` as it is: square brackets in it are no markup."""
     return Text(safe(text))
+
+
+def quoted(token_id: int, text: str | None) -> str:
+    """A token as a JSON string, so that blanks and line ends are seen; its id without a text."""
+    return f"⟨{token_id}⟩" if text is None else safe(json.dumps(text, ensure_ascii=False))

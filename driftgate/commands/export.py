@@ -12,6 +12,7 @@ import typer
 from driftgate import cli_io
 from driftgate.commands.options import DAMAGED_STATUS, DEFAULT_STORE, StoreOption
 from driftgate.errors import DriftgateError
+from driftgate.words import counted
 
 if TYPE_CHECKING:
     from driftgate.adapters.export_base import Manifest
@@ -130,8 +131,9 @@ def _report(manifest: Manifest, output: Path) -> None:
     from driftgate.adapters.export_select import REASONS
 
     typer.echo(
-        f"{manifest.samples} samples, {manifest.sampled_tokens} sampled tokens, "
-        f"{len(manifest.shards)} shards in {output}",
+        f"{counted(manifest.samples, 'sample')}, "
+        f"{counted(manifest.sampled_tokens, 'sampled token')}, "
+        f"{counted(len(manifest.shards), 'shard')} in {output}",
         err=True,
     )
     if manifest.flagged:

@@ -240,7 +240,7 @@ def test_a_part_is_not_shown_as_the_whole() -> None:
 
 def test_the_matrix_says_how_much_stands_behind_it() -> None:
     found = {row[0]: row[1] for row in rows([cell()]) if len(row) == 2}
-    assert found["tokens / responses"] == "50 / 2  (few)"
+    assert found["tokens / responses / runs"] == "50 / 2 / 2 (few)"
     assert found["scored of captured"] == "2 of 3"
     assert found["comparable"] == "yes 2"
     assert found["worst token"] == '"\\n" -1.250'
