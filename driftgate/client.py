@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
@@ -248,11 +248,13 @@ class Client:
         trajectory: str | None = None,
         kind: Kind | None = None,
         give_up_s: float = 60.0,
+        reached: Callable[[bool], None] = lambda _: None,
     ) -> AsyncGenerator[DriftEvent, None]:
         """Scores in order of their cursor, each exactly once, also across reconnects.
 
         Without ``follow`` it ends with the last score there is. With it, a first connection that
-        fails raises at once; a later one is tried again for ``give_up_s``. DriftgateError where
+        fails raises at once; a later one is tried again for ``give_up_s``. ``reached`` is told each
+        time whether the gateway answers. DriftgateError where
         something else answers at the address. Leave it early with
         ``contextlib.aclosing`` around it, so that the connection is closed there and then.
         """
@@ -269,6 +271,7 @@ class Client:
                     await _raise_for_status(response)
                     cursor = max(_as_int(cursor), self._cursor_of(response))
                     connected, lost_since, wait_s = True, None, FIRST_RETRY_S
+                    reached(True)
                     async for line in _lines(response):
                         if line:  # an empty line is the heartbeat
                             event = self._decode(line, DriftEvent)
@@ -283,6 +286,7 @@ class Client:
                     if isinstance(error, DriftgateError):
                         raise
                     raise self._unreachable(error) from error
+                reached(False)
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LAST_RETRY_S)
 

@@ -64,6 +64,7 @@ class Tail:
     changed: Callable[[], None] = lambda: None
     """Told when the status is another."""
     paused: bool = False
+    connected: bool = True
     shown: int = 0
     filtered: int = 0
     lost: int = 0
@@ -82,6 +83,12 @@ class Tail:
             self.shown += 1
         self.changed()
 
+    def reach(self, connected: bool) -> None:
+        """The gateway answers, or does not and is tried again."""
+        if connected != self.connected:
+            self.connected = connected
+            self.changed()
+
     def toggle(self) -> None:
         """Pause, or show what was held and go on."""
         self.paused = not self.paused
@@ -99,4 +106,5 @@ class Tail:
             counts += f", {self.lost} passed over while paused"
         if self.paused:
             return f"paused, {len(self.held)} waiting · {counts} · p goes on, q ends"
-        return f"following · {counts} · p pauses, q ends"
+        how = "following" if self.connected else "the gateway does not answer, trying again"
+        return f"{how} · {counts} · p pauses, q ends"

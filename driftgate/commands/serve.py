@@ -177,6 +177,10 @@ def _gateway_config(file: Path | None, given: dict[str, Any]) -> GatewayConfig:
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"{file}: {error}", param_hint="--config") from error
     values |= {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    if unknown := sorted(values.keys() - set(GatewayConfig.__struct_fields__)):
+        raise typer.BadParameter(
+            f"{file}: there is no setting {', '.join(unknown)}", param_hint="--config"
+        )
     if not values.get("upstream") and not values.get("upstreams"):
         raise typer.BadParameter(
             "give the engine's base URL, e.g. --upstream http://host:8000", param_hint="--upstream"

@@ -62,7 +62,9 @@ def tail(
     shown = Tail(wanted, _as_json if as_json else _as_line(console))
 
     async def run(client: Client) -> None:
-        events = client.drift(after=start, follow=follow, trajectory=trajectory, kind=kind)
+        events = client.drift(
+            after=start, follow=follow, trajectory=trajectory, kind=kind, reached=shown.reach
+        )
         async with contextlib.aclosing(events), _terminal(shown, console, as_json or not follow):
             async for event in events:
                 shown.take(event)

@@ -18,6 +18,7 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
+import typer
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from typer.testing import CliRunner, Result
@@ -290,6 +291,14 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert config == GatewayConfig(
         upstream="http://engine:8000", port=2, store=Path("s"), engine_settings={"a": "b"}
     )
+
+
+def test_a_setting_that_is_misspelled_is_named(tmp_path: Path) -> None:
+    """And not the one that is missing by it."""
+    file = tmp_path / "driftgate.toml"
+    file.write_text('uptream = "http://engine:8000"\n')
+    with pytest.raises(typer.BadParameter, match="there is no setting uptream"):
+        _gateway_config(file, {})
 
 
 def test_defaults_are_the_gateways() -> None:

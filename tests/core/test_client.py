@@ -144,9 +144,10 @@ async def test_drift_goes_on_after_a_restart(tmp_path: Path) -> None:
     await gateway.write("before", 2)
     server = await gateway.start()
     seen: list[tuple[int, str, int]] = []
+    reached: list[bool] = []
     async with (
         Client(str(server.make_url("/"))) as client,
-        aclosing(client.drift(after=0)) as events,
+        aclosing(client.drift(after=0, reached=reached.append)) as events,
     ):
         async for event in events:
             seen.append((event.cursor, event.score.trajectory, event.score.step))
@@ -161,6 +162,7 @@ async def test_drift_goes_on_after_a_restart(tmp_path: Path) -> None:
     gateway.close()
     named = [("before", 0), ("before", 1), ("meanwhile", 0), ("meanwhile", 1), ("after", 0)]
     assert seen == [(n, *what) for n, what in enumerate(named, 1)]
+    assert (reached[0], reached[-1]) == (True, True)
 
 
 async def test_drift_from_now_loses_nothing_before_its_first_event(tmp_path: Path) -> None:

@@ -96,6 +96,10 @@ def test_pausing_holds_and_counts_what_it_cannot(
     tail.toggle()
     assert shown == ["green", "amber", "red"]
     assert tail.status().startswith("following · 3 shown, 2 filtered out")
+    tail.reach(False)
+    assert tail.status().startswith("the gateway does not answer, trying again · 3 shown")
+    tail.reach(True)
+    assert tail.status().startswith("following · 3 shown")
 
 
 class Terminal:
