@@ -29,6 +29,13 @@ __all__ = ["Dialect", "Said", "Teller", "event_of", "message_in"]
 
 Kind: TypeAlias = Literal["thinking", "text", "tool"]
 
+CLEAN = frozenset(("stop", "length", "tool_calls", "function_call", "content_filter"))
+"""Of ``finish_reason``: the model or the request ended the answer. Engines have others (``abort``
+where a trainer pauses vLLM, ``error``, ``repetition``), of an answer that is not whole."""
+
+NOT_WHOLE_STATUS = 503
+"""Of such an answer in one piece: SDKs ask again by themselves."""
+
 SAID_CHARS = 500
 """Of an engine's error that is no JSON."""
 
@@ -107,6 +114,9 @@ class Teller(ABC):
         self.prompt_tokens = 0
         """Counted from the prompt's ids: the usage comes only at the end of a stream."""
         self.error: str | None = None
+        """Why the answer is none, in the engine's words or in ours."""
+        self.not_whole = False
+        """That is because the engine ended it early."""
         self.ended = False
         """All of the answer has come."""
         self._shows_logprobs = shows_logprobs
@@ -132,10 +142,18 @@ class Teller(ABC):
         self.ended = True
         if not self._begun:
             return []
+        if self.error is None and self.finish_reason not in CLEAN:
+            self.not_whole = True
+            self.error = (
+                f"the engine ended its answer early (finish_reason {self.finish_reason!r}): what "
+                "came is not all of it; ask again"
+            )
+            return [*self._fail(self.error), *self._end()]
         return [*([] if self.error else self._close()), *self._end()]
 
     def answer(self, chat: bytes) -> bytes:
-        """A whole answer. UpstreamError where the engine's is none."""
+        """A whole answer; ``error`` says where it is none. UpstreamError where the engine's is no
+        completion."""
         try:
             chunk = _CHUNK.decode(chat)
         except UNREADABLE as error:

@@ -153,6 +153,12 @@ class Ending:
         if not self.released:
             self._sessions.failed(self._asked.call)
 
+    def engine_failed(self) -> None:
+        """The engine said in its answer that it is none: the agent may ask again."""
+        if self.outcome == "answered":
+            self.outcome = "engine_error"
+            self.failed_try()
+
     def first_byte(self) -> None:
         """The first byte of the answer is about to be sent, or was."""
         self.first_byte_ns = self.first_byte_ns or time.time_ns()

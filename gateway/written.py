@@ -119,6 +119,8 @@ class Written:
         if self._teller is not None:
             last = self._teller.end()
             self._end.response = self._teller.body()
+            if self._teller.not_whole:
+                self._end.engine_failed()
         try:
             response = response or await self._begin()
             await self._write(response, b"".join(events))

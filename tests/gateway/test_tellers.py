@@ -153,6 +153,23 @@ def test_why_an_answer_ended(
     assert (said.stop_reason, said.stop_sequence, response.status, why) == expected
 
 
+@pytest.mark.parametrize("finish", ["abort", "error", "repetition", "unheard_of", None])
+@pytest.mark.parametrize("message", ANSWERS)
+def test_an_answer_that_the_engine_ended_early_has_no_clean_end(
+    message: Message, finish: Any
+) -> None:
+    for stream in (chunks(message, finish), [event(json.loads(answer(message, finish)))]):
+        said = told(messages(), stream)
+        assert b"message_stop" not in said
+        assert said.rpartition(b"event: ")[2].startswith(b"error\n")
+        assert b'"error":{"type":"overloaded_error","message":"the engine ended its' in said
+        *_, failed = told(responses(), stream).split(b"event: ")
+        assert failed.startswith(b"response.failed\n")
+        assert b'"status":"failed"' in failed
+    body = messages().answer(answer(message, finish))
+    assert anthropic_message(body).stop_reason is None
+
+
 def test_usage_is_the_engines() -> None:
     usage = openai_response(responses().answer(answer(TEXT))).usage
     assert usage is not None
@@ -175,7 +192,8 @@ def test_logprobs_are_shown_where_they_were_asked_for() -> None:
     rows = [
         {"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []},
     ]
-    choice = {"index": 0, "delta": {"content": "Hi"}, "logprobs": {"content": rows}}
+    choice: dict[str, Any] = {"index": 0, "delta": {"content": "Hi"}, "finish_reason": "stop"}
+    choice["logprobs"] = {"content": rows}
     stream = [event({**HEAD, "choices": [choice]})]
     asked = {"model": "tiny", "include": ["message.output_text.logprobs"]}
     shown = response_of_stream(told(responses(asked), stream)).output[0]
