@@ -179,6 +179,7 @@ class Ending:
     ) -> Recorded | None:
         self._recorded = True
         self._release()
+        self._asked.served.recorded()
         response, dialect = self.response, self._asked.dialect
         if response is not None and dialect is not None:
             response = dialect.teller.stored_body(response)

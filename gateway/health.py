@@ -46,18 +46,29 @@ class Health:
     """Of one engine. Lives on the event loop."""
 
     def __init__(
-        self, url: str, key: str | None, weights: Weights, returned: Callable[[], None]
+        self,
+        url: str,
+        key: str | None,
+        weights: Weights,
+        *,
+        away: Callable[[str], None],
+        returned: Callable[[], None],
     ) -> None:
-        """``returned`` is called when the engine answers again."""
+        """``away`` is called each time that the engine is not there, with the reason;
+        ``returned`` when it answers again."""
         self.error: str | None = None
         """Why no call goes there now."""
+        self.well_ns: int | None = None
+        """When it was seen well last; None: never."""
         self._url = url
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._weights = weights
+        self._away = away
         self._returned = returned
         self._weights_path: str | None = None
         self._session: aiohttp.ClientSession | None = None
         self._wake = asyncio.Event()
+        self._soon = asyncio.Event()
 
     def read_weights(self, path: str | None) -> None:
         """Look for the version at ``path`` from now on, until the engine does not know it."""
@@ -66,7 +77,12 @@ class Health:
     def failed(self, why: str) -> None:
         """A call got no answer: leave the engine alone until it is well."""
         self.error = why
+        self._away(why)
         self._wake.set()
+
+    def look_soon(self) -> None:
+        """Look now at an engine that is away: something was said of it."""
+        self._soon.set()
 
     async def watch(self) -> None:
         """Look for ever."""
@@ -80,17 +96,23 @@ class Health:
                         async with asyncio.timeout(INTERVAL_S):
                             await self._wake.wait()
                 if self.error is not None:
-                    await asyncio.sleep(wait_s)
+                    self._soon.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(wait_s):
+                            await self._soon.wait()
                     wait_s = min(2 * wait_s, LAST_BACKOFF_S)
+                asked_ns = time.time_ns()
                 was, self.error = self.error, await self._look()
                 if self.error is None:
-                    wait_s = FIRST_BACKOFF_S
+                    self.well_ns, wait_s = asked_ns, FIRST_BACKOFF_S
                     await self._look_at_weights()
                     if was is not None:
                         log.info("%s is back; it was left because: %s", self._url, was)
                         self._returned()
-                elif was is None:
-                    log.warning("%s gets no calls: %s", self._url, self.error)
+                else:
+                    if was is None:
+                        log.warning("%s gets no calls: %s", self._url, self.error)
+                    self._away(self.error)
 
     async def confirm(self) -> None:
         """Look at the weights once more, where the engine is what tells of them."""
@@ -126,5 +148,5 @@ class Health:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             log.info("%s did not tell its weight version: %s", self._url, error)
             return
-        version = said if isinstance(said, str) and said not in UNSET else self._weights.configured
+        version = said if isinstance(said, str) and said not in UNSET else self._weights.unset
         self._weights.look(version, asked_ns, time.time_ns())

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import TypeAlias
 
@@ -67,7 +68,13 @@ class Upstream:
         self.takes_ids = True
         """Its chat completions take ids for the prompt; False as soon as it did not."""
         self.weights = WeightVersions(config.weight_version)
-        self.health = Health(self.url, config.upstream_key, self.weights, self._returned)
+        self.health = Health(
+            self.url,
+            config.upstream_key,
+            self.weights,
+            away=self._may_be_another,
+            returned=self._returned,
+        )
         self.report: ProbeReport | None = None
         """The last one; kept while the engine is away, so that late traces still name it."""
         self.error: str | None = "not probed yet"
@@ -220,6 +227,17 @@ class Upstream:
         if self.error is None:
             self._wanted.set()
 
+    def _may_be_another(self, why: str) -> None:
+        """What a trainer told of its weights holds no more. Any thread."""
+        well_ns, told = self.health.well_ns, self.weights.version
+        if well_ns is not None and self.weights.lose(well_ns, time.time_ns(), why):
+            log.warning(
+                "%s: its weight version is unknown now, %s was told before: %s; tell it again",
+                self.url,
+                told,
+                why,
+            )
+
     def _returned(self) -> None:
         """The engine was away: it may have another build or other flags now."""
         self._numerics.forget()
@@ -231,6 +249,8 @@ class Upstream:
         """Want a probe for a fingerprint that is new. Several may answer behind one address."""
         if fingerprint in self._seen or len(self._seen) >= MAX_FINGERPRINTS:
             return
+        if self._seen:
+            self._may_be_another(f"its system_fingerprint {fingerprint} is new")
         self._seen.add(fingerprint)
         log.warning("the engine's system_fingerprint %s is new: probing it again", fingerprint)
         if self._loop is not None and not self._loop.is_closed():
@@ -239,7 +259,9 @@ class Upstream:
     async def _probe(self) -> ProbeReport | None:
         """Probe and publish what is found; None where no engine answers."""
         try:
+            asked_ns = time.time_ns()
             report = await probe(self.url, key=self._config.upstream_key)
+            self.health.well_ns = max(asked_ns, self.health.well_ns or 0)
             known = await asyncio.to_thread(self._known_digests, report.models)
         except UpstreamError as error:
             self.error = str(error)

@@ -94,6 +94,7 @@ class Written:
     async def _fetch(self) -> Fetched:
         async with self._asked.send() as answer:
             raw = await read_whole(answer, self._asked)
+            self._asked.served.came()
             return answer.status, http.answer_headers(answer.headers), raw
 
     async def _answer(
