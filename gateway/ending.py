@@ -20,8 +20,8 @@ from driftgate.gateway.breakage import broken_body
 from driftgate.gateway.capture import Folded
 from driftgate.gateway.conversation import Turn
 from driftgate.gateway.dialect import Dialect
-from driftgate.gateway.exact import Onward
 from driftgate.gateway.history import History
+from driftgate.gateway.onward import Onward
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.post import EngineAnswer
 from driftgate.gateway.prompts import End

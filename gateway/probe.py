@@ -57,6 +57,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     root: str | None = None
     """Where the engine read the weights from."""
     max_model_len: int | None = None
+    parent: str | None = None
+    """The model that an adapter is of: vLLM says the limit there only."""
     owned_by: str | None = None
 
 
@@ -103,6 +105,14 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     def adapter(self) -> EngineAdapter:
         """Names and shapes of this engine."""
         return adapter_for(self.engine, self.route_shape)
+
+    def max_tokens(self, model: str) -> int | None:
+        """Of prompt and answer; None where it is not known."""
+        info = next((info for info in self.models if info.id == model), None)
+        if info is None or info.max_model_len is not None:
+            return None if info is None else info.max_model_len
+        known = (base.max_model_len for base in self.models if base.id == info.parent)
+        return next(known, None)
 
     @property
     def default_settings(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -224,16 +224,15 @@ class Proxy:
         call = self._begin(place, request, read, step)
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
-        if onward is not None:
-            sent = onward.written(sent, upstream.adapter.prompt_ids_field)
         if self.spans is not None:
             engine = upstream.name, upstream.url
             self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
         served = Served(upstream)
         target = _target(PATHS[plan.api], request if plan.translated is None else None)
 
-        def post(base: str) -> Awaitable[EngineAnswer]:
-            return self._poster.post(base, target, headers, sent)
+        async def post(base: str) -> EngineAnswer:
+            ask = partial(self._poster.post, base, target, headers)
+            return await (ask(sent) if onward is None else onward.ask(ask, sent, served.upstream))
 
         asked = Asked(
             send=lambda: self._upstreams.send(served, entry, place.trajectory, model, post),

@@ -35,7 +35,7 @@ from driftgate.gateway.tasks import beside, in_thread
 from driftgate.gateway.weights import Weights as WeightVersions
 from driftgate.trace import Engine
 
-__all__ = ["Upstream"]
+__all__ = ["Upstream", "tokenizer_of"]
 
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 """Waits between probes of an engine that does not answer, doubling; an engine loads for minutes."""
@@ -67,6 +67,8 @@ class Upstream:
         """Why it takes no calls now, by the trainer's word."""
         self.takes_ids = True
         """Its chat completions take ids for the prompt; False as soon as it did not."""
+        self.turn_ends: set[int] = set()
+        """Ids that were proven to end a turn of its template."""
         self.weights = WeightVersions(config.weight_version)
         self.health = Health(
             self.url,
@@ -190,9 +192,17 @@ class Upstream:
         return None if self.report is None else self.report.refusal
 
     @property
+    def version(self) -> str:
+        """``unknown`` before the first probe."""
+        return "unknown" if self.report is None else self.report.version
+
+    @property
     def tokenizer(self) -> str | None:
-        """The digest of its tokenizer, where it is known."""
-        return None if self.report is None else self.report.texts.get("tokenizer")
+        """Stands for what gives its ids, as ``tokenizer_of`` a trace of it. None: not known."""
+        if self.report is None:
+            return None
+        known = self.report.texts | self._config.engine_settings
+        return known.get("tokenizer") or self.report.system_fingerprint
 
     def engine(self, model: str, fingerprint: str | None) -> Engine:
         """The fingerprint of the engine that gave an answer. Any thread."""
@@ -242,6 +252,7 @@ class Upstream:
         """The engine was away: it may have another build or other flags now."""
         self._numerics.forget()
         self.takes_ids = True
+        self.turn_ends.clear()
         self.error = "it was away and is probed again"
         self._wanted.set()
 
@@ -283,6 +294,8 @@ class Upstream:
         else:
             self._digested.set()
         self._checkpoints = known or {}
+        if self.report is None or self.report.system_fingerprint != report.system_fingerprint:
+            self.turn_ends.clear()
         self.error = None
         self.report = self._with_digest(report)
         if report.system_fingerprint is not None:
@@ -331,6 +344,12 @@ class Upstream:
                     self._digests[weights] = None
                     log.info("the weights of %s have no digest: %s", info.id, error)
         return self._known_digests(models) or {}
+
+
+def tokenizer_of(engine: Engine) -> str | None:
+    """The digest of an engine's tokenizer, or where that cannot be read its
+    ``system_fingerprint``."""
+    return engine.settings.get("tokenizer") or engine.system_fingerprint
 
 
 def _weights(root: str | None) -> Weights:

@@ -64,6 +64,10 @@ class StandIn:
         """Wait for it before event ``hold_at``, or before a JSON answer."""
         self.hold_at = 1
         self.weight_version: str | None = None
+        self.cards = [{"id": "tiny", "owned_by": "vllm", "root": "/nowhere", "max_model_len": 4096}]
+        """Of ``/v1/models``."""
+        self.limit: int | None = None
+        """Tokens of prompt and answer; a chat request over it is refused."""
         self.runner: web.AppRunner
         self.came = asyncio.Event()
         """A call that is not a probe has come."""
@@ -360,6 +364,8 @@ class StandIn:
         if (body.get("top_logprobs") or 0) > 0 and not body.get("logprobs"):
             return self.error(400, "when using `top_logprobs`, `logprobs` must be set to true.")
         chat = request.path.endswith("chat/completions")
+        if chat and self.limit and len(self.prompt(body)) + body["max_tokens"] > self.limit:
+            return self.error(400, f"the model's maximum context length is {self.limit} tokens")
         try:
             if body.get("stream"):
                 events = self.chat_events(body) if chat else self.text_events(body)
@@ -410,14 +416,7 @@ class StandIn:
         return web.json_response({"token_ids": self.render(body["messages"])})
 
     async def models(self, _request: web.Request) -> web.Response:
-        return web.json_response(
-            {
-                "object": "list",
-                "data": [
-                    {"id": "tiny", "owned_by": "vllm", "root": "/nowhere", "max_model_len": 4096}
-                ],
-            }
-        )
+        return web.json_response({"object": "list", "data": self.cards})
 
     async def version(self, _request: web.Request) -> web.Response:
         return web.json_response({"version": "0.29.0"})
@@ -426,7 +425,7 @@ class StandIn:
         return web.Response(status=200 if self.status is None else self.status)
 
     async def weight_info(self, _request: web.Request) -> web.Response:
-        """As vLLM from 0.32 on answers."""
+        """As vLLM answers with VLLM_SERVER_DEV_MODE=1."""
         if self.weight_version is None:
             return self.error(404, "Not Found")
         return web.json_response({"weight_version": self.weight_version})
