@@ -51,6 +51,10 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    matched_stop: int | str | None = None
+    """SGLang's name for it."""
+    prompt_token_ids: Raw = Raw()
+    """SGLang's place for them."""
 
 
 class Chunk(msgspec.Struct):
@@ -181,7 +185,8 @@ class Teller(ABC):
         if not self._begun and chunk.choices:
             self._begun = True
             self.created, self.model = chunk.created, chunk.model
-            if (ids := given(chunk.prompt_token_ids)) is not None:
+            ids = given(chunk.prompt_token_ids) or given(chunk.choices[0].prompt_token_ids)
+            if ids is not None:
                 self.prompt_tokens = bytes(ids).count(b",") + 1
             yield from self._begin()
         self.usage = chunk.usage or self.usage
@@ -206,8 +211,8 @@ class Teller(ABC):
                 self._tools[number] = Said("tool", len(self.said), call.id or "", name)
             yield from self._grow(self._tools[number], function.arguments or "")
         self.finish_reason = choice.finish_reason or self.finish_reason
-        if choice.stop_reason is not None:
-            self.stop_reason = choice.stop_reason
+        for stop in (choice.stop_reason, choice.matched_stop):
+            self.stop_reason = self.stop_reason if stop is None else stop
 
     def _going(self, kind: Kind) -> Said:
         """The block of this kind that is being told, or a new one."""
