@@ -49,6 +49,8 @@ class Written:
         self._end = end
         self._adapter = adapter
         self._teller = asked.dialect.teller if asked.dialect is not None else None
+        if self._teller is not None:
+            self._teller.whole = True
 
     async def run(self) -> web.StreamResponse:
         """Ask for JSON and write the stream. Errors as in ``Exchange.run``."""

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from driftgate.errors import UpstreamError
 from driftgate.gateway.anthropic_answer import MessagesTeller
-from driftgate.gateway.openai import read_request
+from driftgate.gateway.openai import Plan, read_request
 from driftgate.gateway.responses_answer import ResponsesTeller
+from driftgate.gateway.synthesis import stream_of
 from driftgate.spoken import message_of
 from tests.gateway.sdk_shapes import (
     anthropic_message,
@@ -202,6 +203,54 @@ def test_logprobs_are_shown_where_they_were_asked_for() -> None:
     assert shown.content[0].type == hidden.content[0].type == "output_text"
     assert [row.model_dump() for row in shown.content[0].logprobs or ()] == rows
     assert hidden.content[0].logprobs == []
+
+
+def rows_of(*tokens: str) -> list[Any]:
+    return [
+        {"token": t, "logprob": -1.0, "bytes": [*t.encode()], "top_logprobs": []} for t in tokens
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message", "shown"),
+    [
+        (["hm", "</think>", "Hi", " you", "<|im_end|>"], {"reasoning": "hm"}, ["Hi", " you"]),
+        (["Hi", " you", "<|im_end|>"], {}, ["Hi", " you"]),
+        (["Hi", " ", "", "you", ""], {}, ["Hi", " ", "", "you"]),
+        (["Hi", " you", "</think>", "Hi", " you"], {"reasoning": "Hi you"}, []),
+        (["hm</think>Hi", " you"], {"reasoning": "hm"}, []),
+        (["Hi", " youST", "OP"], {}, []),
+        (["Hi", " you", "<tool_call>"], {"tool_calls": [call("a", "{}")]}, ["Hi", " you"]),
+    ],
+)
+def test_a_texts_logprobs_are_its_own(
+    tokens: list[str], message: Message, shown: list[str]
+) -> None:
+    body = json.loads(answer({"role": "assistant", "content": "Hi you"} | message))
+    body["choices"][0] |= {"logprobs": {"content": rows_of(*tokens)}, "token_ids": [1]}
+    raw = json.dumps(body).encode()
+    asked = {"model": "tiny", "include": ["message.output_text.logprobs"]}
+    written = responses(asked)
+    written.whole = True
+    plan = Plan(api="chat", stream=True, usage_asked=True)
+    for response in (
+        openai_response(responses(asked).answer(raw)),
+        response_of_stream(told(written, stream_of(raw, plan))),
+    ):
+        (text,) = [item for item in response.output if item.type == "message"]
+        assert text.content[0].type == "output_text"
+        assert [row.token for row in text.content[0].logprobs or ()] == shown
+
+
+def test_a_piece_that_ends_the_thoughts_shows_its_texts_rows() -> None:
+    delta = {"reasoning": "hm", "content": "Hi"}
+    choice = {"index": 0, "delta": delta, "finish_reason": "stop"}
+    choice["logprobs"] = {"content": rows_of("hm", "</think>", "Hi")}
+    teller = responses({"model": "tiny", "include": ["message.output_text.logprobs"]})
+    response = response_of_stream(told(teller, [event({**HEAD, "choices": [choice]})]))
+    (text,) = [item for item in response.output if item.type == "message"]
+    assert text.content[0].type == "output_text"
+    assert [row.token for row in text.content[0].logprobs or ()] == ["Hi"]
 
 
 def test_a_cut_tool_call_keeps_its_text() -> None:
