@@ -157,8 +157,23 @@ class Upstream:
 
     def takes_over(self, other: Upstream) -> bool:
         """What was written for ``other`` can be sent here as it is."""
-        asked = (self.adapter, self.stream_mode(), self.has_routes, self.refusal)
-        return asked == (other.adapter, other.stream_mode(), other.has_routes, other.refusal)
+        return self._asked_as == other._asked_as
+
+    @property
+    def _asked_as(self) -> tuple[object, ...]:
+        """All that requests are written by."""
+        return (
+            self.adapter,
+            self.stream_mode(),
+            self.has_routes,
+            self.refusal,
+            self.system_first,
+        )
+
+    @property
+    def system_first(self) -> bool:
+        """Its template takes a system message nowhere but at the beginning."""
+        return self.report is not None and self.report.system_first
 
     def stream_mode(self) -> StreamMode:
         """How streamed calls are asked for."""

@@ -66,6 +66,8 @@ class StandIn:
         self.weight_version: str | None = None
         self.cards = [{"id": "tiny", "owned_by": "vllm", "root": "/nowhere", "max_model_len": 4096}]
         """Of ``/v1/models``."""
+        self.system_first = False
+        """Its template refuses a system message behind the first message."""
         self.limit: int | None = None
         """Tokens of prompt and answer; a chat request over it is refused."""
         self.runner: web.AppRunner
@@ -95,6 +97,8 @@ class StandIn:
 
     def render(self, messages: list[dict[str, Any]]) -> list[int]:
         ids: list[int] = []
+        if self.system_first and any(message["role"] == "system" for message in messages[1:]):
+            raise web.HTTPBadRequest(text='{"message": "System message must be at the beginning."}')
         for message in messages:
             text = str(message.get("content")) + str(message.get("tool_calls") or "")
             known = None if self.retokenises else self._sampled.get(text)
@@ -409,10 +413,10 @@ class StandIn:
         return web.json_response({"count": len(ids), "max_model_len": 4096, "tokens": ids})
 
     async def render_only(self, request: web.Request) -> web.Response:
-        self.rendered += 1
+        body = await request.json()
+        self.rendered += body["messages"][0]["content"] != "Say something."  # a probe's
         if self.render_status != 200:
             return self.error(self.render_status, "the stand-in was told so")
-        body = await request.json()
         return web.json_response({"token_ids": self.render(body["messages"])})
 
     async def models(self, _request: web.Request) -> web.Response:

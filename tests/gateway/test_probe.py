@@ -13,7 +13,8 @@ import pytest
 
 from driftgate.errors import UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
-from driftgate.gateway.probe import logprobs_mode, probe, sampling_defaults
+from driftgate.gateway.generation_config import sampling_defaults
+from driftgate.gateway.probe import logprobs_mode, probe
 from driftgate.trace import LogprobsMode
 
 if TYPE_CHECKING:

@@ -207,6 +207,27 @@ async def test_count_tokens(agent: Agent, engine: StandIn) -> None:
     assert await agent.traces() == []
 
 
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_later_system_message_stands_where_the_template_takes_it(
+    connect: Connect, engine: StandIn, first: bool
+) -> None:
+    engine.system_first = first
+    agent: Agent = await connect(continuation="exact")
+    await agent.gateway.upstreams.all[0].ready()
+    later = {"role": "system", "content": "plan mode is on"}
+    turns: list[Any] = [USER, later, USER]
+    merged = [{"role": "system", "content": "be\n\nplan mode is on"}, USER, USER]
+    kept = [{"role": "system", "content": "be"}, *turns]
+    body = {"model": "tiny", "max_tokens": 5, "system": "be", "messages": turns}
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        assert (await agent.send(body, path=path))[0] == 200
+    assert engine.asked["messages"] == (merged if first else kept)
+    await ask(agent, "/v1/responses", instructions="be", input=turns)
+    assert engine.asked["messages"] == (merged if first else kept)
+    (trace, _) = await agent.traces()
+    assert json.loads(trace.request)["messages"] == turns
+
+
 # previous_response_id
 
 
