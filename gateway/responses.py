@@ -121,6 +121,11 @@ def _options(asked: _Asked) -> Iterator[tuple[str, Any]]:
 
 
 def _chat_tool(tool: _Tool) -> dict[str, Any]:
+    if tool.type == "custom":
+        raise RequestError(
+            "tools: 'custom' is not supported, because a chat completion's tools take JSON; send a "
+            "'function' whose only parameter is a string"
+        )
     if tool.type != "function":
         raise RequestError(
             f"tools: {tool.type!r} is not supported, because the engine has no tools of its own; "

@@ -139,6 +139,17 @@ def test_a_thousand_turns_are_one_walk() -> None:
     assert known.position == len(messages) - 2
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_several_parts_are_not_the_text_that_they_join_to(role: str) -> None:
+    def digest(*texts: str) -> bytes:
+        parts = [{"type": "text", "text": text, "cache_control": {}} for text in texts]
+        return chain([{"role": role, "content": parts}]).end.digest
+
+    whole = chain([{"role": role, "content": "ab"}]).end.digest
+    assert digest("ab") == whole  # a template's content is a text in the end
+    assert len({whole, digest("a", "b"), digest("a", "", "b")}) == 3
+
+
 @pytest.mark.parametrize(
     ("answer", "spoken", "more"),
     [

@@ -259,6 +259,8 @@ REFUSED: list[tuple[Translated, dict[str, Any], str]] = [
     ("responses", {"input": [{"role": "user", "content": [
         {"type": "input_image", "file_id": "f"}]}]}, "without image_url"),
     ("responses", {"input": "hi", "tools": [{"type": "web_search"}]}, "'web_search'"),
+    ("responses", {"input": "hi", "tools": [{"type": "custom", "name": "apply_patch"}]},
+     "'function' whose only parameter is a string"),
     ("responses", {"input": "hi", **R_TOOLS, "tool_choice": {"type": "mcp"}}, "'mcp'"),
     ("messages", {"messages": [USER]}, "max_tokens"),
     ("messages", {"max_tokens": 5}, "messages"),
