@@ -54,8 +54,8 @@ class Health:
         away: Callable[[str], None],
         returned: Callable[[], None],
     ) -> None:
-        """``away`` is called each time that the engine is not there, with the reason;
-        ``returned`` when it answers again."""
+        """``away`` is called each time that the engine is not there, and may come back as another,
+        with the reason; ``returned`` when it answers again."""
         self.error: str | None = None
         """Why no call goes there now."""
         self.well_ns: int | None = None
@@ -67,6 +67,8 @@ class Health:
         self._returned = returned
         self._weights_path: str | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._silent = False
+        """The last look was taken and not answered in time."""
         self._wake = asyncio.Event()
         self._soon = asyncio.Event()
 
@@ -86,7 +88,9 @@ class Health:
 
     async def watch(self) -> None:
         """Look for ever."""
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(
+            total=2 * TIMEOUT_S, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S
+        )
         async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as self._session:
             wait_s = FIRST_BACKOFF_S
             while True:
@@ -105,14 +109,16 @@ class Health:
                 was, self.error = self.error, await self._look()
                 if self.error is None:
                     self.well_ns, wait_s = asked_ns, FIRST_BACKOFF_S
-                    await self._look_at_weights()
                     if was is not None:
                         log.info("%s is back; it was left because: %s", self._url, was)
                         self._returned()
+                    await self._look_at_weights()
                 else:
                     if was is None:
                         log.warning("%s gets no calls: %s", self._url, self.error)
-                    self._away(self.error)
+                    # A busy engine is silent once; no engine starts between two such looks.
+                    if was is not None or not self._silent:
+                        self._away(self.error)
 
     async def confirm(self) -> None:
         """Look at the weights once more, where the engine is what tells of them."""
@@ -125,10 +131,12 @@ class Health:
     async def _look(self) -> str | None:
         """Why the engine is not well. One without such a route may still be."""
         assert self._session is not None, "watch runs"
+        self._silent = False
         try:
             async with self._session.get(self._url + "/health") as answer:
                 return f"its /health answered {answer.status}" if answer.status >= 500 else None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._silent = isinstance(error, aiohttp.SocketTimeoutError)
             return f"its /health did not answer: {str(error) or type(error).__name__}"
 
     async def _look_at_weights(self) -> None:

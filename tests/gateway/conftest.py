@@ -64,6 +64,8 @@ class StandIn:
         """Wait for it before event ``hold_at``, or before a JSON answer."""
         self.hold_at = 1
         self.weight_version: str | None = None
+        self.silent_looks = 0
+        """So many requests for ``/health`` get no answer."""
         self.cards = [{"id": "tiny", "owned_by": "vllm", "root": "/nowhere", "max_model_len": 4096}]
         """Of ``/v1/models``."""
         self.system_first = False
@@ -426,6 +428,9 @@ class StandIn:
         return web.json_response({"version": "0.29.0"})
 
     async def health(self, _request: web.Request) -> web.Response:
+        if self.silent_looks > 0:
+            self.silent_looks -= 1
+            await asyncio.Event().wait()
         return web.Response(status=200 if self.status is None else self.status)
 
     async def weight_info(self, _request: web.Request) -> web.Response:

@@ -289,6 +289,22 @@ async def test_what_is_told_of_an_engine_that_is_away_is_looked_at(
     assert upstream.weights.version == "43"
 
 
+@pytest.mark.parametrize(("looks", "version"), [(1, "42"), (2, "unknown")])
+async def test_a_busy_engine_that_misses_one_look_is_still_itself(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch, looks: int, version: str
+) -> None:
+    for name in ("INTERVAL_S", "FIRST_BACKOFF_S", "TIMEOUT_S"):
+        monkeypatch.setattr(health, name, 0.05)
+    agent: Agent = await connect()
+    upstream = agent.gateway.upstreams.all[0]
+    await until(lambda: upstream.health.well_ns is not None and upstream.available)
+    await tell(agent, version="42")
+    engine.silent_looks = looks
+    await until(lambda: not upstream.available)
+    await until(lambda: upstream.available)
+    assert (engine.silent_looks, upstream.weights.version) == (0, version)
+
+
 async def test_while_paused_new_calls_are_answered_429(connect: Connect, engine: StandIn) -> None:
     agent: Agent = await connect()
     engine.hold = asyncio.Event()
