@@ -58,7 +58,7 @@ class Served:
 
     def engine(self, model: str, fingerprint: str | None) -> Engine:
         """The fingerprint of the engine that gave the answer."""
-        return self.upstream.engine(model, fingerprint)
+        return self.upstream.engine(model, fingerprint, self._sent_ns)
 
     def spans(self, choice: int, tokens: int) -> list[WeightSpan]:
         """The weight versions of one choice's tokens."""

@@ -219,11 +219,12 @@ class Upstream:
         known = self.report.texts | self._config.engine_settings
         return known.get("tokenizer") or self.report.system_fingerprint
 
-    def engine(self, model: str, fingerprint: str | None) -> Engine:
-        """The fingerprint of the engine that gave an answer. Any thread."""
+    def engine(self, model: str, fingerprint: str | None, sent_ns: int | None = None) -> Engine:
+        """The fingerprint of the engine that gave an answer, which was asked for at ``sent_ns``
+        (None: now). Any thread."""
         report = self.report
         if fingerprint is not None and report is not None:
-            self._notice(fingerprint)
+            self._notice(fingerprint, time.time_ns() if sent_ns is None else sent_ns)
         mode = self._config.logprobs_mode
         if report is None:
             return Engine(
@@ -252,10 +253,14 @@ class Upstream:
         if self.error is None:
             self._wanted.set()
 
-    def _may_be_another(self, why: str) -> None:
-        """What a trainer told of its weights holds no more. Any thread."""
+    def _may_be_another(self, why: str, from_ns: int | None = None) -> None:
+        """What a trainer told of its weights holds no more since it was seen well last, or since
+        ``from_ns``, when another one is known to have been there. Any thread."""
         well_ns, told = self.health.well_ns, self.weights.version
-        if well_ns is not None and self.weights.lose(well_ns, time.time_ns(), why):
+        if well_ns is None:
+            return
+        since_ns = well_ns if from_ns is None else min(well_ns, from_ns)
+        if self.weights.lose(since_ns, time.time_ns(), why):
             log.warning(
                 "%s: its weight version is unknown now, %s was told before: %s; tell it again",
                 self.url,
@@ -271,12 +276,12 @@ class Upstream:
         self.error = "it was away and is probed again"
         self._wanted.set()
 
-    def _notice(self, fingerprint: str) -> None:
+    def _notice(self, fingerprint: str, sent_ns: int) -> None:
         """Want a probe for a fingerprint that is new. Several may answer behind one address."""
         if fingerprint in self._seen or len(self._seen) >= MAX_FINGERPRINTS:
             return
         if self._seen:
-            self._may_be_another(f"its system_fingerprint {fingerprint} is new")
+            self._may_be_another(f"its system_fingerprint {fingerprint} is new", sent_ns)
         self._seen.add(fingerprint)
         log.warning("the engine's system_fingerprint %s is new: probing it again", fingerprint)
         if self._loop is not None and not self._loop.is_closed():
