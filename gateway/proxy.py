@@ -38,6 +38,7 @@ from driftgate.gateway.post import KEEP_ALIVE_S, EngineAnswer, Poster
 from driftgate.gateway.reading import (
     Read,
     Stored,
+    adapted,
     read_own,
     storable,
     translate,
@@ -213,9 +214,7 @@ class Proxy:
         try:
             place = await self._placed(request, read)
             upstream = await self._upstreams.choose(place.trajectory, model, entry)
-            if upstream.system_first and api in ("responses", "messages"):
-                fields = await _aside(body, partial(with_system_first, read.fields))
-                read = read._replace(fields=fields)
+            read = await _aside(body, partial(adapted, api, read, upstream))
             sent, plan = await _aside(body, partial(write, api, body, read, upstream))
             stored = await _aside(body, partial(storable, body, self._config))
             if self._exact is not None:

@@ -27,6 +27,7 @@ from driftgate.trace import Api as AgentApi
 __all__ = [
     "Read",
     "Stored",
+    "adapted",
     "read_own",
     "storable",
     "translate",
@@ -79,6 +80,13 @@ def translate(
     """A request of another API as a chat request. RequestError where it cannot be one."""
     chat = dialects.chat_fields(api, body, fields, earlier)
     return Read(_digest(body), chat, read_history(chat, Plan(api="chat"), known), fields)
+
+
+def adapted(api: AgentApi, read: Read, upstream: Upstream) -> Read:
+    """``read`` for an engine; what is no other API's goes on as it came."""
+    if upstream.system_first and api in ("responses", "messages"):
+        return read._replace(fields=with_system_first(read.fields))
+    return read
 
 
 def with_system_first(fields: Fields) -> Fields:
