@@ -74,6 +74,11 @@ class EngineAdapter(Protocol):
         rendering the messages."""
 
     @property
+    def parses_alone(self) -> tuple[str, ...]:
+        """Beginnings of versions whose answers in one piece are known to be parsed without a look
+        at their prompt."""
+
+    @property
     def refused_fields(self) -> dict[str, str]:
         """Request fields that an agent must not send (unless 0, false or null), and why."""
 

@@ -61,6 +61,7 @@ class Sglang:
     routes_chunk_mark = "driftgate"
     render_path = None
     prompt_ids_field = ("", "")
+    parses_alone = ()
     streams_ids = False
     omits_unasked = True
     logprobs_mode: LogprobsMode = "processed_logprobs"

@@ -48,7 +48,7 @@ class Vllm:
     omits_unasked = False
     logprobs_mode: LogprobsMode = "unknown"
     weights_path = "/weight_info"
-    """From 0.32 on, with VLLM_SERVER_DEV_MODE=1."""
+    """With VLLM_SERVER_DEV_MODE=1; 0.29.0 has it."""
     info_paths: tuple[str, ...] = ()
     ask_stream_routes = "driftgate_routes"
     routes_chunk_mark = "driftgate"
@@ -56,6 +56,8 @@ class Vllm:
     prompt_ids_field = ("kv_transfer_params", "prompt_token_ids")
     """Made for the decoding half of a split deployment; it skips templating and tokenizing only
     (``renderers/online_renderer.py``)."""
+    parses_alone = ("0.29.",)
+    """``chat_completion_full_generator``, read in 0.29.0."""
 
     @property
     def refused_fields(self) -> dict[str, str]:

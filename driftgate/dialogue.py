@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Raw
 
 from driftgate.errors import UNREADABLE, RequestError
-from driftgate.histories import Message, messages_of_blocks, messages_of_input, said
+from driftgate.histories import Message, led, messages_of_blocks, messages_of_input, said
 from driftgate.spoken import Block, message_of
 from driftgate.trace import Api, Trace
 
@@ -140,7 +140,7 @@ def _messages(request: bytes, fields: Mapping[str, Any], api: Api) -> list[Any] 
         if api == "responses" and not fields.get("previous_response_id"):
             asked = _RESPONSES.decode(request)
             system = [] if asked.instructions is None else [said("system", asked.instructions)]
-            return [*system, *messages_of_input(asked.input)]
+            return led([*system, *messages_of_input(asked.input)])
         if api == "messages":
             blocks = _BLOCKS.decode(request)
             return messages_of_blocks(blocks.system, blocks.messages)

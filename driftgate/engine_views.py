@@ -27,6 +27,9 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str
     weights_from_ns: int
     """Wall clock, ns since the epoch; 0 where the version was configured."""
+    weights_lost: str | None = None
+    """Why the version that a trainer told counts no more, so that it is ``unknown``: the engine was
+    away or is another one. Null while it counts."""
     paused: str | None
     """Why new calls are answered 429; null while they are not."""
     in_flight: int

@@ -14,7 +14,14 @@ import msgspec
 from driftgate.errors import UNREADABLE, RequestError
 from driftgate.spoken import Block, Item, Part, of_blocks, of_items
 
-__all__ = ["Message", "messages_of_blocks", "messages_of_input", "said"]
+__all__ = [
+    "Message",
+    "led",
+    "messages_of_blocks",
+    "messages_of_input",
+    "said",
+    "system_first",
+]
 
 IN_INPUT = (
     "supported are text and image_url messages, function tools, function_call and "
@@ -39,6 +46,40 @@ class Message(msgspec.Struct):
 def said(role: str, content: Any) -> dict[str, Any]:
     """A chat message."""
     return {"role": role, "content": content}
+
+
+def led(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``messages`` with the system messages that they begin with as one: many templates take no
+    second one."""
+    count = 0
+    while count < len(messages) and _system_text(messages[count]) is not None:
+        count += 1
+    return [*_as_one(messages[:count]), *messages[count:]]
+
+
+def system_first(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``messages`` with every system message in the first, for a template that takes them nowhere
+    else; as vLLM's own Messages route does it."""
+    found = [message for message in messages if _system_text(message) is not None]
+    return _as_one(found) + [m for m in messages if _system_text(m) is None]
+
+
+def _as_one(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    if len(messages) < 2:
+        return [*messages]
+    return [said("system", "\n\n".join(filter(None, map(_system_text, messages))))]
+
+
+def _system_text(message: dict[str, Any]) -> str | None:
+    """Of a system message that is only text; parts are joined as vLLM joins them."""
+    content = message.get("content")
+    if message.get("role") != "system":
+        return None
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    texts = [p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str)]
+    return "\n".join(texts) if len(texts) == len(parts) else None
 
 
 # Responses: items.
@@ -122,14 +163,15 @@ def messages_of_blocks(
     system: str | list[Block] | None, messages: Iterable[Message]
 ) -> list[dict[str, Any]]:
     """Chat messages of a request. RequestError for blocks that a chat request cannot hold."""
-    return [*_system(system), *(chat for message in messages for chat in _of_message(message))]
+    rest = (chat for message in messages for chat in _of_message(message))
+    return led([*_system(system), *rest])
 
 
 def _system(system: str | list[Block] | None) -> Iterator[dict[str, Any]]:
     if isinstance(system, list):
         _refuse_others(system, {"text"})
         system = "".join(b.text for b in system if not b.text.startswith(BILLING))
-    if system:
+    if system and not system.startswith(BILLING):
         yield {"role": "system", "content": system}
 
 
@@ -137,6 +179,9 @@ def _of_message(message: Message) -> Iterator[dict[str, Any]]:
     """The chat messages of one message: results of tools are messages of their own."""
     if message.role not in ("user", "assistant", "system"):
         raise RequestError(f"messages: role {message.role!r} is not one of user and assistant")
+    if message.role == "system":
+        yield from _system(message.content)
+        return
     if isinstance(message.content, str):
         yield {"role": message.role, "content": message.content}
         return

@@ -1,7 +1,10 @@
 """Anthropic's Messages API: its request as a chat request. Pure.
 
 What a chat completion cannot do (server tools, documents, …) is refused in words that name what
-there is; fields that change nothing about the sampled tokens are ignored.
+there is; fields that change nothing about the sampled tokens are ignored. So are two that would, as
+vLLM's own Messages route does: ``thinking.budget_tokens``, because vLLM refuses a budget unless it
+has a reasoning parser, and would force tokens where it ends (``thinking_token_budget`` asks for
+it), and ``tool_result.is_error``, for which chat completions have no place.
 """
 
 from __future__ import annotations

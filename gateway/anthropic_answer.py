@@ -66,7 +66,8 @@ class MessagesTeller(Teller):
         return _ENCODE(self._message([_block(said) for said in self.said]))
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
-        stop_reason, sequence = self._stop() if self.ended else (None, None)
+        whole = self.ended and self.error is None
+        stop_reason, sequence = self._stop() if whole else (None, None)
         return {
             "id": self.id,
             "type": "message",
@@ -133,8 +134,8 @@ class MessagesTeller(Teller):
         yield _event("message_stop")
 
     def _fail(self, message: str) -> Iterator[bytes]:
-        error = {"type": "api_error", "message": message}
-        yield _event("error", error=error)
+        kind = "overloaded_error" if self.not_whole else "api_error"
+        yield _event("error", error={"type": kind, "message": message})
 
 
 def _event(kind: str, **data: Any) -> bytes:

@@ -65,9 +65,11 @@ def tell(upstreams: Sequence[Upstream], said: WeightsRequest, now_ns: int) -> No
     if said.version is not None:
         from_ns = now_ns if said.from_ns is None else said.from_ns
         for upstream in meant:
-            upstream.weights.check(from_ns, now_ns)
+            upstream.weights.check(said.version, from_ns, now_ns)
         for upstream in meant:
             upstream.weights.tell(said.version, from_ns, now_ns)
+            if upstream.health.error is not None:
+                upstream.health.look_soon()  # what is told of an engine that is not there is lost
     if said.pause or said.resume:
         for upstream in meant:
             upstream.paused = said.reason if said.pause else None
@@ -84,6 +86,7 @@ def state_of(upstream: Upstream) -> EngineState:
         models=[] if report is None else [info.id for info in report.models],
         weight_version=upstream.weights.version,
         weights_from_ns=upstream.weights.from_ns,
+        weights_lost=upstream.weights.lost,
         paused=upstream.paused,
         in_flight=upstream.in_flight,
     )

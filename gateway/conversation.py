@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -139,8 +139,8 @@ def verbatim(message: Mapping[str, Any]) -> Any:
     the form of its tool calls' JSON, ids of calls, cache marks. Reasoning in a field of its own is
     left out; reasoning in the text is text."""
     if message.get("role") != "assistant":
-        return _other(message)
-    text = _text(message.get("content")) or ""
+        return _other(message, _shown)
+    text = _shown(message.get("content")) or ""
     more = {k: v for k, v in message.items() if k not in _SPELLED and k not in _MOVING and v}
     text = text.strip() if isinstance(text, str) else text
     return ["assistant", text, _named_calls(message), more]
@@ -148,7 +148,7 @@ def verbatim(message: Mapping[str, Any]) -> Any:
 
 def _read(message: Mapping[str, Any]) -> Seen:
     is_assistant = message.get("role") == "assistant"
-    canonical = _assistant(message) if is_assistant else _other(message)
+    canonical = _assistant(message) if is_assistant else _other(message, _text)
     ids = tool_ids_of(message) if is_assistant else None
     return Seen(_digest(msgspec.json.encode(canonical, order="sorted")), ids)
 
@@ -169,9 +169,9 @@ def _named_calls(message: Mapping[str, Any]) -> list[list[Any]]:
     return [[f.get("name"), _arguments(f.get("arguments"))] for _, f in _calls(message)]
 
 
-def _other(message: Mapping[str, Any]) -> dict[str, Any]:
+def _other(message: Mapping[str, Any], read: Callable[[object], Any]) -> dict[str, Any]:
     kept = {k: v for k, v in message.items() if k != "tool_call_id" and k not in _MOVING}
-    kept["content"] = _text(message.get("content"))
+    kept["content"] = read(message.get("content"))
     return kept
 
 
@@ -179,18 +179,36 @@ def _text(content: object) -> Any:
     """Content as text where it is only text; other parts as they are, without moving marks."""
     if not isinstance(content, list):
         return content
-    parts = [
+    parts = _unmarked(content)
+    texts = _texts(parts)
+    return "".join(texts) if len(texts) == len(parts) else parts
+
+
+def _shown(content: object) -> Any:
+    """The same to the letter: a template may put something between several parts, as vLLM does."""
+    if not isinstance(content, list):
+        return content
+    parts = _unmarked(content)
+    texts = _texts(parts)
+    return texts[0] if len(texts) == len(parts) == 1 else parts
+
+
+def _unmarked(parts: list[Any]) -> list[Any]:
+    return [
         {k: v for k, v in part.items() if k not in _MOVING} if isinstance(part, dict) else part
-        for part in content
+        for part in parts
     ]
-    texts = [
+
+
+def _texts(parts: list[Any]) -> list[str]:
+    """Of those parts that are text."""
+    return [
         part["text"]
         for part in parts
         if isinstance(part, dict)
         and part.get("type") == "text"
         and isinstance(part.get("text"), str)
     ]
-    return "".join(texts) if len(texts) == len(parts) else parts
 
 
 def _arguments(arguments: object) -> object:

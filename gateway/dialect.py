@@ -3,7 +3,8 @@
 The engine is always asked for a chat completion, because that is where it gives token ids, logprobs
 and routes. A ``Teller`` reads the chat answer, a chunk at a time, and says the same in the agent's
 API, an event at a time: nothing is held back, so the first token comes when it comes. An answer in
-one piece is told as one chunk; so streams and JSON cannot differ.
+one piece is told as one chunk; so streams and JSON cannot differ. Log-probabilities are those of
+the text's own tokens: a stream has them with its pieces, in one piece they are found.
 
 Chat deltas are gathered into blocks (thinking, text, tool call), which both APIs have under names
 of their own. The last events are told when the engine's stream ends, after the answer is recorded.
@@ -24,13 +25,26 @@ from driftgate.errors import UNREADABLE, UpstreamError
 from driftgate.gateway import sse
 from driftgate.gateway.draft import Usage, given
 from driftgate.gateway.messages import Delta, Function
+from driftgate.gateway.texts import place_of, token_texts
 
 __all__ = ["Dialect", "Said", "Teller", "event_of", "message_in"]
 
 Kind: TypeAlias = Literal["thinking", "text", "tool"]
 
+CLEAN = frozenset(("stop", "length", "tool_calls", "function_call", "content_filter"))
+"""Of ``finish_reason``: the model or the request ended the answer. Engines have others (``abort``
+where a trainer pauses vLLM, ``error``, ``repetition``), of an answer that is not whole."""
+
+NOT_WHOLE_STATUS = 503
+"""Of such an answer in one piece: SDKs ask again by themselves."""
+
 SAID_CHARS = 500
 """Of an engine's error that is no JSON."""
+
+
+class _Row(msgspec.Struct):
+    token: str = ""
+    bytes: list[int] | None = None
 
 
 class _Logprobs(msgspec.Struct):
@@ -44,6 +58,10 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    matched_stop: int | str | None = None
+    """SGLang's name for it."""
+    prompt_token_ids: Raw = Raw()
+    """SGLang's place for them."""
 
 
 class Chunk(msgspec.Struct):
@@ -66,6 +84,7 @@ class _ErrorBody(msgspec.Struct):
     error: _Error | str | None = None
 
 
+_ROW = msgspec.json.Decoder(_Row)
 _CHUNK = msgspec.json.Decoder(Chunk)
 _ERROR_BODY = msgspec.json.Decoder(_ErrorBody)
 
@@ -107,9 +126,16 @@ class Teller(ABC):
         self.prompt_tokens = 0
         """Counted from the prompt's ids: the usage comes only at the end of a stream."""
         self.error: str | None = None
+        """Why the answer is none, in the engine's words or in ours."""
+        self.not_whole = False
+        """That is because the engine ended it early."""
         self.ended = False
         """All of the answer has come."""
+        self.whole = False
+        """The answer came in one piece: a text's rows are looked for among all of them."""
         self._shows_logprobs = shows_logprobs
+        self._rows: list[Raw] = []
+        """Of an answer in one piece, which are not its text's alone."""
         self._begun = False
         self._open: Said | None = None
         self._tools: dict[int, Said] = {}
@@ -132,16 +158,25 @@ class Teller(ABC):
         self.ended = True
         if not self._begun:
             return []
+        if self.error is None and self.finish_reason not in CLEAN:
+            self.not_whole = True
+            self.error = (
+                f"the engine ended its answer early (finish_reason {self.finish_reason!r}): what "
+                "came is not all of it; ask again"
+            )
+            return [*self._fail(self.error), *self._end()]
         return [*([] if self.error else self._close()), *self._end()]
 
     def answer(self, chat: bytes) -> bytes:
-        """A whole answer. UpstreamError where the engine's is none."""
+        """A whole answer; ``error`` says where it is none. UpstreamError where the engine's is no
+        completion."""
         try:
             chunk = _CHUNK.decode(chat)
         except UNREADABLE as error:
             raise UpstreamError(f"the engine's answer is not a completion: {error}") from error
         if not chunk.choices:
             raise UpstreamError("the engine's answer is not a completion: it has no choices")
+        self.whole = True
         for _ in self._tell(chunk):
             pass
         self.end()
@@ -163,7 +198,8 @@ class Teller(ABC):
         if not self._begun and chunk.choices:
             self._begun = True
             self.created, self.model = chunk.created, chunk.model
-            if (ids := given(chunk.prompt_token_ids)) is not None:
+            ids = given(chunk.prompt_token_ids) or given(chunk.choices[0].prompt_token_ids)
+            if ids is not None:
                 self.prompt_tokens = bytes(ids).count(b",") + 1
             yield from self._begin()
         self.usage = chunk.usage or self.usage
@@ -173,11 +209,13 @@ class Teller(ABC):
 
     def _add(self, choice: _Choice) -> Iterator[bytes]:
         said = choice.delta or choice.message or Delta()
+        rows = (choice.logprobs and choice.logprobs.content) or []
+        if self._shows_logprobs and self.whole:
+            self._rows += rows
         if thought := said.reasoning or said.reasoning_content:
             yield from self._grow(self._going("thinking"), thought)
         if said.content:
-            rows = choice.logprobs.content if choice.logprobs is not None else None
-            shown = rows if self._shows_logprobs and rows is not None else []
+            shown = self._rows_of(said.content, rows) if self._shows_logprobs else ()
             yield from self._grow(self._going("text"), said.content, shown)
         for position, call in enumerate(said.tool_calls or ()):
             # An answer in one piece does not number its calls.
@@ -188,8 +226,14 @@ class Teller(ABC):
                 self._tools[number] = Said("tool", len(self.said), call.id or "", name)
             yield from self._grow(self._tools[number], function.arguments or "")
         self.finish_reason = choice.finish_reason or self.finish_reason
-        if choice.stop_reason is not None:
-            self.stop_reason = choice.stop_reason
+        for stop in (choice.stop_reason, choice.matched_stop):
+            self.stop_reason = self.stop_reason if stop is None else stop
+
+    def _rows_of(self, text: str, came: Sequence[Raw]) -> Sequence[Raw]:
+        """A text's rows. A stream's pieces may lag behind their tokens: what came stays theirs."""
+        if self.whole:
+            return _spelling(self._rows, text)
+        return _spelling(came, text) or came
 
     def _going(self, kind: Kind) -> Said:
         """The block of this kind that is being told, or a new one."""
@@ -252,6 +296,14 @@ class Dialect:
     def engine_error(self, status: int, body: bytes) -> bytes:
         """The engine's error, in the agent's API."""
         return self.error(status, message_in(body))
+
+
+def _spelling(rows: Sequence[Raw], text: str) -> Sequence[Raw]:
+    """The rows of an answer's text, without those of its reasoning, tool calls and marks; none
+    where it cannot be said which they are."""
+    read = [_ROW.decode(row) for row in rows]
+    place = place_of(token_texts((row.token, row.bytes) for row in read), text.encode())
+    return () if place is None else rows[place]
 
 
 def event_of(name: str, data: Any) -> bytes:

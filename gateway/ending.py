@@ -20,8 +20,8 @@ from driftgate.gateway.breakage import broken_body
 from driftgate.gateway.capture import Folded
 from driftgate.gateway.conversation import Turn
 from driftgate.gateway.dialect import Dialect
-from driftgate.gateway.exact import Onward
 from driftgate.gateway.history import History
+from driftgate.gateway.onward import Onward
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.post import EngineAnswer
 from driftgate.gateway.prompts import End
@@ -153,6 +153,12 @@ class Ending:
         if not self.released:
             self._sessions.failed(self._asked.call)
 
+    def engine_failed(self) -> None:
+        """The engine said in its answer that it is none: the agent may ask again."""
+        if self.outcome == "answered":
+            self.outcome = "engine_error"
+            self.failed_try()
+
     def first_byte(self) -> None:
         """The first byte of the answer is about to be sent, or was."""
         self.first_byte_ns = self.first_byte_ns or time.time_ns()
@@ -173,6 +179,7 @@ class Ending:
     ) -> Recorded | None:
         self._recorded = True
         self._release()
+        self._asked.served.recorded()
         response, dialect = self.response, self._asked.dialect
         if response is not None and dialect is not None:
             response = dialect.teller.stored_body(response)

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import aiohttp
 import msgspec
@@ -29,20 +27,19 @@ from driftgate.gateway import openai, rerender
 from driftgate.gateway.breakage import breakage
 from driftgate.gateway.dialects import chat_fields, previous_of
 from driftgate.gateway.digits import ids_of
-from driftgate.gateway.draft import given
+from driftgate.gateway.misled import misled
+from driftgate.gateway.onward import Onward
 from driftgate.gateway.openai import Fields, Plan
-from driftgate.gateway.pieces import Pieces
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.rerender import Asked
-from driftgate.gateway.sampled import Chain, Known, Memory, Sampled, read_chain
+from driftgate.gateway.sampled import Chain, Memory, Sampled, read_chain
 from driftgate.gateway.sessions import MAX_TRAJECTORIES, Place
-from driftgate.gateway.tape import Tape
-from driftgate.gateway.upstream import Upstream
+from driftgate.gateway.upstream import Upstream, tokenizer_of
 from driftgate.spoken import message_of
 from driftgate.storage import Reader
-from driftgate.trace import I32, Continuation, Trace
+from driftgate.trace import I32, Continuation, Engine, Trace
 
-__all__ = ["Exact", "Onward", "proven"]
+__all__ = ["Exact", "proven"]
 
 RENDER_TIMEOUT_S = 10.0
 """An engine renders 100,000 tokens in less than a second; a busy one answers late."""
@@ -54,6 +51,8 @@ NOT_TAKEN = (
     "the engine did not take the ids and rendered the messages: its chat completions need to take "
     "kv_transfer_params.prompt_token_ids, as vLLM 0.29's do"
 )
+
+ANOTHER = "the engine changed before it answered: the ids may be of another tokenizer than its own"
 
 T = TypeVar("T")
 
@@ -67,111 +66,11 @@ class Aside(Protocol):
 log = logging.getLogger("driftgate.exact")
 
 
-class _Choice(msgspec.Struct):
-    index: int = 0
-    message: dict[str, Any] = {}
-    token_ids: Raw = Raw()
-
-
-class _Answer(msgspec.Struct):
-    choices: list[_Choice] = []
-    prompt_token_ids: Raw = Raw()
-
-
 class _Rendered(msgspec.Struct):
     token_ids: Raw
 
 
-_IDS = re.compile(rb"\[\d[\d, ]*+\]")
-"""A JSON array of ids, proven as far as they are joined here: the answer's fold reads them."""
-_ANSWER = msgspec.json.Decoder(_Answer)
-_MESSAGE = msgspec.json.Decoder(dict[str, Any])
 _RENDERED = msgspec.json.Decoder(_Rendered)
-
-
-@dataclass(slots=True)
-class Onward:
-    """One call: what it goes on from, and what can go on from its answers."""
-
-    chain: Chain | None
-    trajectory: str
-    memory: Memory
-    known: Known | None = None
-    continuation: Continuation | None = None
-    ids: bytes | None = None
-    """The prompt, as a JSON array; None: the engine renders it."""
-
-    def go_on(self, known: Known, behind: Sequence[int]) -> Sampled:
-        """Keep the ids of ``known``, which is given back, and put ``behind`` behind them."""
-        sampled, self.known = known.sampled, known
-        parts = sampled.prompt_ids[1:-1], sampled.response_ids[1:-1]
-        self.ids = b"[%b]" % b",".join([*parts, *(b"%d" % one for one in behind)])
-        return sampled
-
-    def written(self, body: bytes, field: tuple[str, str]) -> bytes:
-        """The request for the engine with the ids in it."""
-        if self.ids is None:
-            return body
-        name, key = (part.encode() for part in field)
-        return b'%b,"%b":{"%b":%b}}' % (body.rstrip()[:-1], name, key, self.ids)
-
-    def answered(
-        self, call_id: str, raw: bytes, messages: Sequence[Raw], pieces: Pieces | None
-    ) -> None:
-        """Remember the choices of a JSON answer; ``pieces``: it, taken apart."""
-        try:
-            if pieces is not None and len(messages) == 1:
-                message = _MESSAGE.decode(messages[0])
-                self.keep(f"{call_id}.0", message, pieces.prompt_token_ids, pieces.token_ids)
-                return
-            answer = _ANSWER.decode(raw)
-        except UNREADABLE:
-            return  # the fold names it
-        for choice in answer.choices:
-            self.keep(
-                f"{call_id}.{choice.index}",
-                choice.message,
-                given(answer.prompt_token_ids),
-                given(choice.token_ids),
-            )
-
-    def streamed(self, call_id: str, tape: Tape) -> None:
-        """The same of a stream that has come."""
-        for draft in tape.drafts():
-            if draft.message is not None:
-                prompt_ids = draft.prompt_ids or tape.prompt_ids
-                trace_id = f"{call_id}.{draft.index}"
-                self.keep(trace_id, draft.message.body(), prompt_ids, draft.ids_array())
-
-    def keep(
-        self,
-        trace_id: str,
-        message: Mapping[str, Any],
-        prompt_ids: bytes | Raw | None,
-        response_ids: bytes | Raw | None,
-    ) -> None:
-        """Remember one answer, where its ids came."""
-        if self.chain is None or prompt_ids is None or response_ids is None:
-            return
-        prompt, response = bytes(prompt_ids), bytes(response_ids)
-        if not (_IDS.fullmatch(prompt) and _IDS.fullmatch(response)):
-            return  # nothing was sampled, or what came is no list of ids: the fold names it
-        link = self.chain.after(message)
-        if self.known is not None:  # reasoning that did not come back is in the ids all the same
-            known = self.known.thoughts
-            link = link._replace(thoughts=(*known, *link.thoughts[len(known) :]))
-        self.memory.put(
-            link,
-            Sampled(
-                trace_id=trace_id,
-                trajectory=self.trajectory,
-                tool_ids=link.tool_ids,
-                thoughts=link.thoughts,
-                varying=self.chain.varying,
-                prompt_ids=prompt,
-                response_ids=response,
-            ),
-        )
 
 
 class Exact:
@@ -181,8 +80,6 @@ class Exact:
         self._memory = Memory()
         self._reader = reader
         self._session = session
-        self._ends: dict[tuple[str, str | None], set[int]] = {}
-        """Ids that end a turn, by engine and tokenizer, as far as that was proven."""
         self._met: Recent[str, bool] = Recent(MAX_TRAJECTORIES)
         """Trajectories whose answers are here, as far as there is room."""
 
@@ -200,7 +97,7 @@ class Exact:
         if plan.api != "chat":
             return None
         chain: Chain | None = await aside(lambda: read_chain(fields, upstream.tokenizer))
-        onward = Onward(chain, place.trajectory, self._memory)
+        onward = Onward(chain, place.trajectory, self._memory, upstream.tokenizer)
         if chain is None:
             return onward
         if self._met.get(place.trajectory) is None:
@@ -214,15 +111,17 @@ class Exact:
         why_not = why_not or await aside(lambda: rerender.obstacle(fields, upstream.adapter))
         known, why = self._memory.find(chain, place.trajectory)
         if known is None or why_not is not None:
-            onward.continuation = Continuation(way="ordinary", reason=why_not or why)
-            return onward
+            return onward.ordinary(why_not or why)
+        if any(known.thoughts):
+            why_not = misled(fields, plan, upstream.adapter, upstream.version)
+            if why_not is not None:
+                return onward.ordinary(why_not)
         asked = await aside(lambda: rerender.asked(fields, known, chain.varying))
         behind = await self._behind(asked, known.sampled.last_id, upstream, headers)
         if not isinstance(behind, str):
             behind = _too_long(known.sampled, behind, fields, upstream, plan.model) or behind
         if isinstance(behind, str):
-            onward.continuation = Continuation(way="ordinary", reason=behind)
-            return onward
+            return onward.ordinary(behind)
         sampled = onward.go_on(known, behind)
         onward.continuation = Continuation(
             way="exact", after=sampled.trace_id, kept=sampled.length, reason=why
@@ -243,11 +142,10 @@ class Exact:
             if asked.before is not None and not np.array_equal(rendered.pop(), rendered[0]):
                 return "tool_choice or response_format changed, and the template shows it"
             if asked.plain is not None:
-                ends = self._ends.setdefault((upstream.url, upstream.tokenizer), set())
-                if last_id not in ends:
+                if last_id not in upstream.turn_ends:
                     if not rerender.ends_turns(await render(*asked.plain), last_id):
                         return "a tool call was cut, or did not end as the template ends turns"
-                    ends.add(last_id)
+                    upstream.turn_ends.add(last_id)
                 return rerender.behind_calls(rendered, last_id)
             if rerender.needs_third(rendered, last_id):
                 rendered += await render(asked.third)
@@ -292,15 +190,17 @@ class Exact:
             if trace.prompt_ids is None or trace.response_ids is None:
                 continue
             known, _ = self._memory.find(chain, trace.meta.trajectory)
-            onward = Onward(chain, trace.meta.trajectory, self._memory, known)
-            onward.keep(
-                trace.meta.trace_id, message, _array(trace.prompt_ids), _array(trace.response_ids)
-            )
+            onward = Onward(chain, trace.meta.trajectory, self._memory, known=known)
+            ids = _array(trace.prompt_ids), _array(trace.response_ids)
+            spoken = trace.token_bytes.decode(errors="replace") or None
+            onward.keep(trace.meta.trace_id, message, *ids, spoken)
 
 
 def _cannot(upstream: Upstream) -> str | None:
     if upstream.adapter.render_path is None:
         return f"{upstream.adapter.name}: its chat completions take no token ids"
+    if upstream.tokenizer is None:
+        return "neither the engine's tokenizer nor its system_fingerprint is known"
     return None if upstream.takes_ids else NOT_TAKEN
 
 
@@ -308,8 +208,7 @@ def _too_long(
     sampled: Sampled, behind: Sequence[int], fields: Fields, upstream: Upstream, model: str
 ) -> str | None:
     """The ids may be more than the template's rendering; what that had room for is not refused."""
-    models = [] if upstream.report is None else upstream.report.models
-    limit = next((info.max_model_len for info in models if info.id == model), None)
+    limit = None if upstream.report is None else upstream.report.max_tokens(model)
     asked = openai.read(fields, "max_completion_tokens", int)
     wanted = asked or openai.read(fields, "max_tokens", int) or 1
     length = sampled.length + len(behind)
@@ -335,17 +234,19 @@ def _chain_of(trace: Trace) -> Chain | None:
             fields = chat_fields(api, trace.request, fields)
     except DriftgateError:
         return None
-    return read_chain(fields, trace.meta.engine.settings.get("tokenizer"))
+    return read_chain(fields, tokenizer_of(trace.meta.engine))
 
 
 def proven(
-    onward: Onward | None, prompt_ids: I32 | None, upstream: Upstream
+    onward: Onward | None, prompt_ids: I32 | None, upstream: Upstream, engine: Engine
 ) -> Continuation | None:
     """How the call went on, by the ids of its prompt as they came back. Any thread."""
-    if onward is None or onward.ids is None:
+    if onward is None or onward.ids is None or onward.continuation is None:
         return None if onward is None else onward.continuation
     if prompt_ids is not None and np.array_equal(ids_of(onward.ids), prompt_ids):
-        return onward.continuation
+        if onward.tokenizer in (None, tokenizer_of(engine)):
+            return onward.continuation
+        return msgspec.structs.replace(onward.continuation, reason=ANOTHER)
     if prompt_ids is None:
         return Continuation(way="ordinary", reason="the engine did not say the prompt's ids")
     if upstream.takes_ids:

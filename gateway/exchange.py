@@ -19,6 +19,7 @@ from driftgate.errors import DriftgateError, StorageError, UpstreamError
 from driftgate.gateway import http, sse
 from driftgate.gateway.breakage import breakage
 from driftgate.gateway.capture import Folded, fold_answer, fold_stream
+from driftgate.gateway.dialect import NOT_WHOLE_STATUS
 from driftgate.gateway.ending import Asked, Ending, Outcome, chunks, read_whole, said
 from driftgate.gateway.history import turns_of_answer, turns_of_stream
 from driftgate.gateway.openai import strip_answer
@@ -138,6 +139,10 @@ class Exchange:
         )
         size = len(raw)
         del raw, pieces  # what the fold does not need is not kept while the agent reads
+        if self._teller is not None and self._teller.not_whole:
+            end.engine_failed()
+            end.over(fold, size, delivered=False)
+            return self._not_whole()
         response = web.Response(body=body, headers=http.answer_headers(answer.headers))
         delivered = False
         try:
@@ -151,6 +156,17 @@ class Exchange:
         finally:  # whole as the answer is, it is kept also when the agent does not wait for it
             end.over(fold, size, delivered=delivered)
         return response
+
+    def _not_whole(self) -> web.Response:
+        """The error that the agent gets for an answer that the engine ended early."""
+        assert self._asked.dialect is not None
+        assert self._teller is not None
+        return web.Response(
+            status=NOT_WHOLE_STATUS,
+            body=self._asked.dialect.error(NOT_WHOLE_STATUS, self._teller.error or ""),
+            content_type="application/json",
+            headers={"Retry-After": str(http.RETRY_AFTER_S)},
+        )
 
     # A stream.
 
@@ -187,9 +203,8 @@ class Exchange:
             if b'"error"' in event:
                 event = self._asked.hide_key(event)
             passed = tape.take(event)
-            if tape.error is not None and self._end.outcome == "answered":
-                self._end.outcome = "engine_error"
-                self._end.failed_try()
+            if tape.error is not None:
+                self._end.engine_failed()
             if tape.done and not self._end.known:
                 await self._write(response, out)
                 out.clear()
@@ -222,6 +237,8 @@ class Exchange:
         if self._teller is not None:
             self._last = self._teller.end() if self._tape.done else []
             self._end.response = self._teller.body()
+            if self._teller.not_whole:
+                self._end.engine_failed()
         if self._tape.over:
             self._end.known = self._end.released = True
             self._end_stream(None, left=False)

@@ -46,20 +46,34 @@ class Health:
     """Of one engine. Lives on the event loop."""
 
     def __init__(
-        self, url: str, key: str | None, weights: Weights, returned: Callable[[bool], None]
+        self,
+        url: str,
+        key: str | None,
+        weights: Weights,
+        *,
+        away: Callable[[str], None],
+        returned: Callable[[bool], None],
     ) -> None:
-        """``returned`` is called when the engine answers again, with whether it was away: not only
-        one of its connections broke."""
+        """``away`` is called each time that the engine is not there, and may come back as another,
+        with the reason; ``returned`` when it answers again, with whether it was away: not only one
+        of its connections broke."""
         self.error: str | None = None
         """Why no call goes there now."""
+        self.well_ns: int | None = None
+        """When it was seen well last; None: never."""
         self._url = url
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._weights = weights
+        self._away = away
         self._returned = returned
         self._weights_path: str | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._silent = False
+        """The last look was taken and not answered in time."""
         self._wake = asyncio.Event()
-        self._away = False
+        self._soon = asyncio.Event()
+        self._gone = False
+        """It was away since it was seen well last."""
         self._wait_s = FIRST_BACKOFF_S
 
     def read_weights(self, path: str | None) -> None:
@@ -70,12 +84,19 @@ class Health:
         """A call got no answer: leave the engine alone until it is well. ``reached``: there was a
         connection."""
         self.error = why
-        self._away = self._away or not reached
+        if not reached:
+            self._leaves(why)
         self._wake.set()
+
+    def look_soon(self) -> None:
+        """Look now at an engine that is away: something was said of it."""
+        self._soon.set()
 
     async def watch(self) -> None:
         """Look for ever."""
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(
+            total=2 * TIMEOUT_S, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S
+        )
         async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as self._session:
             while True:
                 try:
@@ -86,26 +107,40 @@ class Health:
 
     async def _pass(self) -> None:
         """Wait until it is time, and look once."""
+        await self._wait()
+        asked_ns = time.time_ns()
+        was, self.error = self.error, await self._look()
+        if self.error is not None:
+            if was is None:
+                log.warning("%s gets no calls: %s", self._url, self.error)
+            # A busy engine is silent once; no engine starts between two such looks.
+            if was is not None or not self._silent:
+                self._leaves(self.error)
+            return
+        self.well_ns, self._wait_s = asked_ns, FIRST_BACKOFF_S
+        was_gone, self._gone = self._gone, False
+        if was is not None:
+            log.info("%s is back; it was left because: %s", self._url, was)
+            self._returned(was_gone)
+        await self._look_at_weights()
+
+    async def _wait(self) -> None:
+        """Until the next look."""
         if self.error is None:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(INTERVAL_S):
                     await self._wake.wait()
         if self.error is not None:
-            await asyncio.sleep(self._wait_s)
+            self._soon.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._wait_s):
+                    await self._soon.wait()
             self._wait_s = min(2 * self._wait_s, LAST_BACKOFF_S)
-        was, self.error = self.error, await self._look()
-        if self.error is not None:
-            self._away = True
-            if was is None:
-                log.warning("%s gets no calls: %s", self._url, self.error)
-            return
-        self._wait_s = FIRST_BACKOFF_S
-        was_away, self._away = self._away, False
-        await self._look_at_weights()
-        if was is not None or was_away:
-            log.info("%s is back; it was left because: %s", self._url, was or "it was not there")
-            self._returned(was_away)
+
+    def _leaves(self, why: str) -> None:
+        self._gone = True
+        self._away(why)
 
     async def confirm(self) -> None:
         """Look at the weights once more, where the engine is what tells of them."""
@@ -118,10 +153,12 @@ class Health:
     async def _look(self) -> str | None:
         """Why the engine is not well. One without such a route may still be."""
         assert self._session is not None, "watch runs"
+        self._silent = False
         try:
             async with self._session.get(self._url + "/health") as answer:
                 return f"its /health answered {answer.status}" if answer.status >= 500 else None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._silent = isinstance(error, aiohttp.SocketTimeoutError)
             return f"its /health did not answer: {str(error) or type(error).__name__}"
 
     async def _look_at_weights(self) -> None:
@@ -141,5 +178,5 @@ class Health:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             log.info("%s did not tell its weight version: %s", self._url, error)
             return
-        version = said if isinstance(said, str) and said not in UNSET else self._weights.configured
+        version = said if isinstance(said, str) and said not in UNSET else self._weights.unset
         self._weights.look(version, asked_ns, time.time_ns())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,8 +17,8 @@ from driftgate.adapters.base import EngineAdapter
 from driftgate.adapters.engines import adapter_for
 from driftgate.adapters.hf_texts import text_digests
 from driftgate.errors import UNREADABLE, UpstreamError
-from driftgate.facts import NEUTRAL_DEFAULTS
 from driftgate.gateway.flags import ServerInfo, cache_flags, read_info
+from driftgate.gateway.generation_config import defaults_of
 from driftgate.gateway.http import without_key
 from driftgate.gateway.probe_answers import (
     COLD,
@@ -33,7 +32,7 @@ from driftgate.gateway.probe_answers import (
 )
 from driftgate.trace import LogprobsMode
 
-__all__ = ["ModelInfo", "ProbeReport", "probe", "sampling_defaults"]
+__all__ = ["ModelInfo", "ProbeReport", "probe"]
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 60.0
@@ -42,9 +41,6 @@ REQUEST_TIMEOUT_S = 60.0
 MAX_PROBE_BYTES = 16 << 20
 """Of one answer to the probe; a few tokens with routes are kilobytes."""
 
-GENERATION_CONFIG = "generation_config.json"
-MAX_GENERATION_CONFIG_BYTES = 1 << 20
-"""Real ones have a few hundred bytes."""
 
 _PROMPT = [{"role": "user", "content": "Say something."}]
 
@@ -56,6 +52,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     root: str | None = None
     """Where the engine read the weights from."""
     max_model_len: int | None = None
+    parent: str | None = None
+    """The model that an adapter is of: vLLM says the limit there only."""
     owned_by: str | None = None
 
 
@@ -86,11 +84,13 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: str | None = None
     """Digest of the weights, where ``root`` is a directory that is readable here."""
     sampling_defaults: dict[str, float] | None = None
-    """What the engine takes for each of `NEUTRAL_DEFAULTS` where a request does not say, by the
-    model's ``generation_config.json``; None where ``root`` is not readable here."""
+    """What the engine takes for each of ``facts.NEUTRAL_DEFAULTS`` where a request does not say, by
+    the model's ``generation_config.json``; None where ``root`` is not readable here."""
     texts: dict[str, str] = {}
     """Digests of the model's tokenizer and chat template; empty where ``root`` is not readable
     here."""
+    system_first: bool = False
+    """The template takes a system message nowhere but at the beginning."""
     answered: bool = True
     """The question for all of this was answered: what did not come is not there."""
     refusal: str | None = None
@@ -102,6 +102,14 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     def adapter(self) -> EngineAdapter:
         """Names and shapes of this engine."""
         return adapter_for(self.engine, self.route_shape)
+
+    def max_tokens(self, model: str) -> int | None:
+        """Of prompt and answer; None where it is not known."""
+        info = next((info for info in self.models if info.id == model), None)
+        if info is None or info.max_model_len is not None:
+            return None if info is None else info.max_model_len
+        known = (base.max_model_len for base in self.models if base.id == info.parent)
+        return next(known, None)
 
     @property
     def default_settings(self) -> dict[str, str]:
@@ -182,10 +190,11 @@ class _Probe:
             ),
             streaming_routes=any(self._adapter.routes_chunk_mark in chunk for chunk in streamed),
             logprobs_mode=mode,
-            sampling_defaults=await asyncio.to_thread(_defaults, engine, models),
+            sampling_defaults=await asyncio.to_thread(defaults_of, engine, models[0].root),
             texts=await asyncio.to_thread(_texts, models),
             answered=bool(warm),
             refusal=await self._refusal(asked),
+            system_first=await self._system_first(asked),
         )
         return msgspec.structs.replace(report, notes=self._notes + self._missing(report))
 
@@ -250,6 +259,23 @@ class _Probe:
         except UpstreamError:
             return None  # no chat template, a key that is missing, …
         return f"the engine refuses requests for token ids and logprobs: {self._refused}"
+
+    async def _system_first(self, model: str) -> bool:
+        """It renders a system message at the beginning and refuses one behind that. Nothing is
+        generated for it."""
+        path = self._adapter.render_path
+        if path is None:
+            return False
+        first = [_PROMPT[0] | {"role": "system"}, *_PROMPT]
+        try:
+            await self._request("POST", path, {"model": model, "messages": first * 2})
+        except _Refused:
+            with contextlib.suppress(UpstreamError):
+                await self._request("POST", path, {"model": model, "messages": first})
+                return True
+        except UpstreamError:
+            pass
+        return False
 
     def _plain(self, model: str) -> dict[str, Any]:
         return {"model": model, "messages": _PROMPT, "max_tokens": 1, "seed": 0}
@@ -334,33 +360,6 @@ def _texts(models: list[ModelInfo]) -> dict[str, str]:
     """Of the base model, which comes first; a chat template from elsewhere is to be declared."""
     root = models[0].root
     return text_digests(root) if root is not None else {}
-
-
-def _defaults(engine: str, models: list[ModelInfo]) -> dict[str, float] | None:
-    """As vLLM and SGLang read them; other engines are not known to."""
-    root = models[0].root  # the base model comes first, adapters after it
-    if engine not in ("vllm", "sglang") or root is None or not Path(root).is_dir():
-        return None
-    return sampling_defaults(Path(root))
-
-
-def sampling_defaults(root: Path) -> dict[str, float] | None:
-    """Each of `NEUTRAL_DEFAULTS` as the model at ``root`` sets it; None if that cannot be read.
-
-    An engine that was told to take no defaults from the model (vLLM ``--generation-config vllm``)
-    does not say so: declare ``default_temperature`` and the like there.
-    """
-    try:
-        with (root / GENERATION_CONFIG).open("rb") as file:
-            said = msgspec.json.decode(file.read(MAX_GENERATION_CONFIG_BYTES), type=dict[str, Any])
-    except FileNotFoundError:
-        said = {}
-    except (*UNREADABLE, OSError):
-        return None
-    return {
-        name: float(value) if isinstance(value := said.get(name), (int, float)) else neutral
-        for name, neutral in NEUTRAL_DEFAULTS.items()
-    }
 
 
 def _engine_name(models: list[ModelInfo], answer: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,7 +35,16 @@ from driftgate.gateway.model_list import united
 from driftgate.gateway.openai import Api, Plan
 from driftgate.gateway.outcomes import intent_of
 from driftgate.gateway.post import KEEP_ALIVE_S, EngineAnswer, Poster
-from driftgate.gateway.reading import Read, Stored, read_own, storable, translate, write
+from driftgate.gateway.reading import (
+    Read,
+    Stored,
+    adapted,
+    read_own,
+    storable,
+    translate,
+    with_system_first,
+    write,
+)
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.recorder import Recorder
 from driftgate.gateway.responses_answer import response_id
@@ -168,8 +177,11 @@ class Proxy:
     async def count_tokens(self, request: web.Request) -> web.StreamResponse:
         """``POST /v1/messages/count_tokens``: the prompt's tokens, as the engine renders it."""
         body = await request.read()
-        model, sent = await _aside(body, partial(_to_count, body))
-        upstream = self._that_serve(model)[0]
+        fields = await _aside(body, partial(_to_count, body))
+        upstream = self._that_serve(openai.read(fields, "model", str))[0]
+        if upstream.system_first:
+            fields = await _aside(body, partial(with_system_first, fields))
+        sent = msgspec.json.encode(fields)
         url = URL(f"{upstream.url}/tokenize", encoded=True)
         headers = http.request_headers(request.headers, self._config)
         try:
@@ -202,6 +214,7 @@ class Proxy:
         try:
             place = await self._placed(request, read)
             upstream = await self._upstreams.choose(place.trajectory, model, entry)
+            read = await _aside(body, partial(adapted, api, read, upstream))
             sent, plan = await _aside(body, partial(write, api, body, read, upstream))
             stored = await _aside(body, partial(storable, body, self._config))
             if self._exact is not None:
@@ -224,16 +237,15 @@ class Proxy:
         call = self._begin(place, request, read, step)
         if call.place.ambiguous:
             self._metrics.ambiguous.inc()
-        if onward is not None:
-            sent = onward.written(sent, upstream.adapter.prompt_ids_field)
         if self.spans is not None:
             engine = upstream.name, upstream.url
             self.spans.begin(call, plan, request.headers, headers, *engine, started_ns)
         served = Served(upstream)
         target = _target(PATHS[plan.api], request if plan.translated is None else None)
 
-        def post(base: str) -> Awaitable[EngineAnswer]:
-            return self._poster.post(base, target, headers, sent)
+        async def post(base: str) -> EngineAnswer:
+            ask = partial(self._poster.post, base, target, headers)
+            return await (ask(sent) if onward is None else onward.ask(ask, sent, served.upstream))
 
         asked = Asked(
             send=lambda: self._upstreams.send(served, entry, place.trajectory, model, post),
@@ -366,11 +378,9 @@ async def _aside(body: bytes, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if _is_large(body) else work()
 
 
-def _to_count(body: bytes) -> tuple[str | None, bytes]:
-    """The model, and the engine's request for an agent's ``count_tokens``."""
-    fields = openai.read_request(body)
-    sent = msgspec.json.encode(anthropic.count_request(body, fields))
-    return openai.read(fields, "model", str), sent
+def _to_count(body: bytes) -> openai.Fields:
+    """The engine's request for an agent's ``count_tokens``."""
+    return anthropic.count_request(body, openai.read_request(body))
 
 
 def _is_large(body: bytes) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import Raw
 
 from driftgate.errors import RequestError
 from driftgate.gateway import dialects, openai
@@ -20,9 +21,19 @@ from driftgate.gateway.history import History, read_history
 from driftgate.gateway.openai import Api, Fields, Plan, Translated
 from driftgate.gateway.recent import Recent
 from driftgate.gateway.upstream import Upstream
+from driftgate.histories import system_first
 from driftgate.trace import Api as AgentApi
 
-__all__ = ["Read", "Stored", "read_own", "storable", "translate", "write"]
+__all__ = [
+    "Read",
+    "Stored",
+    "adapted",
+    "read_own",
+    "storable",
+    "translate",
+    "with_system_first",
+    "write",
+]
 
 
 class Read(NamedTuple):
@@ -69,6 +80,19 @@ def translate(
     """A request of another API as a chat request. RequestError where it cannot be one."""
     chat = dialects.chat_fields(api, body, fields, earlier)
     return Read(_digest(body), chat, read_history(chat, Plan(api="chat"), known), fields)
+
+
+def adapted(api: AgentApi, read: Read, upstream: Upstream) -> Read:
+    """``read`` for an engine; what is no other API's goes on as it came."""
+    if upstream.system_first and api in ("responses", "messages"):
+        return read._replace(fields=with_system_first(read.fields))
+    return read
+
+
+def with_system_first(fields: Fields) -> Fields:
+    """A translated request for an engine whose template takes system messages only there."""
+    messages = msgspec.json.decode(fields["messages"], type=list[dict[str, Any]])
+    return fields | {"messages": Raw(msgspec.json.encode(system_first(messages)))}
 
 
 def write(api: AgentApi, body: bytes, read: Read, upstream: Upstream) -> tuple[bytes, Plan]:

@@ -18,10 +18,11 @@ from typing import Literal, TypeAlias
 
 from driftgate.errors import StorageError
 from driftgate.gateway.capture import Folded, Sample
-from driftgate.gateway.exact import Onward, proven
+from driftgate.gateway.exact import proven
 from driftgate.gateway.handover import HandOver, Ticket
 from driftgate.gateway.lineage import ROOT, Lineage
 from driftgate.gateway.metrics import Metrics
+from driftgate.gateway.onward import Onward
 from driftgate.gateway.openai import Plan
 from driftgate.gateway.outcomes import outcome_of, words_of
 from driftgate.gateway.pressure import PRESSURE_WAIT_S, Pressure
@@ -340,7 +341,7 @@ class Recorder:
             prompt_ids, response_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
         tokens = 0 if response_ids is None else len(response_ids)
         spans = sample.weight_spans or answer.served.spans(sample.choice, tokens)
-        continuation = proven(answer.onward, sample.prompt_ids, answer.served.upstream)
+        continuation = proven(answer.onward, sample.prompt_ids, answer.served.upstream, engine)
         if continuation is not None:
             self._metrics.continued.labels(continuation.way).inc()
         meta = TraceMeta(

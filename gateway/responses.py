@@ -17,7 +17,7 @@ from driftgate.errors import UNREADABLE, RequestError
 from driftgate.gateway import engine_fields
 from driftgate.gateway.draft import given
 from driftgate.gateway.openai import Fields
-from driftgate.histories import messages_of_input, said
+from driftgate.histories import led, messages_of_input, said
 
 __all__ = ["LOGPROBS", "chat_request"]
 
@@ -96,7 +96,7 @@ def chat_request(body: bytes, fields: Fields, earlier: Iterable[Any] = ()) -> Fi
         raise RequestError("truncation: only 'disabled' is supported: send less, or compact it")
     system = [] if asked.instructions is None else [said("system", asked.instructions)]
     out = engine_fields.passed(fields)
-    out["messages"] = Raw(_ENCODE([*system, *earlier, *messages_of_input(asked.input)]))
+    out["messages"] = Raw(_ENCODE(led([*system, *earlier, *messages_of_input(asked.input)])))
     new = dict(_options(asked))
     return out | {name: Raw(_ENCODE(value)) for name, value in new.items()}
 
@@ -121,6 +121,11 @@ def _options(asked: _Asked) -> Iterator[tuple[str, Any]]:
 
 
 def _chat_tool(tool: _Tool) -> dict[str, Any]:
+    if tool.type == "custom":
+        raise RequestError(
+            "tools: 'custom' is not supported, because a chat completion's tools take JSON; send a "
+            "'function' whose only parameter is a string"
+        )
     if tool.type != "function":
         raise RequestError(
             f"tools: {tool.type!r} is not supported, because the engine has no tools of its own; "

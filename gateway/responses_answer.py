@@ -111,6 +111,8 @@ class ResponsesTeller(Teller):
         if block.closed:
             cut = self.ended and self.finish_reason == "length" and block is self.said[-1]
             status = "incomplete" if cut else "completed"
+        elif self.ended:
+            status = "incomplete"
         item: dict[str, Any] = {"id": self._item_id(block), "status": status}
         if block.kind == "thinking":
             content = [{"type": "reasoning_text", "text": block.text}]

@@ -12,6 +12,7 @@ not come back. Reasoning that comes back changed, or thoughts cut out of the tex
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import msgspec
 
 from driftgate.errors import UNREADABLE
 from driftgate.gateway.conversation import tool_ids_of, verbatim
-from driftgate.gateway.openai import Fields
+from driftgate.gateway.openai import Fields, read
 from driftgate.gateway.sessions import MAX_CANDIDATES
 
 __all__ = ["SAMPLING", "VARYING", "Chain", "Link", "Memory", "Sampled", "read_chain"]
@@ -51,11 +52,18 @@ one the engine's rendering is used."""
 ENTRY_BYTES = 1024
 """Counted per answer besides its ids."""
 
+HIDDEN = b"hidden"
+"""Stands for reasoning that was sampled and not told, as far as its text goes."""
+
+_MARK = re.compile(r"[<\[|/][^<>\[\]{}\s]{0,16}think", re.IGNORECASE)
+"""Of reasoning, as templates write it: ``</think>``, ``[/THINK]``, ``<|END_THINKING|>``."""
+
 _DIGEST_BYTES = 16
 _MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
 
 Thoughts = tuple[bytes | None, ...]
-"""Of each assistant message up to one: the digest of its reasoning; None where it has none."""
+"""Of each assistant message up to one: the digest of its reasoning, or ``HIDDEN``; None where it
+has none."""
 
 
 class Link(NamedTuple):
@@ -74,10 +82,17 @@ class Chain(NamedTuple):
     answers: tuple[tuple[int, Link], ...]
     """Up to each assistant message, with its position."""
     varying: dict[str, bytes]
+    hides: bool = False
+    """Answers are told without their reasoning."""
 
-    def after(self, message: Mapping[str, Any]) -> Link:
-        """``message``, an answer to this request, behind it."""
-        return _next(self.end, {**message, "role": "assistant"})
+    def after(self, message: Mapping[str, Any], spoken: str | None = None) -> Link:
+        """``message``, an answer to this request, behind it; ``spoken``: the text of all of its
+        tokens, where it is known."""
+        link = _next(self.end, {**message, "role": "assistant"})
+        told = link.thoughts[-1] is not None
+        if told or not (self.hides or (spoken is not None and _holds_more(spoken, message))):
+            return link
+        return link._replace(thoughts=(*link.thoughts[:-1], HIDDEN))
 
 
 class Sampled(NamedTuple):
@@ -124,8 +139,8 @@ class Known(NamedTuple):
 
 
 def read_chain(fields: Fields, tokenizer: str | None) -> Chain | None:
-    """Of a chat request; None where its messages are not a list of objects. ``tokenizer``: the
-    digest of what gives the ids, where it is known."""
+    """Of a chat request; None where its messages are not a list of objects. ``tokenizer`` stands
+    for what gives the ids."""
     try:
         messages = _MESSAGES.decode(fields.get("messages", b""))
         shown = {
@@ -143,7 +158,16 @@ def read_chain(fields: Fields, tokenizer: str | None) -> Chain | None:
     except UNREADABLE:
         return None
     varying = {name: bytes(fields[name]) for name in VARYING if name in fields}
-    return Chain(link, tuple(answers), varying)
+    hides = read(fields, "include_reasoning", bool) is False
+    return Chain(link, tuple(answers), varying, hides)
+
+
+def _holds_more(spoken: str, message: Mapping[str, Any]) -> bool:
+    """More was sampled before the words that were told: marks of reasoning that was empty."""
+    text = message.get("content")
+    if isinstance(text, str) and (text := text.strip()):
+        return not spoken.lstrip().startswith(text)
+    return _MARK.search(spoken.partition("{")[0]) is not None
 
 
 def _next(link: Link, message: Mapping[str, Any]) -> Link:

@@ -40,16 +40,25 @@ class Served:
             self._marks.append(Mark(self._passed_ns, weights.noted_ns, tape.counts()))
         self._passed_ns = time.time_ns()
 
+    def came(self) -> None:
+        """All that comes of the answer is here."""
+        self._ended_ns = self._ended_ns or time.time_ns()
+
     async def confirm(self) -> None:
         """All of the answer is here: have its weights looked at, where the engine tells them."""
-        self._ended_ns = time.time_ns()
+        self.came()
         await self.upstream.health.confirm()
+
+    def recorded(self) -> None:
+        """The answer gets its versions now."""
+        self.came()
+        self.upstream.weights.gave(self._ended_ns or 0)
 
     # From here on: any thread.
 
     def engine(self, model: str, fingerprint: str | None) -> Engine:
         """The fingerprint of the engine that gave the answer."""
-        return self.upstream.engine(model, fingerprint)
+        return self.upstream.engine(model, fingerprint, self._sent_ns)
 
     def spans(self, choice: int, tokens: int) -> list[WeightSpan]:
         """The weight versions of one choice's tokens."""

@@ -67,7 +67,8 @@ def _chat(
         }
         yield head | {
             "choices": [first],
-            "prompt_token_ids": answer.get("prompt_token_ids", _NULL),
+            "prompt_token_ids": answer.get("prompt_token_ids")
+            or choice.get("prompt_token_ids", _NULL),
             "prompt_text": answer.get("prompt_text", _NULL),
         }
     for choice in choices:
@@ -91,6 +92,8 @@ def _chat(
             "stop_reason": choice.get("stop_reason", _NULL),
             "token_ids": None if deltas else choice.get("token_ids", _NULL),
         }
+        if "matched_stop" in choice:  # SGLang's name for it
+            last["matched_stop"] = choice["matched_stop"]
         yield head | {"choices": [last]} | ({} if plan.usage_asked else _fingerprint(answer))
 
 

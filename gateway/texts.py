@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 from driftgate.trace import I32
 
-__all__ = ["says_bytes", "text_matches", "token_texts"]
+__all__ = ["place_of", "says_bytes", "text_matches", "token_texts"]
 
 _PLACEHOLDER = "token_id:"
 """vLLM names tokens ``token_id:N`` under ``return_tokens_as_token_ids``: that is no text."""
@@ -64,3 +64,22 @@ def text_matches(joined: bytes, offsets: I32, sent: bytes, *, stopped: bool) -> 
         elif stopped and rest < len(text) and text.startswith(sent[at:]):
             at = len(sent)  # the stop string begins inside this token
     return None if at == len(sent) else False
+
+
+def place_of(tokens: Sequence[bytes | None], text: bytes) -> slice | None:
+    """The tokens that spell ``text``, from the first of their bytes to the last; None where there
+    are none, or where several places read the same."""
+    if not text or None in tokens:
+        return None
+    joined = b"".join(filter(None, tokens))
+    starts = [0, *accumulate(len(token or b"") for token in tokens)]
+    ends = {offset: number for number, offset in reversed([*enumerate(starts)])}
+    found = {
+        start: number
+        for number, start in enumerate(starts)
+        if start + len(text) in ends and joined.startswith(text, start)
+    }
+    if len(found) != 1:
+        return None
+    ((start, number),) = found.items()
+    return slice(number, ends[start + len(text)])

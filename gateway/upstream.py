@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,7 +36,7 @@ from driftgate.gateway.tasks import beside, in_thread
 from driftgate.gateway.weights import Weights as WeightVersions
 from driftgate.trace import Engine
 
-__all__ = ["Upstream"]
+__all__ = ["Upstream", "tokenizer_of"]
 
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 """Waits between probes of an engine that does not answer, doubling; an engine loads for minutes."""
@@ -68,8 +69,16 @@ class Upstream:
         """Why it takes no calls now, by the trainer's word."""
         self.takes_ids = True
         """Its chat completions take ids for the prompt; False as soon as it did not."""
+        self.turn_ends: set[int] = set()
+        """Ids that were proven to end a turn of its template."""
         self.weights = WeightVersions(config.weight_version)
-        self.health = Health(self.url, config.upstream_key, self.weights, self._returned)
+        self.health = Health(
+            self.url,
+            config.upstream_key,
+            self.weights,
+            away=self._may_be_another,
+            returned=self._returned,
+        )
         self.report: ProbeReport | None = None
         """The last one; kept while the engine is away, so that late traces still name it."""
         self.error: str | None = "not probed yet"
@@ -164,8 +173,23 @@ class Upstream:
 
     def takes_over(self, other: Upstream) -> bool:
         """What was written for ``other`` can be sent here as it is."""
-        asked = (self.adapter, self.stream_mode(), self.has_routes, self.refusal)
-        return asked == (other.adapter, other.stream_mode(), other.has_routes, other.refusal)
+        return self._asked_as == other._asked_as
+
+    @property
+    def _asked_as(self) -> tuple[object, ...]:
+        """All that requests are written by."""
+        return (
+            self.adapter,
+            self.stream_mode(),
+            self.has_routes,
+            self.refusal,
+            self.system_first,
+        )
+
+    @property
+    def system_first(self) -> bool:
+        """Its template takes a system message nowhere but at the beginning."""
+        return self.report is not None and self.report.system_first
 
     def stream_mode(self) -> StreamMode:
         """How streamed calls are asked for."""
@@ -199,15 +223,24 @@ class Upstream:
         return None if self.report is None else self.report.refusal
 
     @property
-    def tokenizer(self) -> str | None:
-        """The digest of its tokenizer, where it is known."""
-        return None if self.report is None else self.report.texts.get("tokenizer")
+    def version(self) -> str:
+        """``unknown`` before the first probe."""
+        return "unknown" if self.report is None else self.report.version
 
-    def engine(self, model: str, fingerprint: str | None) -> Engine:
-        """The fingerprint of the engine that gave an answer. Any thread."""
+    @property
+    def tokenizer(self) -> str | None:
+        """Stands for what gives its ids, as ``tokenizer_of`` a trace of it. None: not known."""
+        if self.report is None:
+            return None
+        known = self.report.texts | self._config.engine_settings
+        return known.get("tokenizer") or self.report.system_fingerprint
+
+    def engine(self, model: str, fingerprint: str | None, sent_ns: int | None = None) -> Engine:
+        """The fingerprint of the engine that gave an answer, which was asked for at ``sent_ns``
+        (None: now). Any thread."""
         report = self.report
         if fingerprint is not None and report is not None:
-            self._notice(fingerprint)
+            self._notice(fingerprint, time.time_ns() if sent_ns is None else sent_ns)
         mode = self._config.logprobs_mode
         if report is None:
             return Engine(
@@ -236,19 +269,37 @@ class Upstream:
         if self.error is None:
             self._wanted.set()
 
+    def _may_be_another(self, why: str, from_ns: int | None = None) -> None:
+        """What a trainer told of its weights holds no more since it was seen well last, or since
+        ``from_ns``, when another one is known to have been there. Any thread."""
+        well_ns, told = self.health.well_ns, self.weights.version
+        if well_ns is None:
+            return
+        since_ns = well_ns if from_ns is None else min(well_ns, from_ns)
+        if self.weights.lose(since_ns, time.time_ns(), why):
+            log.warning(
+                "%s: its weight version is unknown now, %s was told before: %s; tell it again",
+                self.url,
+                told,
+                why,
+            )
+
     def _returned(self, was_away: bool) -> None:
         """It answers again. Where it was away, it may have another build or other flags now."""
         if was_away:
             self._numerics.forget()
             self.takes_ids = True
+            self.turn_ends.clear()
             self.error = "it was away and is probed again"
             self._urgent.set()
         self._wanted.set()
 
-    def _notice(self, fingerprint: str) -> None:
+    def _notice(self, fingerprint: str, sent_ns: int) -> None:
         """Want a probe for a fingerprint that is new. Several may answer behind one address."""
         if fingerprint in self._seen or len(self._seen) >= MAX_FINGERPRINTS:
             return
+        if self._seen:
+            self._may_be_another(f"its system_fingerprint {fingerprint} is new", sent_ns)
         self._seen.add(fingerprint)
         log.warning("the engine's system_fingerprint %s is new: probing it again", fingerprint)
         if self._loop is not None and not self._loop.is_closed():
@@ -257,7 +308,9 @@ class Upstream:
     async def _probe(self) -> ProbeReport | None:
         """Probe and publish what is found; None where nothing new was learned."""
         try:
+            asked_ns = time.time_ns()
             report = await probe(self.url, key=self._config.upstream_key)
+            self.health.well_ns = max(asked_ns, self.health.well_ns or 0)
             known = await asyncio.to_thread(self._known_digests, report.models)
             if self._says_less(report):
                 log.warning("%s told nothing of itself: %s", self.url, "; ".join(report.notes))
@@ -299,6 +352,8 @@ class Upstream:
         else:
             self._digested.set()
         self._checkpoints = known or {}
+        if self.report is None or self.report.system_fingerprint != report.system_fingerprint:
+            self.turn_ends.clear()
         self.error = None
         self.report = self._with_digest(report)
         if report.system_fingerprint is not None:
@@ -349,6 +404,12 @@ class Upstream:
                     self._digests[weights] = None
                     log.info("the weights of %s have no digest: %s", info.id, error)
         return self._known_digests(models) or {}
+
+
+def tokenizer_of(engine: Engine) -> str | None:
+    """The digest of an engine's tokenizer, or where that cannot be read its
+    ``system_fingerprint``."""
+    return engine.settings.get("tokenizer") or engine.system_fingerprint
 
 
 def _weights(root: str | None) -> Weights:

@@ -49,6 +49,8 @@ class Written:
         self._end = end
         self._adapter = adapter
         self._teller = asked.dialect.teller if asked.dialect is not None else None
+        if self._teller is not None:
+            self._teller.whole = True
 
     async def run(self) -> web.StreamResponse:
         """Ask for JSON and write the stream. Errors as in ``Exchange.run``."""
@@ -94,6 +96,7 @@ class Written:
     async def _fetch(self) -> Fetched:
         async with self._asked.send() as answer:
             raw = await read_whole(answer, self._asked)
+            self._asked.served.came()
             return answer.status, http.answer_headers(answer.headers), raw
 
     async def _answer(
@@ -119,6 +122,8 @@ class Written:
         if self._teller is not None:
             last = self._teller.end()
             self._end.response = self._teller.body()
+            if self._teller.not_whole:
+                self._end.engine_failed()
         try:
             response = response or await self._begin()
             await self._write(response, b"".join(events))

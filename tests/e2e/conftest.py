@@ -39,8 +39,9 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "moe": (),
     "processed": ("--dtype", "float32", "--logprobs-mode", "processed_logprobs"),
     "thinking": ("--reasoning-parser", "qwen3"),
+    "scanning": ("--dtype", "float32", "--reasoning-parser", "deepseek_r1"),
 }
-EXTRA = ("processed", "thinking")
+EXTRA = ("processed", "thinking", "scanning")
 """Engines that few tests need."""
 
 
@@ -123,6 +124,13 @@ def processed_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
 def thinking_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
     """The MoE by an engine that gives reasoning in a field of its own."""
     return ready(launched["thinking"])
+
+
+@pytest.fixture(scope="session")
+def scanning_engine(launched: dict[str, EngineProcess]) -> EngineProcess:
+    """The dense model by an engine whose reasoning parser looks for an end mark in all of a
+    prompt."""
+    return ready(launched["scanning"])
 
 
 @pytest.fixture(scope="session")

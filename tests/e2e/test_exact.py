@@ -103,14 +103,15 @@ def extends(before: Trace, after: Trace) -> None:
     assert np.array_equal(after.prompt_ids[: len(whole)], whole)
 
 
-async def forgetful(url: str, model: str) -> None:
+async def forgetful(url: str, model: str, *, tools_too: bool) -> None:
     """An ordinary loop on the SDK. It sends back what the API has room for: no reasoning, and the
     arguments of its tool calls through its own JSON."""
     messages: list[Any] = [SYSTEM]
     async with AsyncOpenAI(base_url=url, api_key="none") as client:
         for turn in range(8):
             messages.append({"role": "user", "content": f"What is next after {turn}?"})
-            tools: dict[str, Any] = {"tools": [TOOL], "tool_choice": FORCED if turn % 2 else "none"}
+            choice: Any = FORCED if tools_too and turn % 2 else "none"
+            tools: dict[str, Any] = {"tools": [TOOL], "tool_choice": choice}
             answer = await client.chat.completions.create(
                 model=model, messages=messages, seed=turn, max_tokens=64, **tools
             )
@@ -144,7 +145,7 @@ async def test_what_breaks_today_extends(
     engine = thinking_engine if kind == "thinking" else engines[kind]
     for way in WAYS:
         async with proxy(engine, tmp_path / way, continuation=way) as proxied:
-            await forgetful(f"{proxied.url}/t/run/v1", engine.model)
+            await forgetful(f"{proxied.url}/t/run/v1", engine.model, tools_too=kind == "moe")
     rendered, exact = (tree_of(tmp_path / way) for way in WAYS)
     assert cause in rendered.breaks
     assert exact.kinds == {"root": 1, "extension": 7}
@@ -161,6 +162,68 @@ async def test_what_breaks_today_extends(
     for name, tree in zip(WAYS, (rendered, exact), strict=True):
         tokens = tree.tokens
         print(kind, name, tree.kinds, tree.breaks, tokens, percent(tokens.merged_share))
+
+
+class Thinker:
+    """Turns of one run on an engine with a reasoning parser, asked to end their thoughts."""
+
+    def __init__(self, proxied: Proxied, end_mark: int) -> None:
+        self.proxied, self.end_mark = proxied, end_mark
+
+    async def ask(self, messages: list[Any], **fields: Any) -> tuple[str, str]:
+        """Reasoning and text of an answer."""
+        asked = {"model": self.proxied.engine.model, "messages": messages, "max_tokens": 20}
+        asked |= {"logit_bias": {str(self.end_mark): 15}} | fields
+        answer = await self.proxied.call("run", asked)
+        if not fields.get("stream"):
+            message = answer["choices"][0]["message"]
+            return message["reasoning"] or "", message["content"] or ""
+        deltas = [choice["delta"] for chunk in answer for choice in chunk["choices"]]
+        found = ["".join(d.get(name) or "" for d in deltas) for name in ("reasoning", "content")]
+        return found[0], found[1]
+
+    async def clean(self, messages: list[Any]) -> str:
+        """The text of an answer whose thoughts end once, in its middle."""
+        for seed in range(60):
+            thought, text = await self.ask(messages, seed=seed)
+            ids = self.proxied.traces("run")[-1].response_ids
+            assert ids is not None
+            if thought and text and ids.tolist().count(self.end_mark) == 1:
+                return text
+        raise AssertionError("no seed ends its thoughts once")
+
+
+async def test_a_parser_that_scans_the_prompt_is_not_misled(
+    scanning_engine: EngineProcess, tmp_path: Path
+) -> None:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for way in WAYS:
+        async with proxy(scanning_engine, tmp_path / way, continuation=way) as proxied:
+            body: dict[str, Any] = {"model": scanning_engine.model, "prompt": "</think>"}
+            body["add_special_tokens"] = False
+            async with proxied.http.post(f"{scanning_engine.url}/tokenize", json=body) as said:
+                (end_mark,) = (await said.json())["tokens"]
+            thinker = Thinker(proxied, end_mark)
+            history = [{"role": "user", "content": "hi"}]
+            history.append({"role": "assistant", "content": await thinker.clean(history)})
+            history.append({"role": "user", "content": "and then?"})
+            grammar: dict[str, Any] = {"structured_outputs": {"choice": ["yes", "no"]}, "seed": 5}
+            grammar["logit_bias"] = {str(end_mark): 30}
+            found[way] = [
+                await thinker.ask(history, seed=5, stream=True),
+                await thinker.ask(history, **grammar),
+                await thinker.ask(history, **grammar, stream=True),
+            ]
+            await thinker.clean(history)
+    assert found["exact"] == found["rendered"]
+    assert not any("</think>" in thought + text for thought, text in found["exact"])
+    first, *_ = ways = stored_traces(tmp_path / "exact", "run")
+    assert first.meta.continuation is None
+    reasons = [t.meta.continuation.reason or "" for t in ways if t.meta.continuation is not None]
+    assert sum("a stream's parser" in reason for reason in reasons) == 2
+    assert sum("the grammar of structured_outputs" in reason for reason in reasons) == 1
+    last = ways[-1]
+    assert (how(last), last.meta.missing) == ("exact", [])
 
 
 async def test_other_apis_extend_as_well(engines: dict[str, EngineProcess], tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ class StandIn:
         """Wait for it before event ``hold_at``, or before a JSON answer."""
         self.hold_at = 1
         self.weight_version: str | None = None
+        self.silent_looks = 0
+        """So many requests for ``/health`` get no answer."""
+        self.cards = [{"id": "tiny", "owned_by": "vllm", "root": "/nowhere", "max_model_len": 4096}]
+        """Of ``/v1/models``."""
+        self.system_first = False
+        """Its template refuses a system message behind the first message."""
+        self.limit: int | None = None
+        """Tokens of prompt and answer; a chat request over it is refused."""
         self.runner: web.AppRunner
         self.came = asyncio.Event()
         """A call that is not a probe has come."""
@@ -91,6 +99,8 @@ class StandIn:
 
     def render(self, messages: list[dict[str, Any]]) -> list[int]:
         ids: list[int] = []
+        if self.system_first and any(message["role"] == "system" for message in messages[1:]):
+            raise web.HTTPBadRequest(text='{"message": "System message must be at the beginning."}')
         for message in messages:
             text = str(message.get("content")) + str(message.get("tool_calls") or "")
             known = None if self.retokenises else self._sampled.get(text)
@@ -373,6 +383,8 @@ class StandIn:
         ):
             return self.error(400, "when using `logprob_token_ids`, `logprobs` must be set.")
         chat = request.path.endswith("chat/completions")
+        if chat and self.limit and len(self.prompt(body)) + body["max_tokens"] > self.limit:
+            return self.error(400, f"the model's maximum context length is {self.limit} tokens")
         try:
             if body.get("stream"):
                 events = self.chat_events(body) if chat else self.text_events(body)
@@ -416,30 +428,26 @@ class StandIn:
         return web.json_response({"count": len(ids), "max_model_len": 4096, "tokens": ids})
 
     async def render_only(self, request: web.Request) -> web.Response:
-        self.rendered += 1
+        body = await request.json()
+        self.rendered += body["messages"][0]["content"] != "Say something."  # a probe's
         if self.render_status != 200:
             return self.error(self.render_status, "the stand-in was told so")
-        body = await request.json()
         return web.json_response({"token_ids": self.render(body["messages"])})
 
     async def models(self, _request: web.Request) -> web.Response:
-        return web.json_response(
-            {
-                "object": "list",
-                "data": [
-                    {"id": "tiny", "owned_by": "vllm", "root": "/nowhere", "max_model_len": 4096}
-                ],
-            }
-        )
+        return web.json_response({"object": "list", "data": self.cards})
 
     async def version(self, _request: web.Request) -> web.Response:
         return web.json_response({"version": "0.29.0"})
 
     async def health(self, _request: web.Request) -> web.Response:
+        if self.silent_looks > 0:
+            self.silent_looks -= 1
+            await asyncio.Event().wait()
         return web.Response(status=200 if self.status is None else self.status)
 
     async def weight_info(self, _request: web.Request) -> web.Response:
-        """As vLLM from 0.32 on answers."""
+        """As vLLM answers with VLLM_SERVER_DEV_MODE=1."""
         if self.weight_version is None:
             return self.error(404, "Not Found")
         return web.json_response({"weight_version": self.weight_version})

@@ -8,10 +8,16 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import Raw
 
-from driftgate.gateway.exact import Exact
+from driftgate.adapters.vllm import Vllm
+from driftgate.gateway import health
+from driftgate.gateway.exact import ANOTHER, Exact
+from driftgate.gateway.misled import misled
+from driftgate.gateway.openai import Plan
 from driftgate.trace import Trace
-from tests.gateway.conftest import END
+from tests.gateway.conftest import END, standing_in
+from tests.gateway.test_upstream import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -372,3 +378,189 @@ async def test_a_call_that_leaves_while_the_store_is_read_takes_no_ids_along(
     *_, last = await talk.agent.traces()
     assert last.meta.continuation is not None
     assert last.meta.continuation.way == "exact"
+
+
+# Reasoning in the kept ids, which an engine's parsers may take for this answer's.
+
+
+@pytest.fixture
+def thinks(engine: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Its JSON answers have reasoning, in a field of its own."""
+    answer = engine.chat_answer
+
+    def thought(body: dict[str, Any]) -> bytes:
+        return answer(body).replace(b'"reasoning":null', b'"reasoning":"hm"')
+
+    monkeypatch.setattr(engine, "chat_answer", thought)
+    return engine
+
+
+def way(trace: Trace) -> tuple[str, str]:
+    assert trace.meta.continuation is not None
+    return trace.meta.continuation.way, trace.meta.continuation.reason or ""
+
+
+async def forget_and_ask(talk: Talk, **fields: Any) -> tuple[str, str]:
+    """A second call, without the reasoning of the first, as SDKs send it."""
+    await talk.ask()
+    talk.messages[1].pop("reasoning")
+    await talk.ask(**fields)
+    _, second = await talk.agent.traces()
+    return way(second)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"stream": True}, "a stream's parser"),
+        ({"response_format": {"type": "json_object"}}, "the grammar of response_format"),
+        ({"structured_outputs": {"choice": ["a"]}}, "the grammar of structured_outputs"),
+        ({"tool_choice": "required"}, "the grammar of tool_choice"),
+        ({"thinking_token_budget": 10}, "thinking_token_budget"),
+    ],
+)
+async def test_what_reads_the_prompt_gets_no_kept_reasoning(
+    thinks: StandIn, talk: Talk, fields: dict[str, Any], why: str | None
+) -> None:
+    found = await forget_and_ask(talk, **fields)
+    assert found[0] == ("exact" if why is None else "ordinary")
+    assert (why or "") in found[1]
+    if why is not None:
+        *_, second = await talk.agent.traces()
+        assert prompt(second) == thinks.render(talk.messages[:3])
+
+
+async def test_a_stream_that_the_gateway_writes_is_parsed_as_json(
+    connect: Callable[..., Any], thinks: StandIn
+) -> None:
+    thinks.routes = thinks.retokenises = True
+    talk = Talk(await connect(continuation="exact"))
+    assert await forget_and_ask(talk, stream=True) == ("exact", "")
+
+
+async def test_an_engine_whose_parsing_was_not_read_gets_no_kept_reasoning(
+    connect: Callable[..., Any], thinks: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Vllm, "parses_alone", ("0.28.",))
+    thinks.retokenises = True
+    found = await forget_and_ask(Talk(await connect(continuation="exact")))
+    assert found == ("ordinary", "the kept ids hold earlier reasoning, and vllm 0.29.0 may read it")
+
+
+async def test_reasoning_that_was_not_told_counts_as_well(talk: Talk) -> None:
+    await talk.ask(include_reasoning=False)
+    await talk.ask(stream=True)
+    _, second = await talk.agent.traces()
+    assert way(second)[0] == "ordinary"
+
+
+@pytest.mark.parametrize(
+    ("tool", "choice", "why"),
+    [
+        ({"function": {"name": "a", "strict": True}}, "auto", "a strict tool"),
+        ({"function": {"name": "a", "strict": True}}, None, "a strict tool"),
+        ({"function": {"name": "a", "strict": True}}, "none", None),
+        ({"function": {"name": "a"}}, "auto", None),
+        ({"function": {"name": "a"}}, {"type": "function"}, "tool_choice"),
+        (7, "auto", None),
+    ],
+)
+def test_which_tools_make_a_grammar(tool: Any, choice: Any, why: str | None) -> None:
+    asked = {"tools": [tool], "tool_choice": choice}
+    fields = {name: Raw(json.dumps(value).encode()) for name, value in asked.items()}
+    found = misled(fields, Plan(api="chat"), Vllm(), "0.29.0")
+    assert (found is None) == (why is None)
+    assert (why or "") in (found or "")
+
+
+# Another engine, another tokenizer.
+
+
+async def test_ids_stay_with_the_engine_that_gave_them(
+    connect: Callable[..., Any], engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(health, "FIRST_BACKOFF_S", 0.01)
+    engine.retokenises = True
+    talk = Talk(await connect(continuation="exact"))
+    upstream = talk.agent.gateway.upstreams.all[0]
+    await talk.ask()
+    upstream.turn_ends.add(END)
+    engine.status = 503
+    await until(lambda: not upstream.available)
+    engine.status, engine.fingerprint = None, "vllm-0.29.0-other"
+    await until(lambda: upstream.available and upstream.tokenizer == engine.fingerprint)
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert way(second)[0] == "ordinary"
+    assert prompt(second) == engine.render(talk.messages[:3])
+    assert upstream.turn_ends == set()
+
+
+async def test_nor_do_they_outlive_it_over_a_restart_of_the_gateway(
+    connect: Callable[..., Any], engine: StandIn
+) -> None:
+    engine.retokenises = True
+    talk = Talk(await connect(continuation="exact"))
+    await talk.ask()
+    await talk.agent.flush()
+    engine.fingerprint = "vllm-0.29.0-other"
+    talk.agent = await connect(continuation="exact", port=0)
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert way(second)[0] == "ordinary"
+
+
+async def test_an_engine_that_changed_unseen_is_named(talk: Talk, engine: StandIn) -> None:
+    await talk.ask()
+    engine.fingerprint = "vllm-0.29.0-other"
+    await talk.ask()
+    _, second = await talk.agent.traces()
+    assert way(second) == ("exact", ANOTHER)
+
+
+async def test_a_call_that_fails_over_leaves_its_ids_behind(
+    connect: Callable[..., Any], engine: StandIn
+) -> None:
+    async with standing_in() as other:
+        other.fingerprint = "vllm-0.29.0-other"
+        engine.retokenises = other.retokenises = True
+        urls = [engine.url, other.url]
+        talk = Talk(await connect(upstream="", upstreams=urls, continuation="exact"))
+        for upstream in talk.agent.gateway.upstreams.all:
+            await upstream.ready()
+        await talk.ask()
+        first = engine if engine.bodies else other
+        first.status = 503
+        await talk.ask()
+        _, second = await talk.agent.traces()
+    assert second.meta.failed_over == [f"{first.url}: it answered 503"]
+    assert way(second)[0] == "ordinary"
+    assert "whose tokenizer may be another one" in way(second)[1]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+async def test_a_loras_limit_is_its_base_models(
+    connect: Callable[..., Any], engine: StandIn, monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    engine.limit = 60
+    base: dict[str, Any] = {"id": "base", "owned_by": "vllm", "root": "/nowhere", "parent": None}
+    lora: dict[str, Any] = {"id": "tiny", "owned_by": "vllm", "root": "/lora", "parent": "base"}
+    engine.cards = [lora, base | ({"max_model_len": engine.limit} if listed else {})]
+
+    def short(messages: list[dict[str, Any]]) -> list[int]:
+        """A template that shows little of earlier answers."""
+        texts = [(m["role"][0], m["content"][-3:]) for m in messages]
+        return [*b"".join(f"{role}{text}\n".encode() for role, text in texts), ord("a")]
+
+    monkeypatch.setattr(engine, "render", short)
+    talk = Talk(await connect(continuation="exact"))
+    await talk.ask(max_tokens=52)
+    await talk.ask(max_tokens=4)
+    _, second = await talk.agent.traces()
+    why = "are over the model's 60" if listed else "answered 400 to the kept ids"
+    assert way(second)[0] == "ordinary"
+    assert why in way(second)[1]
+    assert prompt(second) == short(talk.messages[:3])

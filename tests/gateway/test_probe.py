@@ -14,7 +14,8 @@ from aiohttp import web
 
 from driftgate.errors import UpstreamError
 from driftgate.facts import NEUTRAL_DEFAULTS
-from driftgate.gateway.probe import ProbeReport, probe, sampling_defaults
+from driftgate.gateway.generation_config import sampling_defaults
+from driftgate.gateway.probe import ProbeReport, probe
 from driftgate.gateway.probe_answers import logprobs_mode
 from driftgate.trace import LogprobsMode
 from tests.gateway.test_upstream import serving

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec import Raw
 
-from driftgate.gateway.sampled import Chain, Memory, Sampled, read_chain
+from driftgate.gateway.sampled import HIDDEN, Chain, Memory, Sampled, read_chain
 
 USER = {"role": "user", "content": "hi"}
 NEXT = {"role": "user", "content": "and then?"}
@@ -137,3 +137,37 @@ def test_a_thousand_turns_are_one_walk() -> None:
     known, _ = memory.find(found_chain, "run")
     assert known is not None
     assert known.position == len(messages) - 2
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_several_parts_are_not_the_text_that_they_join_to(role: str) -> None:
+    def digest(*texts: str) -> bytes:
+        parts = [{"type": "text", "text": text, "cache_control": {}} for text in texts]
+        return chain([{"role": role, "content": parts}]).end.digest
+
+    whole = chain([{"role": role, "content": "ab"}]).end.digest
+    assert digest("ab") == whole  # a template's content is a text in the end
+    assert len({whole, digest("a", "b"), digest("a", "", "b")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "spoken", "more"),
+    [
+        (said("Yes."), "Yes.<|im_end|>", False),
+        (said(" Yes."), "\nYes.STOP", False),
+        (said("Yes."), None, False),
+        (said("Yes."), "</think>\n\nYes.", True),
+        (said(""), "<|im_end|>", False),
+        (said(""), "<think></think>", True),
+        (call("{}"), '<tool_call>{"name": "think"}', False),
+        (call("{}"), '</think><tool_call>{"name": "read"}', True),
+        (call("{}"), '<|END_THINKING|>{"name": "read"}', True),
+    ],
+)
+def test_marks_of_empty_reasoning_are_reasoning(
+    answer: dict[str, Any], spoken: str | None, more: bool
+) -> None:
+    assert (chain([USER]).after(answer, spoken).thoughts == (HIDDEN,)) is more
+    assert chain([USER], include_reasoning=False).after(answer).thoughts == (HIDDEN,)
+    told = chain([USER]).after({**answer, "reasoning": "hm"}, spoken).thoughts
+    assert told not in ((None,), (HIDDEN,))

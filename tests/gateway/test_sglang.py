@@ -21,6 +21,7 @@ from driftgate.gateway.openai import read_request, rewrite, strip_answer
 from driftgate.gateway.probe import probe
 from driftgate.trace import WeightSpan
 from tests.gateway.conftest import Agent, StandIn, start
+from tests.gateway.sdk_shapes import anthropic_message, message_of_stream
 
 Connect = Callable[..., Any]
 
@@ -210,7 +211,10 @@ async def server(tmp_path: Path) -> AsyncIterator[str]:
         body = await request.json()
         if body.get("stream"):
             return web.json_response({"object": "error", "message": "no streams"}, status=400)
-        return web.json_response(answer(body))
+        said = answer(body)
+        if body.get("stop"):
+            said["choices"][0] |= {"finish_reason": "stop", "matched_stop": body["stop"][0]}
+        return web.json_response(said)
 
     async def models(_request: web.Request) -> web.Response:
         entry = {"id": "tiny", "object": "model", "owned_by": "sglang", "root": str(tmp_path)}
@@ -261,6 +265,26 @@ async def test_a_streaming_agent_is_captured_whole(
     assert (trace.meta.status, trace.meta.routes_via) == ("complete", "synthesised")
     assert trace.meta.engine.name == "sglang"
     assert trace.meta.weight_version == "41+42"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_messages_say_the_stop_sequence_and_the_prompts_tokens(
+    server: str, connect: Connect, stream: bool
+) -> None:
+    agent: Agent = await connect(upstream=server)
+    body = CHAT | {"max_tokens": 9, "stop_sequences": ["STOP"], "stream": stream}
+    status, raw = await agent.send(body, path="/v1/messages")
+    message = (message_of_stream if stream else anthropic_message)(raw)
+    assert (status, message.stop_reason, message.stop_sequence) == (200, "stop_sequence", "STOP")
+    assert (message.usage.input_tokens, message.usage.output_tokens) == (3, 4)
+    if stream:
+        assert b'"usage":{"input_tokens":3,"output_tokens":0}' in raw.split(b"\n\n")[0]
+
+
+async def test_a_written_stream_has_its_name_for_the_stop(server: str, connect: Connect) -> None:
+    agent: Agent = await connect(upstream=server)
+    _, raw = await agent.send(CHAT | {"stream": True, "stop": ["STOP"]})
+    assert b'"matched_stop":"STOP"' in raw
 
 
 async def test_exact_continuation_goes_the_ordinary_way(server: str, connect: Connect) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from driftgate.errors import UpstreamError
 from driftgate.gateway.anthropic_answer import MessagesTeller
-from driftgate.gateway.openai import read_request
+from driftgate.gateway.openai import Plan, read_request
 from driftgate.gateway.responses_answer import ResponsesTeller
+from driftgate.gateway.synthesis import stream_of
 from driftgate.spoken import message_of
 from tests.gateway.sdk_shapes import (
     anthropic_message,
@@ -153,6 +154,23 @@ def test_why_an_answer_ended(
     assert (said.stop_reason, said.stop_sequence, response.status, why) == expected
 
 
+@pytest.mark.parametrize("finish", ["abort", "error", "repetition", "unheard_of", None])
+@pytest.mark.parametrize("message", ANSWERS)
+def test_an_answer_that_the_engine_ended_early_has_no_clean_end(
+    message: Message, finish: Any
+) -> None:
+    for stream in (chunks(message, finish), [event(json.loads(answer(message, finish)))]):
+        said = told(messages(), stream)
+        assert b"message_stop" not in said
+        assert said.rpartition(b"event: ")[2].startswith(b"error\n")
+        assert b'"error":{"type":"overloaded_error","message":"the engine ended its' in said
+        *_, failed = told(responses(), stream).split(b"event: ")
+        assert failed.startswith(b"response.failed\n")
+        assert b'"status":"failed"' in failed
+    body = messages().answer(answer(message, finish))
+    assert anthropic_message(body).stop_reason is None
+
+
 def test_usage_is_the_engines() -> None:
     usage = openai_response(responses().answer(answer(TEXT))).usage
     assert usage is not None
@@ -175,7 +193,8 @@ def test_logprobs_are_shown_where_they_were_asked_for() -> None:
     rows = [
         {"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []},
     ]
-    choice = {"index": 0, "delta": {"content": "Hi"}, "logprobs": {"content": rows}}
+    choice: dict[str, Any] = {"index": 0, "delta": {"content": "Hi"}, "finish_reason": "stop"}
+    choice["logprobs"] = {"content": rows}
     stream = [event({**HEAD, "choices": [choice]})]
     asked = {"model": "tiny", "include": ["message.output_text.logprobs"]}
     shown = response_of_stream(told(responses(asked), stream)).output[0]
@@ -184,6 +203,54 @@ def test_logprobs_are_shown_where_they_were_asked_for() -> None:
     assert shown.content[0].type == hidden.content[0].type == "output_text"
     assert [row.model_dump() for row in shown.content[0].logprobs or ()] == rows
     assert hidden.content[0].logprobs == []
+
+
+def rows_of(*tokens: str) -> list[Any]:
+    return [
+        {"token": t, "logprob": -1.0, "bytes": [*t.encode()], "top_logprobs": []} for t in tokens
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message", "shown"),
+    [
+        (["hm", "</think>", "Hi", " you", "<|im_end|>"], {"reasoning": "hm"}, ["Hi", " you"]),
+        (["Hi", " you", "<|im_end|>"], {}, ["Hi", " you"]),
+        (["Hi", " ", "", "you", ""], {}, ["Hi", " ", "", "you"]),
+        (["Hi", " you", "</think>", "Hi", " you"], {"reasoning": "Hi you"}, []),
+        (["hm</think>Hi", " you"], {"reasoning": "hm"}, []),
+        (["Hi", " youST", "OP"], {}, []),
+        (["Hi", " you", "<tool_call>"], {"tool_calls": [call("a", "{}")]}, ["Hi", " you"]),
+    ],
+)
+def test_a_texts_logprobs_are_its_own(
+    tokens: list[str], message: Message, shown: list[str]
+) -> None:
+    body = json.loads(answer({"role": "assistant", "content": "Hi you"} | message))
+    body["choices"][0] |= {"logprobs": {"content": rows_of(*tokens)}, "token_ids": [1]}
+    raw = json.dumps(body).encode()
+    asked = {"model": "tiny", "include": ["message.output_text.logprobs"]}
+    written = responses(asked)
+    written.whole = True
+    plan = Plan(api="chat", stream=True, usage_asked=True)
+    for response in (
+        openai_response(responses(asked).answer(raw)),
+        response_of_stream(told(written, stream_of(raw, plan))),
+    ):
+        (text,) = [item for item in response.output if item.type == "message"]
+        assert text.content[0].type == "output_text"
+        assert [row.token for row in text.content[0].logprobs or ()] == shown
+
+
+def test_a_piece_that_ends_the_thoughts_shows_its_texts_rows() -> None:
+    delta = {"reasoning": "hm", "content": "Hi"}
+    choice = {"index": 0, "delta": delta, "finish_reason": "stop"}
+    choice["logprobs"] = {"content": rows_of("hm", "</think>", "Hi")}
+    teller = responses({"model": "tiny", "include": ["message.output_text.logprobs"]})
+    response = response_of_stream(told(teller, [event({**HEAD, "choices": [choice]})]))
+    (text,) = [item for item in response.output if item.type == "message"]
+    assert text.content[0].type == "output_text"
+    assert [row.token for row in text.content[0].logprobs or ()] == ["Hi"]
 
 
 def test_a_cut_tool_call_keeps_its_text() -> None:

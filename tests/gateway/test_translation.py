@@ -106,6 +106,32 @@ def test_messages_blocks(given: Any, messages: list[dict[str, Any]]) -> None:
     assert chat("messages", {"messages": given, "max_tokens": 5})["messages"] == messages
 
 
+BILLED = "x-anthropic-billing-header: cc_version=2.1; cch=1;"
+SYSTEMS: list[tuple[Translated, dict[str, Any], list[tuple[str, Any]]]] = [
+    ("responses", {"instructions": "a", "input": [
+        {"role": "developer", "content": [{"type": "input_text", "text": "b"},
+                                          {"type": "input_text", "text": "c"}]},
+        {"role": "system", "content": "d"}, USER, {"role": "developer", "content": "e"}]},
+     [("system", "a\n\nb\nc\n\nd"), ("user", "hi"), ("system", "e")]),
+    ("messages", {"system": "a", "messages": [{"role": "system", "content": "b"}, USER]},
+     [("system", "a\n\nb"), ("user", "hi")]),
+    ("messages", {"system": BILLED, "messages": [
+        {"role": "system", "content": BILLED}, USER,
+        {"role": "system", "content": [{"type": "text", "text": BILLED},
+                                       {"type": "text", "text": "a"},
+                                       {"type": "text", "text": "b"}]}, USER]},
+     [("user", "hi"), ("system", "ab"), ("user", "hi")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("api", "request_", "messages"), SYSTEMS)
+def test_system_messages_at_the_beginning_are_one(
+    api: Translated, request_: dict[str, Any], messages: list[tuple[str, Any]]
+) -> None:
+    found = chat(api, request_ | {"max_tokens": 5})["messages"]
+    assert [(m["role"], m["content"]) for m in found] == messages
+
+
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}
 TOOL = {"type": "function", "function": FUNCTION}
 NAMED = {"type": "function", "function": {"name": "f"}}
@@ -233,6 +259,8 @@ REFUSED: list[tuple[Translated, dict[str, Any], str]] = [
     ("responses", {"input": [{"role": "user", "content": [
         {"type": "input_image", "file_id": "f"}]}]}, "without image_url"),
     ("responses", {"input": "hi", "tools": [{"type": "web_search"}]}, "'web_search'"),
+    ("responses", {"input": "hi", "tools": [{"type": "custom", "name": "apply_patch"}]},
+     "'function' whose only parameter is a string"),
     ("responses", {"input": "hi", **R_TOOLS, "tool_choice": {"type": "mcp"}}, "'mcp'"),
     ("messages", {"messages": [USER]}, "max_tokens"),
     ("messages", {"max_tokens": 5}, "messages"),

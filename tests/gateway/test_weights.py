@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from driftgate.client import Client
 from driftgate.errors import RequestError
 from driftgate.gateway import health
 from driftgate.gateway.weights import CUT_INTERVAL_NS, Mark, Weights
-from driftgate.trace import WeightSpan
+from driftgate.trace import Trace, WeightSpan
 from driftgate.weights import changed, joined, merged
 from tests.gateway.conftest import Agent, StandIn
 from tests.gateway.test_upstream import until
@@ -24,6 +25,10 @@ Connect = Callable[..., Any]
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 STREAM = CHAT | {"stream": True}
+
+
+def started(trace: Trace) -> int:
+    return trace.meta.started_ns
 
 
 def spans(weights: Weights, *marks: Mark, start: int, end: int, tokens: int = 10) -> list[Any]:
@@ -91,11 +96,40 @@ def test_what_was_told_is_not_unsaid() -> None:
     weights = Weights("unknown")
     weights.tell("41", 10, 10)
     with pytest.raises(RequestError, match="before version 41"):
-        weights.check(9, 20)
+        weights.check("42", 9, 20)
     with pytest.raises(RequestError, match="ahead"):
-        weights.check(21, 20)
+        weights.check("42", 21, 20)
     weights.look("7", 30, 30)
     assert weights.version == "41"
+
+
+def test_nothing_is_told_of_answers_that_carry_another_version() -> None:
+    weights = Weights("unknown")
+    weights.gave(9)
+    weights.check("41", 5, 20)  # they say that nobody knows
+    weights.tell("41", 10, 10)
+    weights.gave(30)
+    with pytest.raises(RequestError, match=r"before 30, when the last answer .* and 41 was"):
+        weights.check("42", 29, 40)
+    weights.check("41", 29, 40)
+    weights.check("42", 30, 40)
+
+
+def test_what_was_told_of_an_engine_that_was_away_is_lost() -> None:
+    weights = Weights("0")
+    assert not weights.lose(5, 6, "it was away")
+    assert weights.version == "0"  # of a fresh engine, as configured
+    weights.tell("42", 10, 10)
+    assert weights.lose(20, 30, "it was away")
+    assert (weights.version, weights.lost) == ("unknown", "it was away")
+    assert spans(weights, start=11, end=19) == [(0, "42")]
+    assert spans(weights, start=21, end=99) == [(0, "unknown")]
+    weights.look(weights.unset, 40, 41)
+    assert spans(weights, start=42, end=43) == [(0, "unknown")]
+    weights.look("7", 50, 51)
+    assert (weights.version, weights.lost) == ("7", None)
+    weights.tell("43", 60, 60)
+    assert (spans(weights, start=61, end=99), weights.lost) == ([(0, "43")], None)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +223,86 @@ async def test_the_engine_tells_its_version(
     assert second == "8" or "unknown" in second
     await tell(agent, version="9")
     assert upstream.weights.version == "9"  # a trainer's word counts more
+
+
+async def test_a_version_that_comes_too_late_is_refused(agent: Agent) -> None:
+    await tell(agent, version="41")
+    in_place_ns = time.time_ns()
+    await agent.send(CHAT)
+    status, body = await tell(agent, version="42", from_ns=in_place_ns)
+    assert (status, "leave from_ns out" in json.dumps(body)) == (400, True)
+    await tell(agent, pause=True)
+    in_place_ns = time.time_ns()
+    status, body = await tell(agent, version="42", from_ns=in_place_ns, resume=True)
+    assert (status, body["engines"][0]["weights_from_ns"]) == (200, in_place_ns)
+
+
+@pytest.mark.parametrize("same_build", [True, False])
+async def test_an_engine_that_comes_back_has_no_version_until_one_is_told(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch, same_build: bool
+) -> None:
+    monkeypatch.setattr(health, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(health, "FIRST_BACKOFF_S", 0.01)
+    agent: Agent = await connect(weight_version="0")
+    upstream = agent.gateway.upstreams.all[0]
+    await agent.send(CHAT)
+    await tell(agent, version="42")
+    await agent.send(CHAT)
+    await agent.flush()
+    if same_build:
+        engine.status = 503
+        await until(lambda: not upstream.available)
+        engine.status = None
+        await until(lambda: upstream.available)
+    else:
+        engine.fingerprint = "vllm-0.29.0-restarted"
+    await agent.send(CHAT)
+    await agent.flush()
+    async with agent.http.get(agent.url + "/api/weights") as answer:
+        said = (await answer.json())["engines"][0]
+    assert said["weight_version"] == "unknown"
+    assert ("/health answered 503" if same_build else "is new") in said["weights_lost"]
+    _, body = await tell(agent, version="43")
+    assert body["engines"][0]["weights_lost"] is None
+    await agent.send(CHAT)
+    versions = [t.meta.weight_version for t in sorted(await agent.traces(), key=started)]
+    assert (versions[:2], versions[3]) == (["0", "42"], "43")
+    assert "unknown" in versions[2]
+
+
+async def test_what_is_told_of_an_engine_that_is_away_is_looked_at(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(health, "FIRST_BACKOFF_S", 1000.0)
+    agent: Agent = await connect()
+    upstream = agent.gateway.upstreams.all[0]
+    await until(lambda: upstream.health.well_ns is not None)
+    engine.status = 503
+    await until(lambda: not upstream.available)
+    _, body = await tell(agent, version="42")
+    assert body["engines"][0]["weight_version"] == "42"
+    await until(lambda: upstream.weights.version == "unknown")  # it was still away
+    engine.status = None
+    await tell(agent, version="43")
+    await until(lambda: upstream.available)
+    assert upstream.weights.version == "43"
+
+
+@pytest.mark.parametrize(("looks", "version"), [(1, "42"), (2, "unknown")])
+async def test_a_busy_engine_that_misses_one_look_is_still_itself(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch, looks: int, version: str
+) -> None:
+    for name in ("INTERVAL_S", "FIRST_BACKOFF_S", "TIMEOUT_S"):
+        monkeypatch.setattr(health, name, 0.05)
+    agent: Agent = await connect()
+    upstream = agent.gateway.upstreams.all[0]
+    await until(lambda: upstream.health.well_ns is not None and upstream.available)
+    await tell(agent, version="42")
+    engine.silent_looks = looks
+    await until(lambda: not upstream.available)
+    await until(lambda: upstream.available)
+    assert (engine.silent_looks, upstream.weights.version) == (0, version)
 
 
 async def test_while_paused_new_calls_are_answered_429(connect: Connect, engine: StandIn) -> None:

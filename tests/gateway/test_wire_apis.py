@@ -164,6 +164,39 @@ async def test_a_stream_that_the_engine_cuts_is_cut(
         assert json.loads(trace.response)["status"] == "in_progress"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", ["plain", "synthesise"])
+@pytest.mark.parametrize("path", APIS)
+async def test_an_aborted_answer_is_never_told_as_whole(
+    connect: Connect, engine: StandIn, monkeypatch: pytest.MonkeyPatch,
+    path: str, mode: str, stream: bool,
+) -> None:  # fmt: skip
+    engine.routes = mode == "synthesise"
+    agent: Agent = await connect()
+    await ask(agent, path)
+    answered, streamed = engine.chat_answer, engine.chat_events
+    end, aborted = b'"finish_reason":"length"', b'"finish_reason":"abort"'
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "chat_answer", lambda b: answered(b).replace(end, aborted))
+        patch.setattr(
+            engine, "chat_events", lambda b: [e.replace(end, aborted) for e in streamed(b)]
+        )
+        body = {"model": "tiny", **ASKED[path], "seed": 2, "stream": stream}
+        status, said = await agent.send(body, path="/t/run" + path)
+    assert (status, b"ended its answer early (finish_reason 'abort')" in said) == (
+        200 if stream else 503,
+        True,
+    )
+    assert b"message_stop" not in said
+    assert b"response.completed" not in said
+    headers = {"x-stainless-retry-count": "1"}
+    assert (await agent.send(body, path="/t/run" + path, headers=headers))[0] == 200
+    _, first, again = await agent.traces()
+    assert (first.meta.finish_reason, first.meta.missing) == ("abort", [])
+    assert first.response_ids is not None
+    assert (first.meta.step, again.meta.step, again.meta.retry) == (0, 0, 1)
+
+
 async def test_count_tokens(agent: Agent, engine: StandIn) -> None:
     path = "/v1/messages/count_tokens"
     body = {"model": "tiny", "messages": [USER]}
@@ -172,6 +205,27 @@ async def test_count_tokens(agent: Agent, engine: StandIn) -> None:
     status, answer = await agent.send(body | {"model": "other"}, path=path)
     assert (status, json.loads(answer)["error"]["type"]) == (404, "not_found_error")
     assert await agent.traces() == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_later_system_message_stands_where_the_template_takes_it(
+    connect: Connect, engine: StandIn, first: bool
+) -> None:
+    engine.system_first = first
+    agent: Agent = await connect(continuation="exact")
+    await agent.gateway.upstreams.all[0].ready()
+    later = {"role": "system", "content": "plan mode is on"}
+    turns: list[Any] = [USER, later, USER]
+    merged = [{"role": "system", "content": "be\n\nplan mode is on"}, USER, USER]
+    kept = [{"role": "system", "content": "be"}, *turns]
+    body = {"model": "tiny", "max_tokens": 5, "system": "be", "messages": turns}
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        assert (await agent.send(body, path=path))[0] == 200
+    assert engine.asked["messages"] == (merged if first else kept)
+    await ask(agent, "/v1/responses", instructions="be", input=turns)
+    assert engine.asked["messages"] == (merged if first else kept)
+    (trace, _) = await agent.traces()
+    assert json.loads(trace.request)["messages"] == turns
 
 
 # previous_response_id
