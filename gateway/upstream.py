@@ -15,23 +15,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
-from pathlib import Path
-from typing import TypeAlias
 
 import msgspec
 
 from driftgate.adapters.base import EngineAdapter
-from driftgate.adapters.hf_digest import checkpoint_digest
 from driftgate.adapters.vllm import Vllm
-from driftgate.errors import TeacherError, UpstreamError
+from driftgate.errors import UpstreamError
+from driftgate.gateway.checkpoints import Digests
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.health import Health
 from driftgate.gateway.metrics import Metrics
 from driftgate.gateway.numerics import Numerics
 from driftgate.gateway.openai import StreamMode
-from driftgate.gateway.probe import ModelInfo, ProbeReport, probe
+from driftgate.gateway.probe import ProbeReport, probe
 from driftgate.gateway.tasks import beside, in_thread
 from driftgate.gateway.weights import Weights as WeightVersions
 from driftgate.trace import Engine
@@ -50,9 +47,6 @@ REPROBE_INTERVAL_S = 30.0
 
 MAX_FINGERPRINTS = 1000
 """An engine with more puts something else into that field."""
-
-Weights: TypeAlias = tuple[tuple[str, int, int], ...]
-"""Path, time of change [ns] and size [bytes] of each file of a checkpoint."""
 
 log = logging.getLogger("driftgate.upstream")
 
@@ -90,9 +84,7 @@ class Upstream:
         """Fingerprints that a probe was made for."""
         self._checkpoints: dict[str, str] = {}
         """Digest of the weights of each served model, as far as it is known."""
-        self._digests: dict[Weights, str | None] = {}
-        """None: it could not be read."""
-        self._digesting = threading.Lock()
+        self._digests = Digests()
         self._digested = asyncio.Event()
         self._digest_deadline = 0.0
         self._wanted = asyncio.Event()
@@ -311,7 +303,7 @@ class Upstream:
             asked_ns = time.time_ns()
             report = await probe(self.url, key=self._config.upstream_key)
             self.health.well_ns = max(asked_ns, self.health.well_ns or 0)
-            known = await asyncio.to_thread(self._known_digests, report.models)
+            known = await asyncio.to_thread(self._digests.known, report.models)
             if self._says_less(report):
                 log.warning("%s told nothing of itself: %s", self.url, "; ".join(report.notes))
                 self.error = None
@@ -372,7 +364,7 @@ class Upstream:
             if report is not None and not self._digested.is_set():
                 async with beside("numerics", self._numerics.read(report, self.weights)) as asked:
                     self._checkpoints = await in_thread(
-                        "digest", lambda: self._read_digests(report.models)
+                        "digest", lambda: self._digests.read(report.models)
                     )
                     self.report = self._with_digest(report)
                     await asked
@@ -381,44 +373,8 @@ class Upstream:
         finally:
             self._digested.set()
 
-    def _known_digests(self, models: list[ModelInfo]) -> dict[str, str] | None:
-        """The digests of weights that have not changed since they were read; None if one has."""
-        found: dict[str, str] = {}
-        for info in models:
-            weights = _weights(info.root)
-            if weights and weights not in self._digests:
-                return None
-            if (digest := self._digests.get(weights)) is not None:
-                found[info.id] = digest
-        return found
-
-    def _read_digests(self, models: list[ModelInfo]) -> dict[str, str]:
-        with self._digesting:  # a probe may come before the last one's weights are read
-            for info in models:
-                weights = _weights(info.root)
-                if info.root is None or not weights or weights in self._digests:
-                    continue
-                try:
-                    self._digests[weights] = checkpoint_digest(info.root)
-                except (TeacherError, OSError) as error:
-                    self._digests[weights] = None
-                    log.info("the weights of %s have no digest: %s", info.id, error)
-        return self._known_digests(models) or {}
-
 
 def tokenizer_of(engine: Engine) -> str | None:
     """The digest of an engine's tokenizer, or where that cannot be read its
     ``system_fingerprint``."""
     return engine.settings.get("tokenizer") or engine.system_fingerprint
-
-
-def _weights(root: str | None) -> Weights:
-    """The files that the digest is over; empty where they are not readable here."""
-    if root is None:
-        return ()
-    try:
-        files = [*sorted(Path(root).glob("*.safetensors")), Path(root, "config.json")]
-        said = [(str(path), path.stat()) for path in files]
-    except OSError:
-        return ()
-    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in said)

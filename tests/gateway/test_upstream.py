@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from driftgate.errors import UpstreamError
+from driftgate.gateway import checkpoints
 from driftgate.gateway import upstream as module
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.metrics import Metrics
@@ -219,7 +220,7 @@ class Digest:
 @pytest.fixture
 def digest(monkeypatch: pytest.MonkeyPatch) -> Digest:
     digest = Digest()
-    monkeypatch.setattr(module, "checkpoint_digest", digest)
+    monkeypatch.setattr(checkpoints, "checkpoint_digest", digest)
     return digest
 
 
