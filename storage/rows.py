@@ -162,9 +162,9 @@ class RebuildReport(msgspec.Struct, frozen=True, kw_only=True):
     segments: int
     records: int
     damaged_bytes: int
-    """Bytes inside segments that are no record and were skipped."""
+    """Bytes of segments that were whole once and are no record now, or gone."""
     torn_bytes: int
-    """Bytes at ends of segments that are no whole record."""
+    """Bytes behind what was whole."""
     unreadable: list[str]
     """Files that are no segment of a known version and records whose content breaks the format:
     skipped."""
