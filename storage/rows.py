@@ -169,5 +169,6 @@ class RebuildReport(msgspec.Struct, frozen=True, kw_only=True):
     """Files that are no segment of a known version and records whose content breaks the format:
     skipped."""
     lost: list[str]
-    """What the index before this one had of a segment and is in none now, calls whose trace may be in
-    what is damaged or missing, and traces that are built on one that is not there, a line each."""
+    """What the index before this one had of a segment and is in none now, calls whose trace may be
+    in what is damaged or missing, and traces that are built on one that is not there, a line
+    each."""
