@@ -20,10 +20,10 @@ from driftgate.errors import FormatError, NotFoundError
 from driftgate.storage.codec import pack_record
 from driftgate.storage.delta import diff
 from driftgate.storage.index import INDEX_NAME, open_index
-from driftgate.storage.inserts import Place, add_intent, add_outcome, add_reward, add_trace
+from driftgate.storage.inserts import Place, add_small, add_trace
 from driftgate.storage.load import CachedTrace, TraceCache, load_trace
 from driftgate.storage.records import Kind, Small, encode_small, encode_trace, prompt_key, twin_key
-from driftgate.trace import CallIntent, CallOutcome, Trace
+from driftgate.trace import Trace
 
 __all__ = ["AddRow", "Encoder"]
 
@@ -150,12 +150,4 @@ class Encoder:
 
 
 def _row_of(record: Small) -> AddRow:
-    def add_row(connection: sqlite3.Connection, place: Place) -> None:
-        if isinstance(record, CallIntent):
-            add_intent(connection, record, place.segment)
-        elif isinstance(record, CallOutcome):
-            add_outcome(connection, record)
-        else:
-            add_reward(connection, record)
-
-    return add_row
+    return lambda connection, place: add_small(connection, record, place.segment)

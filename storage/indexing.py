@@ -14,17 +14,9 @@ from pathlib import Path
 
 from driftgate.errors import FormatError
 from driftgate.storage.delta import TraceHead
-from driftgate.storage.inserts import (
-    Place,
-    add_intent,
-    add_outcome,
-    add_reward,
-    add_score,
-    add_trace,
-)
+from driftgate.storage.inserts import Place, add_score, add_small, add_trace
 from driftgate.storage.records import Kind, ScoreHead, decode_small, head_of
 from driftgate.storage.segments import Entry, scan
-from driftgate.trace import CallIntent, CallOutcome
 
 __all__ = ["Found", "entries", "index_entry"]
 
@@ -87,11 +79,5 @@ def _insert(connection: sqlite3.Connection, place: Place, entry: Entry) -> str:
         return "added"
     if kind == Kind.SCORE:
         return add_score(connection, head_of(payload, ScoreHead), place)
-    small = decode_small(kind, payload)
-    if isinstance(small, CallIntent):
-        add_intent(connection, small, place.segment)
-    elif isinstance(small, CallOutcome):
-        add_outcome(connection, small)
-    else:
-        add_reward(connection, small)
+    add_small(connection, decode_small(kind, payload), place.segment)
     return "added"

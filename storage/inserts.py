@@ -26,6 +26,7 @@ __all__ = [
     "add_outcome",
     "add_reward",
     "add_score",
+    "add_small",
     "add_trace",
     "has_score",
     "indexed_bytes",
@@ -270,6 +271,18 @@ def add_reward(connection: sqlite3.Connection, reward: Reward) -> None:
         "WHERE excluded.given_ns >= given_ns",
         (reward.trajectory, reward.given_ns, _json(reward)),
     )
+
+
+def add_small(
+    connection: sqlite3.Connection, record: CallIntent | CallOutcome | Reward, segment: str
+) -> None:
+    """A record that is only JSON, in ``segment``."""
+    if isinstance(record, CallIntent):
+        add_intent(connection, record, segment)
+    elif isinstance(record, CallOutcome):
+        add_outcome(connection, record)
+    else:
+        add_reward(connection, record)
 
 
 _KEY = "trace_id = ? AND engine = ? AND trainer = ? AND kind = ?"
