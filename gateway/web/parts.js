@@ -47,16 +47,18 @@ export function Section({ title, raw, aside, children, id }) {
   </section>`;
 }
 
-/** The JSON behind what is shown. A browser's link cannot carry a read key: then it is saved. */
+/** A browser's link cannot carry a read key: then what it leads to is saved. */
+export function saveWithKey(event, href) {
+  if (!readKey()) return;
+  event.preventDefault();
+  save(href);
+}
+
+/** The JSON behind what is shown. */
 export function Raw({ href, what }) {
   const text = html`JSON<span class="sr"> behind ${what}</span>`;
   if (report) return html`<button type="button" class="raw link" onClick=${() => save(href)}>${text}</button>`;
-  const open = (event) => {
-    if (!readKey()) return;
-    event.preventDefault();
-    save(href);
-  };
-  return html`<a class="raw" href=${href} onClick=${open}>${text}</a>`;
+  return html`<a class="raw" href=${href} onClick=${(event) => saveWithKey(event, href)}>${text}</a>`;
 }
 
 export function Waiting({ what }) {
@@ -70,11 +72,19 @@ export function Failure({ error, retry }) {
   </div>`;
 }
 
-/** An answer's content, or why there is none. */
+/** An answer's content, or why there is none; what is old says so. */
 export function Show({ answer, what, children }) {
-  if (answer.data != null) return children(answer.data);
+  // That the gateway does not answer at all is said above every page.
+  const refused = answer.error?.status > 0;
+  if (answer.data != null) return html`${refused && html`<${Old} answer=${answer} what=${what} />`}${children(answer.data)}`;
   if (answer.error) return html`<${Failure} error=${answer.error} retry=${answer.reload} />`;
   return html`<${Waiting} what=${what} />`;
+}
+
+export const Sign = () => html`<span class="band red" aria-hidden="true">■</span>`;
+
+function Old({ answer, what }) {
+  return html`<p class="lost" role="status"><${Sign} /><span><strong>From ${clock(answer.atMs * 1e6, true)}: ${what}.</strong> Since then the gateway answers: ${answer.error.message} ${answer.error.fix}</span></p>`;
 }
 
 export function Empty({ children }) {
