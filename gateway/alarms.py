@@ -27,8 +27,9 @@ none; unrelated rows have 27 % (4 of 16) to 59 % (8 of 128)."""
 WORKER_LAG_S = 60.0
 """A worker that follows scores within seconds; after a minute it is behind or not there."""
 
-GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2")
-"""Bands that sound an alarm, by the headline first. Routes have an alarm of their own."""
+ROUTES = "router_set_disagree_rate"
+GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2", ROUTES)
+"""Bands that sound an alarm, by the headline first: those that colour a score."""
 
 COLOURS: tuple[tuple[Literal["red", "amber"], tuple[Colour, ...]], ...] = (
     ("red", ("red",)),
@@ -37,7 +38,7 @@ COLOURS: tuple[tuple[Literal["red", "amber"], tuple[Colour, ...]], ...] = (
 """What an alarm is called, and the bands that its stretch is made of: an amber one was worse at
 times."""
 
-UNITS = {"kl_k3_rollout_train": " nats", "abs_log_ratio_mean": " nats", "extreme_frac_tau2": ""}
+UNITS = {"kl_k3_rollout_train": " nats", "abs_log_ratio_mean": " nats"}
 
 
 def alarms(
@@ -90,7 +91,7 @@ def _drift(sums: Sequence[Sums], at: dict[str, str], *, slack: float = 1.0) -> I
     for colour, bands in COLOURS:
         for name in GATED:
             holds = partial(_holds, name=name, bands=bands, slack=slack)
-            now = stretch(sums, holds, lambda row: row.n_tokens)
+            now = stretch(sums, holds, _routed_tokens if name == ROUTES else _tokens)
             if now is None or now.n_tokens < BLOCK_TOKENS:
                 continue
             value, limits = now.metrics()[name], BANDS[name]
@@ -99,7 +100,7 @@ def _drift(sums: Sequence[Sums], at: dict[str, str], *, slack: float = 1.0) -> I
             yield Alarm(
                 severity=colour,
                 code=f"drift_{colour}",
-                text=f"Drift of {at['model']}: {name} {value:.2g}{UNITS[name]}, the band's "
+                text=f"Drift of {at['model']}: {name} {value:.2g}{UNITS.get(name, '')}, the band's "
                 f"{colour} begins at {limit:.2g}; "
                 f"{now.n_tokens} tokens",
                 fix="open the cell: compare with its noise floor, then look at the worst token",
@@ -109,12 +110,23 @@ def _drift(sums: Sequence[Sums], at: dict[str, str], *, slack: float = 1.0) -> I
             return
 
 
+def _tokens(row: Sums) -> int:
+    return row.n_tokens
+
+
+def _routed_tokens(row: Sums) -> int:
+    """A token's layers are no chances of their own: routes fill a block by tokens too."""
+    return row.n_tokens if row.cells else 0
+
+
 def _holds(total: Sums, *, name: str, bands: tuple[Colour, ...], slack: float) -> bool:
     """It is in one of the bands, and without its worst token not green: of green data with few
     far tokens one block in ten has a k3 of amber by one token, and none in a hundred by two."""
     if name == "extreme_frac_tau2" and total.over_2 < FEW_HITS:
         return False
     found = band(name, total.metrics()[name], slack=slack)
+    if name == ROUTES:  # nothing of one token: a pair counts one at most
+        return found in bands
     return found in bands and band(name, total.but_worst().metrics()[name], slack=slack) != "green"
 
 

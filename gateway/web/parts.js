@@ -104,17 +104,18 @@ export function BandMark({ colour, words = false }) {
   >`;
 }
 
-/** A metric's value with its band's sign and its unit; a null says why it is one. */
-export function Metric({ glossary, name, measures, slack, unit = true, digits }) {
+/** A metric's value with its band's sign and its unit; a null says why it is one. What is not
+    comparable has no band: it does not measure engine against trainer. */
+export function Metric({ glossary, name, measures, verdict, slack, unit = true, digits }) {
   const value = measures?.metrics[name] ?? null;
   if (value == null) {
     const why = measures?.undefined?.[name] ?? "no numbers";
     return html`<span class="muted" title=${why}>–<span class="sr"> ${why}</span></span>`;
   }
-  const colour = band(glossary, name, value, { bad: measures.metrics.n_bad_tokens, slack });
+  const colour = verdict === "no" ? null : band(glossary, name, value, { bad: measures.metrics.n_bad_tokens, slack });
   const known = glossary?.metrics[name] ?? glossary?.router_metrics[name];
   const of = unit && known && known.unit !== "1" ? html` <span class="unit">${known.unit}</span>` : null;
-  return html`<span class="value"><${BandMark} colour=${colour} /> ${num(value, digits)}${of}</span>`;
+  return html`<span class=${verdict === "no" ? "value muted" : "value"}><${BandMark} colour=${colour} /> ${num(value, digits)}${of}</span>`;
 }
 
 const VERDICTS = {

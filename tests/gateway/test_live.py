@@ -132,6 +132,24 @@ def test_one_token_alone_is_no_alarm() -> None:
     assert codes(sums(0.0, 1)._replace(over_2=3)) == {"drift_amber": 1}
 
 
+def routed(rate: float, at: int, *, n: int = BLOCK_TOKENS) -> Sums:
+    """Of ``n`` tokens and 8 layers, without any other drift."""
+    return sums(0.0, at, n=n, cells=8 * n)._replace(cells=8 * n, disagree=round(8 * n * rate))
+
+
+def test_routes_out_of_band_sound_as_drift_does() -> None:
+    assert codes(routed(0.0, 1), routed(0.4, 2), routed(0.3, 3)) == {"drift_red": 2}
+    assert codes(routed(0.15, 1)) == {"drift_amber": 1}
+    assert codes(routed(0.05, 1)) == codes(routed(0.4, 1), routed(0.0, 2)) == {}
+    (alarm,) = alarms({KEY: [routed(0.4, 1)]}, [], QUIET, 10, now_ns=0)
+    assert "router_set_disagree_rate 0.4, the band's red begins at 0.2; 512 tokens" in alarm.text
+
+
+def test_layers_do_not_fill_a_block_of_routes() -> None:
+    assert codes(routed(0.4, 1, n=BLOCK_TOKENS - 1)) == {}
+    assert codes(routed(0.4, 1), sums(0.0, 2)) == {"drift_red": 1}, "no routes there"
+
+
 def test_the_alarm_of_an_fp8_engine_has_the_wider_band() -> None:
     meta = scores(1)[0].meta
     meta.engine = msgspec.structs.replace(meta.engine, settings={"quantization": "fp8"})

@@ -126,7 +126,7 @@ function Table({ sides, id, raw }) {
             const [x, y] = [value(a, name), value(b, name)];
             return html`<tr>
               <th scope="row"><code>${name}</code></th>
-              ${[a, b].map((c) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${sourceOf(c, name)} slack=${c.k3_slack} /></td>`)}
+              ${[a, b].map((c) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${sourceOf(c, name)} verdict=${c.verdict} slack=${c.k3_slack} /></td>`)}
               <td class="n">${x == null || y == null ? "–" : num(y - x)}</td>
               ${dated && html`<td class="muted">${apart(name)}</td>`}
             </tr>`;

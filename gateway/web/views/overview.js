@@ -21,6 +21,7 @@ import {
   Title,
   Verdict,
 } from "../parts.js";
+import { BAND_ORDER, BAND_WORDS, worstBand } from "../scale.js";
 
 const EVERY_S = 5;
 
@@ -39,22 +40,34 @@ export function Overview() {
   useScores(0, () => overview.reload());
   return html`<${Title} note="Would the trainer see the policy that produced these rollouts?">Overview<//>
     <${Show} answer=${overview} what="what is live">
-      ${(now) => html`<${Alarms} now=${now} cells=${cells.data} />
+      ${(now) => html`<${Alarms} now=${now} cells=${cells.data} glossary=${glossary.data} />
         <${Now} now=${now} />
         <${OverTime} series=${series} cells=${cells.data} glossary=${glossary.data} />
         <${Worst} now=${now} />`}
     <//>`;
 }
 
-function Alarms({ now, cells }) {
-  const judged = cells?.items.filter((c) => c.kind === "drift" && c.verdict !== "no").length;
+/** An alarm judges the newest scores; a cell's bands all of them. Both are said. */
+function Calm({ cells, glossary }) {
+  const judged = cells.filter((c) => c.kind === "drift" && c.verdict !== "no").map((c) => worstBand(glossary, c, c.verdict).colour);
+  const of = (colour) => judged.filter((found) => found === colour).length;
+  const worst = BAND_ORDER.findLast(of) ?? null;
+  const beyond = of("amber") + of("red");
+  const each = BAND_ORDER.filter(of).map((colour) => `${plural(of(colour), "cell")} ${BAND_WORDS[colour][1]}`);
+  return html`<p class=${beyond ? "alarm past" : "alarm calm"}>
+    <${BandMark} colour=${worst ?? "green"} />
+    <span>${!judged.length
+      ? "Nothing to look at yet: nothing is scored."
+      : beyond
+        ? `Nothing new to look at, nothing lost. Over all of their scores: ${each.join(", ")}.`
+        : `Nothing to look at: ${each.join(", ")}, nothing lost.`}</span>
+  </p>`;
+}
+
+function Alarms({ now, cells, glossary }) {
   return html`<section aria-labelledby="alarms" class="alarms">
     <h2 id="alarms" class="sr">Alarms</h2>
-    ${now.alarms.length === 0 &&
-    html`<p class="alarm calm">
-      <${BandMark} colour="green" />
-      <span>${judged ? `Nothing to look at: ${plural(judged, "cell")} within band, nothing lost.` : "Nothing to look at yet: nothing is scored."}</span>
-    </p>`}
+    ${now.alarms.length === 0 && cells && glossary && html`<${Calm} cells=${cells.items} glossary=${glossary} />`}
     <ul>
       ${now.alarms.map(
         (a) => html`<li class=${`alarm ${a.severity}`}>
@@ -145,7 +158,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
   return html`<figure class="chart">
     <figcaption>
       <a href=${routeTo.cell(line)}><strong>${line.model}</strong> <span class="muted">${name}</span></a>
-      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} slack=${cell?.k3_slack} /> <${Partial} cell=${cell} /></span>`}
+      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} verdict=${cell.verdict} slack=${cell?.k3_slack} /> <${Partial} cell=${cell} /></span>`}
     </figcaption>
     ${source && html`<p class="muted small"><${Basis} cell=${cell} metric=${metric} /></p>`}
     <${DriftChart}

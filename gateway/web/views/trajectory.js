@@ -37,7 +37,7 @@ function Whole({ name, data, mismatch, tree, glossary, query, go, path }) {
         Worst token${worst && html` <span class="muted">step ${worst.step}, |D| ${num(Math.abs(worst.worst.log_ratio))} nats${worst.comparable ? "" : ", not comparable"}</span>`}
       <//>
       <${Jump} to=${divergent && routeTo.trajectory(name, { step: divergent.step, choice: divergent.choice })}>
-        First divergent step <span class="muted">${divergent ? `step ${divergent.step}, ${divergent.colour} by k3` : "none: every comparable step is within band"}</span>
+        First divergent step <span class="muted">${glossary && (divergent ? `step ${divergent.step}, ${divergent.colour} by ${divergent.by}` : noneDiverges(answers))}</span>
       <//>
       <a class="button" href=${routeTo.compare(`t:${name}`, null)}>Compare</a>
     </nav>
@@ -52,6 +52,11 @@ function Whole({ name, data, mismatch, tree, glossary, query, go, path }) {
       </div>
     </div>
     <${Exports} name=${name} />`;
+}
+
+function noneDiverges(answers) {
+  if (!answers.some((a) => a.score)) return "no step is scored";
+  return answers.some((a) => a.comparable) ? "none: every comparable step is within band" : "no comparable step";
 }
 
 function Summary({ row, reward }) {
@@ -82,7 +87,7 @@ function Cells({ mismatch, glossary, name }) {
                 <tbody>
                   ${data.cells.map(({ whole: c }) => {
                     const of = c.measures ?? c.all_measures;
-                    const value = (metric, from = of) => html`<${Metric} glossary=${glossary} name=${metric} measures=${from} slack=${c.k3_slack} />`;
+                    const value = (metric, from = of) => html`<${Metric} glossary=${glossary} name=${metric} measures=${from} verdict=${c.verdict} slack=${c.k3_slack} />`;
                     return html`<tr>
                       <th scope="row"><a href=${routeTo.cell(c)}>${side(c.engine)} → ${side(c.trainer)}</a></th>
                       <td><${Verdict} verdict=${c.verdict} /> <${Partial} cell=${c} />${c.comparable.no ? html` <span class="muted">${plural(c.comparable.no, "answer")} left out</span>` : ""}</td>
