@@ -13,12 +13,13 @@ from typing import Literal
 
 from driftgate.bands import BANDS, Colour, band, slack_of
 from driftgate.codes import CODES, SEVERITY
+from driftgate.engine_views import EngineState
 from driftgate.gateway.live import BLOCK_TOKENS, CellKey, Sums, stretch
 from driftgate.live_views import Alarm
 from driftgate.profiles import FEW_HITS
 from driftgate.storage import Activity, CellRow
 
-__all__ = ["alarms"]
+__all__ = ["OF_NOW", "alarms"]
 
 ZERO_OVERLAP = 0.05
 """Share of (token, layer) pairs without a common expert. Rows that belong together have next to
@@ -26,6 +27,12 @@ none; unrelated rows have 27 % (4 of 16) to 59 % (8 of 128)."""
 
 WORKER_LAG_S = 60.0
 """A worker that follows scores within seconds; after a minute it is behind or not there."""
+
+PAUSE_S = 60.0
+"""New weights take seconds; a trainer that paused for longer may have died meanwhile."""
+
+OF_NOW = frozenset({"engine_away", "engine_paused"})
+"""Of a gateway that runs, not of what is stored: no part of a report."""
 
 ROUTES = "router_set_disagree_rate"
 GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2", ROUTES)
@@ -48,10 +55,11 @@ def alarms(
     trajectories: int,
     *,
     now_ns: int,
+    engines: Sequence[EngineState] = (),
 ) -> list[Alarm]:
     """All alarms, red before amber. ``rows``: the same cells as storage judges them;
-    ``trajectories``: how many there are."""
-    found: list[Alarm] = []
+    ``trajectories``: how many there are; ``engines``: those of a gateway that runs."""
+    found = [*_away(engines), *_paused(engines, now_ns)]
     sides = {row.engine.digest: row.engine for row in rows}
     for (engine, trainer, model, kind), sums in cells.items():
         if kind != "drift":
@@ -65,6 +73,38 @@ def alarms(
     found += _capture(activity, trajectories)
     found += _worker(activity, now_ns)
     return sorted(found, key=lambda alarm: alarm.severity != "red")
+
+
+def _away(engines: Sequence[EngineState]) -> Iterator[Alarm]:
+    """By what `/readyz` goes by."""
+    others = any(engine.error is None for engine in engines)
+    for engine in engines:
+        if engine.error is None:
+            continue
+        where = "" if engine.upstream in engine.error else f"{engine.upstream}: "
+        yield Alarm(
+            severity="amber" if others else "red",
+            code="engine_away",
+            text=f"Engine away: {where}{engine.error}",
+            fix="other engines take its calls until it is back"
+            if others
+            else "agents' calls fail until it is back: its own log says why it is not",
+        )
+
+
+def _paused(engines: Sequence[EngineState], now_ns: int) -> Iterator[Alarm]:
+    for engine in engines:
+        since = engine.paused_ns
+        if engine.paused is None or since is None or now_ns - since < PAUSE_S * 1e9:
+            continue
+        yield Alarm(
+            severity="amber",
+            code="engine_paused",
+            text=f"Engine paused by the trainer: {engine.upstream} ({engine.paused}), "
+            f"{engine.in_flight} calls still there",
+            fix="new calls are answered 429 until it is resumed: POST /api/weights",
+            since_ns=since,
+        )
 
 
 def _routes(sums: Sequence[Sums], at: dict[str, str]) -> Iterator[Alarm]:

@@ -23,7 +23,7 @@ from driftgate.gateway.openapi import Route
 from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.wire import body_of, json_answer
 
-__all__ = ["ROUTES", "state_of", "tell"]
+__all__ = ["ROUTES", "state_of", "states_of", "tell"]
 
 
 class Told(Protocol):
@@ -70,7 +70,9 @@ def tell(upstreams: Sequence[Upstream], said: WeightsRequest, now_ns: int) -> No
             upstream.weights.tell(said.version, from_ns, now_ns)
     if said.pause or said.resume:
         for upstream in meant:
+            since_ns = upstream.paused_ns if upstream.paused is not None else now_ns
             upstream.paused = said.reason if said.pause else None
+            upstream.paused_ns = since_ns if said.pause else None
 
 
 def state_of(upstream: Upstream) -> EngineState:
@@ -85,13 +87,18 @@ def state_of(upstream: Upstream) -> EngineState:
         weight_version=upstream.weights.version,
         weights_from_ns=upstream.weights.from_ns,
         paused=upstream.paused,
+        paused_ns=upstream.paused_ns,
         in_flight=upstream.in_flight,
     )
 
 
+def states_of(upstreams: Sequence[Upstream]) -> list[EngineState]:
+    """All of them."""
+    return [state_of(upstream) for upstream in upstreams]
+
+
 def _answer(api: Told) -> web.Response:
-    states = [state_of(upstream) for upstream in api.upstreams]
-    return json_answer(msgspec.json.encode(Engines(engines=states)))
+    return json_answer(msgspec.json.encode(Engines(engines=states_of(api.upstreams))))
 
 
 ROUTES: tuple[Route, ...] = (

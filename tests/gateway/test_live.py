@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from driftgate.codes import CODES, reason
+from driftgate.engine_views import EngineState
 from driftgate.gateway.alarms import alarms
 from driftgate.gateway.live import BLOCK_TOKENS, CellKey, Live, Sums, stretch
 from driftgate.listings import TrajectoryRow
@@ -209,6 +210,31 @@ def test_bad_tokens_and_what_waits_are_said() -> None:
     assert codes(activity=waits, now_ns=5 + 61 * 10**9) == {"worker_behind": 5}
     lost = msgspec.structs.replace(QUIET, with_gaps=2, stale_calls=1)
     assert codes(activity=lost) == {"capture_gaps": None, "stale_calls": None}
+
+
+def engine(url: str, **state: object) -> EngineState:
+    known = dict.fromkeys(("engine", "version", "error", "paused"))
+    rest = {"models": [], "weight_version": "0", "weights_from_ns": 0, "in_flight": 2}
+    return msgspec.convert({"upstream": url, **known, **rest, **state}, EngineState)
+
+
+def test_an_engine_that_is_away_is_said_first() -> None:
+    gone, well = engine("http://a", error="its /health did not answer"), engine("http://b")
+    lost = msgspec.structs.replace(QUIET, with_gaps=2)
+    first, *_ = alarms({KEY: [sums(0.1, 1)]}, [], lost, 3, now_ns=0, engines=[gone])
+    assert (first.severity, first.code) == ("red", "engine_away")
+    assert first.text == "Engine away: http://a: its /health did not answer"
+    (one,) = alarms({}, [], QUIET, 0, now_ns=0, engines=[gone, well])
+    assert (one.severity, one.fix) == ("amber", "other engines take its calls until it is back")
+    assert alarms({}, [], QUIET, 0, now_ns=0, engines=[well]) == []
+
+
+def test_an_engine_that_stays_paused_is_said() -> None:
+    paused = engine("http://a", paused="new weights", paused_ns=5)
+    assert alarms({}, [], QUIET, 0, now_ns=5 + 59 * 10**9, engines=[paused]) == []
+    (alarm,) = alarms({}, [], QUIET, 0, now_ns=5 + 60 * 10**9, engines=[paused])
+    assert (alarm.code, alarm.since_ns) == ("engine_paused", 5)
+    assert "http://a (new weights), 2 calls still there" in alarm.text
 
 
 def run(name: str) -> TrajectoryRow:
