@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, Route, expect
 
+from driftgate.storage import Record, Writer
+from driftgate.testing.traces import make_intent, make_score, make_trajectory
 from tests.web.conftest import Watched
 
 MakePage = Callable[..., Watched]
@@ -56,3 +59,51 @@ def test_an_answer_that_the_gateway_refuses_leaves_the_one_before(make_page: Mak
     expect(old).to_contain_text("the index is locked")
     expect(old).to_contain_text(re.compile(r"From \d\d:\d\d:\d\d: the matrix"))
     expect(page.get_by_role("table").first).to_be_visible()
+
+
+def add(root: Path, *records: Record) -> None:
+    writer = Writer(root)
+    try:
+        for record in records:
+            writer.submit(record).result(timeout=30)
+    finally:
+        writer.close()
+
+
+def test_a_verdict_follows_what_is_scored(make_page: MakePage, root: Path) -> None:
+    (trace,) = make_trajectory("scored-later", steps=1, response=40, routed=False)
+    add(root, make_intent(trace), trace)
+    watched = make_page()
+    watched.page.clock.install()
+    page = watched.open("t/scored-later")
+    verdict = page.get_by_role("region", name="Train on it?")
+    response = page.get_by_role("region", name="Response, 40 tokens")
+    expect(verdict).to_contain_text("no verdict")
+    expect(response).to_contain_text("Not scored yet")
+    add(root, make_score(trace, noise=0.001))
+    page.clock.run_for(6_000)
+    expect(verdict).to_contain_text("1 of 1 answers scored")
+    expect(verdict).to_contain_text("Shares of mean |D|")
+    expect(response).to_contain_text("k3")
+    expect(page.get_by_role("region", name="As a whole")).to_contain_text("1 of 1")
+
+
+def test_one_overview_is_asked_for_at_a_time(make_page: MakePage) -> None:
+    """Each score aborted the request before: a slow gateway's answer never arrived."""
+    watched = make_page()
+    page = watched.page
+    held: list[Route] = []
+    scores = "".join(f'{{"cursor": {n}, "score": {{}}}}\n' for n in range(1, 21))
+    page.route("**/api/overview", lambda route: held.append(route))
+    page.route("**/api/drift?follow=1*", lambda route: route.fulfill(body=scores))
+    with page.expect_request("**/api/overview"):
+        page.goto("about:blank")
+        page.goto(f"{watched.home}#/")
+    for _ in range(2):  # the next one begins when all of one was read
+        page.wait_for_event("request", lambda request: "follow=1" in request.url)
+    assert len(held) == 1
+    with page.expect_request("**/api/overview"):  # what came meanwhile
+        held[0].continue_()
+    expect(page.get_by_text("Worker lag")).to_be_visible()
+    assert len(held) == 2
+    page.unroute_all(behavior="ignoreErrors")

@@ -13,9 +13,9 @@ import { Break } from "./steps.js";
 
 const LISTED = 12;
 
-export function Answer({ name, step, choice, token, node, onToken }) {
+export function Answer({ name, step, choice, token, node, version, onToken }) {
   const path = paths.step(name, step);
-  const answer = useAnswer(path);
+  const answer = useAnswer(path, 0, version);
   return html`<${Show} answer=${answer} what=${`step ${step}`}>
     ${(detail) => {
       const all = detail.choices;

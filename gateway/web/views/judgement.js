@@ -21,10 +21,11 @@ function Tier({ of }) {
   return html`<strong class=${`tier ${colour}`}><span aria-hidden="true">${sign} </span>${words}</strong>`;
 }
 
-export function Judgement({ name }) {
+/** `version`: of what is scored; another one is judged anew. */
+export function Judgement({ name, version }) {
   const [profile, setProfile] = useState("default");
   const path = paths.verdict(name, profile);
-  const verdict = useAnswer(path);
+  const verdict = useAnswer(path, 0, version);
   return html`<${Section}
     id="verdict"
     title="Train on it?"
@@ -35,7 +36,7 @@ export function Judgement({ name }) {
       ${(data) => html`${data.items.map((item) => html`<${Item} item=${item} many=${data.items.length > 1} />`)}
         ${data.groups.map((group) => html`<${Group} group=${group} />`)}`}
     <//>
-    <${Causes} name=${name} />
+    <${Causes} name=${name} version=${version} />
   <//>`;
 }
 
@@ -80,9 +81,9 @@ function Group({ group }) {
   </div>`;
 }
 
-function Causes({ name }) {
+function Causes({ name, version }) {
   const path = paths.explain(name);
-  const answer = useAnswer(path);
+  const answer = useAnswer(path, 0, version);
   return html`<div>
     <div class="card-head"><h3>Why the two sides differ</h3><${Raw} href=${path} what="causes" /></div>
     <${Show} answer=${answer} what="the causes">

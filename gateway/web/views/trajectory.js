@@ -12,16 +12,24 @@ import { Capture } from "./trajectories.js";
 export function Trajectory({ name, query, go }) {
   const path = paths.trajectory(name);
   const detail = useAnswer(path, 5);
-  const mismatch = useAnswer(paths.mismatch(name), 10);
   const tree = useAnswer(paths.tree(name), 10).data;
   const glossary = useAnswer(paths.glossary).data;
   if (detail.error && !detail.data) return html`<${Title}>${name}<//><${Failure} error=${detail.error} retry=${detail.reload} />`;
   return html`<${Show} answer=${detail} what=${`trajectory ${name}`}>
-    ${(data) => html`<${Whole} name=${name} data=${data} mismatch=${mismatch} tree=${tree} glossary=${glossary} query=${query} go=${go} path=${path} />`}
+    ${(data) => html`<${Whole} name=${name} data=${data} tree=${tree} glossary=${glossary} query=${query} go=${go} path=${path} />`}
   <//>`;
 }
 
-function Whole({ name, data, mismatch, tree, glossary, query, go, path }) {
+/** Changes with every answer and score of these steps. */
+function versionOf(steps) {
+  const choices = steps.flatMap((s) => s.choices);
+  const scores = choices.flatMap((c) => c.scores);
+  return `${choices.length} ${scores.length} ${Math.max(...scores.map((s) => s.scored_ns))}`;
+}
+
+function Whole({ name, data, tree, glossary, query, go, path }) {
+  const version = versionOf(data.steps);
+  const mismatch = useAnswer(paths.mismatch(name), 10, version);
   const steps = useMemo(() => outline(data, tree, glossary), [data, tree, glossary]);
   const answers = steps.flatMap((s) => s.answers);
   const worst = worstOf(answers);
@@ -42,13 +50,13 @@ function Whole({ name, data, mismatch, tree, glossary, query, go, path }) {
       <a class="button" href=${routeTo.compare(`t:${name}`, null)}>Compare</a>
     </nav>
     <${Cells} mismatch=${mismatch} glossary=${glossary} name=${name} />
-    <${Judgement} name=${name} />
+    <${Judgement} name=${name} version=${version} />
     <div class="split">
       <${Steps} steps=${steps} tree=${tree} step=${step} choice=${choice} name=${name} />
       <div class="main-column">
         ${step == null
           ? html`<${Empty}>No answer is stored yet.<//>`
-          : html`<${Answer} key=${`${step}`} name=${name} step=${step} choice=${choice} token=${token} node=${nodesOf(tree).get(`${step}.${choice}`)} onToken=${(i) => go(here({ token: i }), true)} />`}
+          : html`<${Answer} key=${`${step}`} name=${name} step=${step} choice=${choice} token=${token} version=${versionOf(data.steps.filter((s) => s.step === step))} node=${nodesOf(tree).get(`${step}.${choice}`)} onToken=${(i) => go(here({ token: i }), true)} />`}
       </div>
     </div>
     <${Exports} name=${name} />`;
