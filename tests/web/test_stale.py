@@ -107,3 +107,49 @@ def test_one_overview_is_asked_for_at_a_time(make_page: MakePage) -> None:
     expect(page.get_by_text("Worker lag")).to_be_visible()
     assert len(held) == 2
     page.unroute_all(behavior="ignoreErrors")
+
+
+def run_rows(first: int, last: int) -> list[dict[str, object]]:
+    """Of the list of trajectories, newest first."""
+    counts = dict.fromkeys(("steps", "choices", "captured", "scorable", "scored", "missing"), 1)
+    more = {"open_calls": 0, "failed_calls": 0, "models": ["tiny"], "complete": True, "gaps": []}
+    return [
+        {"trajectory": f"run-{n:03}", "started_ns": n, "ended_ns": n, "reward": None, "drift": None}
+        | counts
+        | more
+        for n in range(last, first - 1, -1)
+    ]
+
+
+@pytest.mark.parametrize(("came", "shown"), [(5, 65), (40, 100), (50, 50), (70, 50)])
+def test_older_runs_lose_none_when_new_ones_come(
+    make_page: MakePage, came: int, shown: int
+) -> None:
+    """The first page moved, and the rows that it left were on no page."""
+    watched = make_page()
+    page = watched.page
+    page.clock.install()
+    newest = [59]
+
+    def answer(route: Route) -> None:
+        before = re.search(r"before=run-(\d+)", route.request.url)
+        last = int(before[1]) - 1 if before else newest[0]
+        first = max(0, last - 49)
+        following = f"run-{first:03}" if first else None
+        route.fulfill(json={"items": run_rows(first, last), "next": following})
+
+    page.route(re.compile(r"/api/trajectories\?"), answer)
+    names = watched.open("trajectories").get_by_role("table").get_by_role("rowheader")
+    expect(names).to_have_count(50)
+    page.get_by_role("button", name="Older ones").click()
+    expect(names).to_have_count(60)
+    newest[0] += came
+    page.clock.run_for(11_000)
+    expect(names.first).to_have_text(f"run-{newest[0]:03}")
+    expect(names).to_have_count(shown)
+    while page.get_by_role("button", name="Older ones").count():
+        before = names.count()
+        page.get_by_role("button", name="Older ones").click()
+        expect(names).not_to_have_count(before)
+    said = names.all_inner_texts()
+    assert said == [f"run-{n:03}" for n in range(newest[0], -1, -1)]
