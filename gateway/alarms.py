@@ -101,7 +101,7 @@ def _paused(engines: Sequence[EngineState], now_ns: int) -> Iterator[Alarm]:
             severity="amber",
             code="engine_paused",
             text=f"Engine paused by the trainer: {engine.upstream} ({engine.paused}), "
-            f"{engine.in_flight} calls still there",
+            f"calls still there: {engine.in_flight}",
             fix="new calls are answered 429 until it is resumed: POST /api/weights",
             since_ns=since,
         )
@@ -237,12 +237,19 @@ def _worker(activity: Activity, now_ns: int) -> Iterator[Alarm]:
     oldest = activity.oldest_waiting_ns
     if oldest is None or now_ns - oldest < WORKER_LAG_S * 1e9:
         return
-    minutes = (now_ns - oldest) / 60e9
-    words = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     yield Alarm(
         severity="amber",
         code="worker_behind",
-        text=f"Answers that wait to be scored: {activity.waiting}, the oldest for {words}",
+        text=f"Answers that wait to be scored: {activity.waiting}, the oldest for "
+        f"{_for_s((now_ns - oldest) / 1e9)}",
         fix="start a worker: driftgate teach --follow; where one runs, its log says why",
         since_ns=oldest,
     )
+
+
+def _for_s(seconds: float) -> str:
+    """As the page says durations."""
+    for limit_s, unit_s, unit in ((7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} d"

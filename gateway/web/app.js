@@ -24,10 +24,19 @@ const NAV = [
 
 const ICON = document.querySelector("link[rel=icon]").href;
 
+/** As it is where it is no percent-encoding: a name can be typed. */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
 /** `#/t/NAME?step=3` as {view: "t", parts: ["NAME"], query}. */
 function place() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  const [view, ...parts] = path.split("/").map(decodeURIComponent);
+  const [view, ...parts] = path.split("/").map(decoded);
   return { view, parts, query: new URLSearchParams(query ?? "") };
 }
 

@@ -135,7 +135,7 @@ export function Verdict({ verdict, short }) {
 export function Basis({ cell, metric }) {
   const interval = cell.verdict === "no" ? null : cell.intervals[metric];
   const wide = interval ? `95 % ${num(interval.low)} … ${num(interval.high)}` : "no interval";
-  return html`${wide} · ${count(cell.n_tokens)} tokens, ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? html` <abbr title="fewer than 30 trajectories: intervals come out too narrow">(few)</abbr>` : ""}`;
+  return html`${wide} · ${plural(cell.n_tokens, "token")}, ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? html` <abbr title="fewer than 30 trajectories: intervals come out too narrow">(few)</abbr>` : ""}`;
 }
 
 /** How many weight versions lie between sampling and scoring, in words; nothing of a noise floor. */
@@ -158,13 +158,25 @@ export function Time({ ns, seconds }) {
   return html`<time datetime=${date(ns).toISOString()} title=${date(ns).toISOString()}>${clock(ns, seconds)}</time>`;
 }
 
-/** The worst token between the words around it. */
+const LONG_NAME = 30;
+const LONG_TOKEN = 24;
+
+/** A name in a table by its two ends, for runs often differ at the last: the whole is its title. */
+export function Name({ of }) {
+  if (of.length <= LONG_NAME) return html`<span class="name">${of}</span>`;
+  const ends = `${of.slice(0, LONG_NAME / 2)}…${of.slice(1 - LONG_NAME / 2)}`;
+  return html`<span class="name" title=${of}><span aria-hidden="true">${ends}</span><span class="sr">${of}</span></span>`;
+}
+
+/** The worst token between the words around it; its page has the whole of a long one. */
 export function InContext({ worst, chars = 44 }) {
   const dim = (text) => text && html`<span class="dim">${visible(text)}</span>`;
   return html`<span class="context"
-    >${dim((worst.before ?? "").slice(-chars))}<mark>${visible(worst.text)}</mark>${dim((worst.after ?? "").slice(0, chars))}</span
+    >${dim((worst.before ?? "").slice(-chars))}<mark>${visible(shortened(worst.text))}</mark>${dim((worst.after ?? "").slice(0, chars))}</span
   >`;
 }
+
+const shortened = (text) => (text?.length > LONG_TOKEN ? `${text.slice(0, LONG_TOKEN)}…` : text);
 
 export function LogRatio({ value }) {
   if (value == null) return html`<span class="muted">–</span>`;

@@ -212,6 +212,15 @@ def test_bad_tokens_and_what_waits_are_said() -> None:
     assert codes(activity=lost) == {"capture_gaps": None, "stale_calls": None}
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(7140, "119 min"), (7200, "2 h"), (172_800, "2 d"), (46e6, "532 d")]
+)
+def test_what_waits_is_said_as_the_page_says_it(seconds: float, words: str) -> None:
+    waits = msgspec.structs.replace(QUIET, waiting=3, oldest_waiting_ns=0)
+    (alarm,) = alarms({}, [], waits, 1, now_ns=int(seconds * 1e9))
+    assert alarm.text == f"Answers that wait to be scored: 3, the oldest for {words}"
+
+
 def engine(url: str, **state: object) -> EngineState:
     known = dict.fromkeys(("engine", "version", "error", "paused"))
     rest = {"models": [], "weight_version": "0", "weights_from_ns": 0, "in_flight": 2}
@@ -234,7 +243,7 @@ def test_an_engine_that_stays_paused_is_said() -> None:
     assert alarms({}, [], QUIET, 0, now_ns=5 + 59 * 10**9, engines=[paused]) == []
     (alarm,) = alarms({}, [], QUIET, 0, now_ns=5 + 60 * 10**9, engines=[paused])
     assert (alarm.code, alarm.since_ns) == ("engine_paused", 5)
-    assert "http://a (new weights), 2 calls still there" in alarm.text
+    assert "http://a (new weights), calls still there: 2" in alarm.text
 
 
 def run(name: str) -> TrajectoryRow:

@@ -79,7 +79,7 @@ def test_where_nothing_is_comparable_no_step_is_within_band(make_page: MakePage)
     expect(jumps).to_contain_text("First divergent step no comparable step")
 
 
-@pytest.mark.parametrize("metric", ["k3", "mean |D|", "routes"])
+@pytest.mark.parametrize("metric", ["k3", "mean |D|"])
 def test_what_is_not_comparable_has_no_band(make_page: MakePage, metric: str) -> None:
     page = make_page().open("matrix")
     page.get_by_role("radio", name=metric, exact=True).check()

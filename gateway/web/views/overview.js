@@ -12,6 +12,7 @@ import {
   InContext,
   LogRatio,
   Metric,
+  Name,
   Partial,
   routeTo,
   Scroll,
@@ -93,13 +94,15 @@ function Tile({ name, value, unit, note }) {
   </div>`;
 }
 
+const runs = (n) => (n === 1 ? "trajectory" : "trajectories");
+
 function Now({ now }) {
   const lag = now.oldest_waiting_ns == null ? null : (now.now_ns - now.oldest_waiting_ns) / 1e9;
   const share = now.scorable ? now.scored / now.scorable : null;
   return html`<section aria-labelledby="now">
     <h2 id="now" class="sr">Now</h2>
     <dl class="tiles">
-      <${Tile} name="Running" value=${count(now.running)} unit="trajectories" note=${`of ${count(now.trajectories)} · last call ${ago(now.last_call_ns, now.now_ns)}`} />
+      <${Tile} name="Running" value=${count(now.running)} unit=${runs(now.running)} note=${`of ${count(now.trajectories)} · last call ${ago(now.last_call_ns, now.now_ns)}`} />
       <${Tile} name="Steps" value=${num(now.steps_per_s)} unit="/ s" note=${`${num(now.response_tokens_per_s)} tokens / s · last ${duration(now.window_s)}`} />
       <${Tile}
         name="Scored"
@@ -108,7 +111,7 @@ function Now({ now }) {
         note=${html`<meter min="0" max="1" value=${share ?? 0} aria-label="share of scorable answers with a score">${percent(share)}</meter> ${percent(share)} · ${count(now.captured)} captured`}
       />
       <${Tile} name="Worker lag" value=${lag == null ? "0 s" : duration(lag)} note=${`${plural(now.waiting, "answer")} waiting · last score ${ago(now.last_score_ns, now.now_ns)}`} />
-      <${Tile} name="Gaps" value=${count(now.incomplete)} unit="trajectories" note=${now.incomplete ? html`<a href="#/trajectories?complete=false">incomplete capture</a>` : "capture is complete"} />
+      <${Tile} name="Gaps" value=${count(now.incomplete)} unit=${runs(now.incomplete)} note=${now.incomplete ? html`<a href="#/trajectories?complete=false">incomplete capture</a>` : "capture is complete"} />
     </dl>
   </section>`;
 }
@@ -170,7 +173,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
     />
     <p class="muted small">
       Noise floor: ${floorText}. ${limits ? `Bands from ${round(limits.green)} and ${round(limits.red)}${wide > 1 ? ` (×${wide} for MoE and FP8)` : ""}.` : ""}
-      ${zero ? ` ${plural(zero, "point")} at 0 not drawn.` : ""}${line.forgotten ? ` ${count(line.forgotten)} older scores not shown.` : ""}
+      ${zero ? ` ${plural(zero, "point")} at 0 not drawn.` : ""}${line.forgotten ? ` ${plural(line.forgotten, "older score")} not shown.` : ""}
     </p>
     <${Fold} summary=${`Table of ${plural(points.length, "point")}`}>
       <${Scroll} label=${`${metric} of ${line.model} over time`} tall>
@@ -204,8 +207,8 @@ function Worst({ now }) {
                   <th scope="row"><a class="token-link" href=${routeTo.token(w.worst, w.trajectory)}><${InContext} worst=${w.worst} chars=${28} /></a></th>
                   <td class="n">${num(Math.exp(w.worst.rollout_logprob))}</td>
                   <td class="n">${num(Math.exp(w.worst.train_logprob))}</td>
-                  <td class="nowrap"><a href=${routeTo.trajectory(w.trajectory)}>${w.trajectory}</a> step ${w.worst.step}, token ${w.worst.token_index}</td>
-                  <td class="nowrap">${w.model}</td>
+                  <td class="nowrap"><a href=${routeTo.trajectory(w.trajectory)}><${Name} of=${w.trajectory} /></a> step ${w.worst.step}, token ${w.worst.token_index}</td>
+                  <td class="nowrap"><${Name} of=${w.model} /></td>
                 </tr>`,
               )}
             </tbody>

@@ -15,7 +15,7 @@ export function Steps({ steps, tree, step, choice, name }) {
           ${s.answers.map(
             (a) => html`<a href=${routeTo.trajectory(name, { step: a.step, choice: a.choice })} aria-current=${a.step === step && a.choice === choice ? "true" : undefined}>
               <span class="step-name">${a.step}${s.answers.length > 1 ? `.${a.choice}` : ""}</span>
-              <span class="step-what">${count(a.tokens)} tokens${a.tool ? " · tool" : ""}</span>
+              <span class="step-what">${plural(a.tokens, "token")}${a.tool ? " · tool" : ""}</span>
               <span class="step-drift">${a.comparable ? html`<${BandMark} colour=${a.colour} /> ${num(a.k3)}` : a.score ? html`<${Verdict} verdict="no" short /> <span class="muted">left out</span>` : html`<span class="muted">…</span>`}</span>
             </a>`,
           )}

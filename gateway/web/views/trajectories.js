@@ -3,7 +3,7 @@ import { html, useEffect, useState } from "../html.js";
 import { get, paths, useAnswer } from "../api.js";
 import { count, duration, num, plural, round } from "../format.js";
 import { band } from "../scale.js";
-import { BandMark, Empty, Failure, routeTo, Scroll, Section, Select, Show, Time, Title } from "../parts.js";
+import { BandMark, Empty, Failure, Name, routeTo, Scroll, Section, Select, Show, Time, Title } from "../parts.js";
 
 const PAGE = 50;
 
@@ -64,7 +64,7 @@ function List({ page, asked }) {
 function MeanD({ of, glossary }) {
   if (!of) return html`<span class="muted" title="no comparable score">–<span class="sr"> no comparable score</span></span>`;
   const value = of.abs_log_ratio_mean;
-  const why = `${count(of.n_tokens)} tokens${of.pairs > 1 ? `, the furthest apart of ${count(of.pairs)} pairs` : ""}`;
+  const why = `${plural(of.n_tokens, "token")}${of.pairs > 1 ? `, the furthest apart of ${count(of.pairs)} pairs` : ""}`;
   return html`<span class="value" title=${why}><${BandMark} colour=${band(glossary, "abs_log_ratio_mean", value)} /> ${num(value)} <span class="unit">nats</span></span>`;
 }
 
@@ -78,12 +78,12 @@ function Rows({ rows }) {
       <tbody>
         ${rows.map(
           (t) => html`<tr>
-            <th scope="row"><a href=${routeTo.trajectory(t.trajectory)}>${t.trajectory}</a></th>
+            <th scope="row"><a href=${routeTo.trajectory(t.trajectory)}><${Name} of=${t.trajectory} /></a></th>
             <td class="n nowrap"><${MeanD} of=${t.drift} glossary=${glossary} /></td>
             <td class="n nowrap">${t.drift ? html`${num(t.drift.abs_log_ratio_max)} <span class="unit">nats</span>` : "–"}</td>
             <td class="nowrap"><${Time} ns=${t.started_ns} seconds /></td>
             <td class="n nowrap">${duration((t.ended_ns - t.started_ns) / 1e9)}</td>
-            <td class="nowrap">${t.models.join(", ")}</td>
+            <td class="nowrap"><${Name} of=${t.models.join(", ")} /></td>
             <td class="n">${count(t.steps)}</td>
             <td class="n nowrap">${count(t.captured)} of ${count(t.choices)}</td>
             <td class="n nowrap">${count(t.scored)} of ${count(t.scorable)}</td>
