@@ -32,6 +32,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     away or is another one. Null while it counts."""
     paused: str | None
     """Why new calls are answered 429; null while they are not."""
+    paused_ns: int | None = None
+    """Since when, wall clock, ns since the epoch."""
     in_flight: int
     """Calls that are at the engine now, or were let in to it: while it is paused, wait for 0."""
 

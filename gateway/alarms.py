@@ -13,12 +13,13 @@ from typing import Literal
 
 from driftgate.bands import BANDS, Colour, band, slack_of
 from driftgate.codes import CODES, SEVERITY
+from driftgate.engine_views import EngineState
 from driftgate.gateway.live import BLOCK_TOKENS, CellKey, Sums, stretch
 from driftgate.live_views import Alarm
 from driftgate.profiles import FEW_HITS
 from driftgate.storage import Activity, CellRow
 
-__all__ = ["alarms"]
+__all__ = ["OF_NOW", "alarms"]
 
 ZERO_OVERLAP = 0.05
 """Share of (token, layer) pairs without a common expert. Rows that belong together have next to
@@ -27,8 +28,15 @@ none; unrelated rows have 27 % (4 of 16) to 59 % (8 of 128)."""
 WORKER_LAG_S = 60.0
 """A worker that follows scores within seconds; after a minute it is behind or not there."""
 
-GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2")
-"""Bands that sound an alarm, by the headline first. Routes have an alarm of their own."""
+PAUSE_S = 60.0
+"""New weights take seconds; a trainer that paused for longer may have died meanwhile."""
+
+OF_NOW = frozenset({"engine_away", "engine_paused"})
+"""Of a gateway that runs, not of what is stored: no part of a report."""
+
+ROUTES = "router_set_disagree_rate"
+GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2", ROUTES)
+"""Bands that sound an alarm, by the headline first: those that colour a score."""
 
 COLOURS: tuple[tuple[Literal["red", "amber"], tuple[Colour, ...]], ...] = (
     ("red", ("red",)),
@@ -37,7 +45,7 @@ COLOURS: tuple[tuple[Literal["red", "amber"], tuple[Colour, ...]], ...] = (
 """What an alarm is called, and the bands that its stretch is made of: an amber one was worse at
 times."""
 
-UNITS = {"kl_k3_rollout_train": " nats", "abs_log_ratio_mean": " nats", "extreme_frac_tau2": ""}
+UNITS = {"kl_k3_rollout_train": " nats", "abs_log_ratio_mean": " nats"}
 
 
 def alarms(
@@ -47,10 +55,11 @@ def alarms(
     trajectories: int,
     *,
     now_ns: int,
+    engines: Sequence[EngineState] = (),
 ) -> list[Alarm]:
     """All alarms, red before amber. ``rows``: the same cells as storage judges them;
-    ``trajectories``: how many there are."""
-    found: list[Alarm] = []
+    ``trajectories``: how many there are; ``engines``: those of a gateway that runs."""
+    found = [*_away(engines), *_paused(engines, now_ns)]
     sides = {row.engine.digest: row.engine for row in rows}
     for (engine, trainer, model, kind), sums in cells.items():
         if kind != "drift":
@@ -64,6 +73,38 @@ def alarms(
     found += _capture(activity, trajectories)
     found += _worker(activity, now_ns)
     return sorted(found, key=lambda alarm: alarm.severity != "red")
+
+
+def _away(engines: Sequence[EngineState]) -> Iterator[Alarm]:
+    """By what `/readyz` goes by."""
+    others = any(engine.error is None for engine in engines)
+    for engine in engines:
+        if engine.error is None:
+            continue
+        where = "" if engine.upstream in engine.error else f"{engine.upstream}: "
+        yield Alarm(
+            severity="amber" if others else "red",
+            code="engine_away",
+            text=f"Engine away: {where}{engine.error}",
+            fix="other engines take its calls until it is back"
+            if others
+            else "agents' calls fail until it is back: its own log says why it is not",
+        )
+
+
+def _paused(engines: Sequence[EngineState], now_ns: int) -> Iterator[Alarm]:
+    for engine in engines:
+        since = engine.paused_ns
+        if engine.paused is None or since is None or now_ns - since < PAUSE_S * 1e9:
+            continue
+        yield Alarm(
+            severity="amber",
+            code="engine_paused",
+            text=f"Engine paused by the trainer: {engine.upstream} ({engine.paused}), "
+            f"calls still there: {engine.in_flight}",
+            fix="new calls are answered 429 until it is resumed: POST /api/weights",
+            since_ns=since,
+        )
 
 
 def _routes(sums: Sequence[Sums], at: dict[str, str]) -> Iterator[Alarm]:
@@ -90,7 +131,7 @@ def _drift(sums: Sequence[Sums], at: dict[str, str], *, slack: float = 1.0) -> I
     for colour, bands in COLOURS:
         for name in GATED:
             holds = partial(_holds, name=name, bands=bands, slack=slack)
-            now = stretch(sums, holds, lambda row: row.n_tokens)
+            now = stretch(sums, holds, _routed_tokens if name == ROUTES else _tokens)
             if now is None or now.n_tokens < BLOCK_TOKENS:
                 continue
             value, limits = now.metrics()[name], BANDS[name]
@@ -99,7 +140,7 @@ def _drift(sums: Sequence[Sums], at: dict[str, str], *, slack: float = 1.0) -> I
             yield Alarm(
                 severity=colour,
                 code=f"drift_{colour}",
-                text=f"Drift of {at['model']}: {name} {value:.2g}{UNITS[name]}, the band's "
+                text=f"Drift of {at['model']}: {name} {value:.2g}{UNITS.get(name, '')}, the band's "
                 f"{colour} begins at {limit:.2g}; "
                 f"{now.n_tokens} tokens",
                 fix="open the cell: compare with its noise floor, then look at the worst token",
@@ -109,12 +150,23 @@ def _drift(sums: Sequence[Sums], at: dict[str, str], *, slack: float = 1.0) -> I
             return
 
 
+def _tokens(row: Sums) -> int:
+    return row.n_tokens
+
+
+def _routed_tokens(row: Sums) -> int:
+    """A token's layers are no chances of their own: routes fill a block by tokens too."""
+    return row.n_tokens if row.cells else 0
+
+
 def _holds(total: Sums, *, name: str, bands: tuple[Colour, ...], slack: float) -> bool:
     """It is in one of the bands, and without its worst token not green: of green data with few
     far tokens one block in ten has a k3 of amber by one token, and none in a hundred by two."""
     if name == "extreme_frac_tau2" and total.over_2 < FEW_HITS:
         return False
     found = band(name, total.metrics()[name], slack=slack)
+    if name == ROUTES:  # nothing of one token: a pair counts one at most
+        return found in bands
     return found in bands and band(name, total.but_worst().metrics()[name], slack=slack) != "green"
 
 
@@ -185,12 +237,19 @@ def _worker(activity: Activity, now_ns: int) -> Iterator[Alarm]:
     oldest = activity.oldest_waiting_ns
     if oldest is None or now_ns - oldest < WORKER_LAG_S * 1e9:
         return
-    minutes = (now_ns - oldest) / 60e9
-    words = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     yield Alarm(
         severity="amber",
         code="worker_behind",
-        text=f"Answers that wait to be scored: {activity.waiting}, the oldest for {words}",
+        text=f"Answers that wait to be scored: {activity.waiting}, the oldest for "
+        f"{_for_s((now_ns - oldest) / 1e9)}",
         fix="start a worker: driftgate teach --follow; where one runs, its log says why",
         since_ns=oldest,
     )
+
+
+def _for_s(seconds: float) -> str:
+    """As the page says durations."""
+    for limit_s, unit_s, unit in ((7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} d"

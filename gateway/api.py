@@ -127,12 +127,12 @@ class Api(LiveHandlers):
     """The handlers, over one store."""
 
     def __init__(self, context: ApiContext) -> None:
-        self._context = context
-        self.reader = context.reader
+        self._context, self.reader = context, context.reader
         self.upstreams = context.upstreams
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="driftgate-api")
         self._answers = Answers(context.reader)
-        self.live = LiveAnswers(context.reader, self._answers)
+        engines = functools.partial(api_weights.states_of, context.upstreams)
+        self.live = LiveAnswers(context.reader, self._answers, engines)
         self.feed = Feed(
             Source(context.reader.last_seq, self._events),
             executor=self._threads,

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from driftgate.bands import BANDS, MOE_FP8_SLACK
 from driftgate.comparable import CODES
+from driftgate.engine_views import EngineState
 from driftgate.errors import NotFoundError
 from driftgate.gateway.alarms import alarms
 from driftgate.gateway.answers import Answers
@@ -79,8 +80,14 @@ class RoutesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LiveAnswers:
     """Reads a store into ``driftgate.live_views``. Blocking, thread-safe."""
 
-    def __init__(self, reader: Reader, answers: Answers) -> None:
-        self._reader, self._answers = reader, answers
+    def __init__(
+        self,
+        reader: Reader,
+        answers: Answers,
+        engines: Callable[[], Sequence[EngineState]] = tuple,
+    ) -> None:
+        """``engines``: how they are now, where a gateway runs."""
+        self._reader, self._answers, self._engines = reader, answers, engines
         self._live = Live(lambda after, limit: reader.scores(after=after, limit=limit))
         self._lock = threading.Lock()
         self._shared: Overview | None = None
@@ -137,7 +144,14 @@ class LiveAnswers:
         activity = reader.activity(now_ns=now_ns, window_s=WINDOW_S, stale_s=STALE_S)
         cells = reader.cells()
         refuted = _refuted(cells)
-        found = alarms(live.cells(refuted), cells, activity, counts.trajectories, now_ns=now_ns)
+        found = alarms(
+            live.cells(refuted),
+            cells,
+            activity,
+            counts.trajectories,
+            now_ns=now_ns,
+            engines=self._engines(),
+        )
         return Overview(
             now_ns=now_ns,
             window_s=activity.window_s,

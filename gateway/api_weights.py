@@ -23,7 +23,7 @@ from driftgate.gateway.openapi import Route
 from driftgate.gateway.upstream import Upstream
 from driftgate.gateway.wire import body_of, json_answer
 
-__all__ = ["ROUTES", "state_of", "tell"]
+__all__ = ["ROUTES", "state_of", "states_of", "tell"]
 
 
 class Told(Protocol):
@@ -72,7 +72,9 @@ def tell(upstreams: Sequence[Upstream], said: WeightsRequest, now_ns: int) -> No
                 upstream.health.look_soon()  # what is told of an engine that is not there is lost
     if said.pause or said.resume:
         for upstream in meant:
+            since_ns = upstream.paused_ns if upstream.paused is not None else now_ns
             upstream.paused = said.reason if said.pause else None
+            upstream.paused_ns = since_ns if said.pause else None
 
 
 def state_of(upstream: Upstream) -> EngineState:
@@ -88,13 +90,18 @@ def state_of(upstream: Upstream) -> EngineState:
         weights_from_ns=upstream.weights.from_ns,
         weights_lost=upstream.weights.lost,
         paused=upstream.paused,
+        paused_ns=upstream.paused_ns,
         in_flight=upstream.in_flight,
     )
 
 
+def states_of(upstreams: Sequence[Upstream]) -> list[EngineState]:
+    """All of them."""
+    return [state_of(upstream) for upstream in upstreams]
+
+
 def _answer(api: Told) -> web.Response:
-    states = [state_of(upstream) for upstream in api.upstreams]
-    return json_answer(msgspec.json.encode(Engines(engines=states)))
+    return json_answer(msgspec.json.encode(Engines(engines=states_of(api.upstreams))))
 
 
 ROUTES: tuple[Route, ...] = (

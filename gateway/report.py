@@ -20,6 +20,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from driftgate.errors import DriftgateError
+from driftgate.gateway.alarms import OF_NOW
 from driftgate.gateway.api_live import GLOSSARY
 from driftgate.gateway.pages import page_files
 from driftgate.gateway.report_page import one_file
@@ -218,9 +219,11 @@ async def _base(source: Source) -> dict[str, Any]:
     """Answers that are not about one trajectory, by their paths."""
     cells = await source.cells()
     routed = [cell for cell in cells.items if cell.kind == "drift" and cell.router is not None]
+    now = await source.overview()
+    kept = [alarm for alarm in now.alarms if alarm.code not in OF_NOW]
     names = [f"{cell.engine_digest}/{cell.trainer_digest}/{cell.model}" for cell in routed]
     return {
-        "/api/overview": await source.overview(),
+        "/api/overview": msgspec.structs.replace(now, alarms=kept),
         "/api/cells": cells,
         **{load_path(name): await source.expert_load(name) for name in names},
         f"/api/series?points={SERIES_POINTS}": await source.series(points=SERIES_POINTS),

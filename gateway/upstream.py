@@ -61,6 +61,8 @@ class Upstream:
         """Calls that are there now, or were let in and are on their way."""
         self.paused: str | None = None
         """Why it takes no calls now, by the trainer's word."""
+        self.paused_ns: int | None = None
+        """Since when, wall clock, ns since the epoch."""
         self.takes_ids = True
         """Its chat completions take ids for the prompt; False as soon as it did not."""
         self.turn_ends: set[int] = set()

@@ -13,9 +13,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from playwright.async_api import Browser, async_playwright
+from playwright.async_api import Browser, Route, async_playwright
 
 from driftgate.client import Client
+from driftgate.gateway.alarms import OF_NOW
 from driftgate.gateway.app import serve
 from driftgate.gateway.config import GatewayConfig
 from driftgate.live_views import Overview
@@ -62,6 +63,14 @@ def worst_place(overview: Overview) -> str:
     return f"t/{found.trajectory}?step={worst.step}&choice={worst.choice}&token={worst.token_index}"
 
 
+async def without_its_engine(route: Route) -> None:
+    """The demo's engine has ended: that is of this tool, not of the run that is shown."""
+    said = await route.fetch()
+    now = await said.json()
+    now["alarms"] = [alarm for alarm in now["alarms"] if alarm["code"] not in OF_NOW]
+    await route.fulfill(response=said, json=now)
+
+
 async def draw(browser: Browser, url: str, folder: Path) -> None:
     """Write each view in each scheme."""
     addresses = await views(url)
@@ -72,6 +81,7 @@ async def draw(browser: Browser, url: str, folder: Path) -> None:
             color_scheme="dark" if scheme == "dark" else "light",
             reduced_motion="reduce",
         )
+        await page.route("**/api/overview", without_its_engine)
         for name, address in addresses.items():
             await page.goto("about:blank")
             await page.goto(f"{url}/#/{address}", wait_until="load")

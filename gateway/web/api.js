@@ -16,6 +16,17 @@ export class ApiFailure extends Error {
 export const readKey = () => sessionStorage.getItem(KEY);
 export const setReadKey = (key) => sessionStorage.setItem(KEY, key);
 
+/** Whether the gateway answers, and since when it does not. */
+const line = { heardMs: Date.now(), lostMs: null };
+
+function heard(answers) {
+  if (answers) line.heardMs = Date.now();
+  const lostMs = answers ? null : line.heardMs;
+  if (lostMs === line.lostMs) return;
+  line.lostMs = lostMs;
+  window.dispatchEvent(new Event("driftgate-line"));
+}
+
 const headers = () => (readKey() ? { authorization: `Bearer ${readKey()}` } : {});
 
 async function ask(path, signal) {
@@ -24,8 +35,10 @@ async function ask(path, signal) {
     response = await fetch(path, { headers: headers(), signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    heard(false);
     throw new ApiFailure(0, "The gateway does not answer.", "Is it still running? This page tries again by itself.");
   }
+  heard(true);
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   const error = body.error ?? {};
@@ -81,38 +94,75 @@ export function getGlossary() {
   return glossary.promise;
 }
 
+/** A page that asks nothing by itself looks whether the gateway is there; as long may that take. */
+const LOOK_MS = 5000;
+
+/** When the gateway was last heard, in ms since the epoch; null while it answers. */
+export function useLost() {
+  const [lostMs, set] = useState(line.lostMs);
+  useEffect(() => {
+    if (report) return undefined;
+    const told = () => set(line.lostMs);
+    const look = () => document.hidden || ask("/healthz", AbortSignal.timeout(LOOK_MS)).catch(() => {});
+    const timer = setInterval(look, LOOK_MS);
+    window.addEventListener("driftgate-line", told);
+    return () => {
+      clearInterval(timer);
+      window.removeEventListener("driftgate-line", told);
+    };
+  }, []);
+  return lostMs;
+}
+
+/** From one reload to the next: scores can come far quicker than anybody reads. */
+const RELOAD_MS = 1000;
+const NOTHING = { data: null, error: null, atMs: null };
+
 /**
- * `{data, error, reload}` of an answer, asked again every `everyS` seconds while the page is seen.
- * What was there stays while the next answer is under way.
+ * `{data, error, atMs, reload}` of an answer, asked again every `everyS` seconds while the page is
+ * seen, and when `version` changes. What was there stays while the next answer is under way, and
+ * when there is none; `atMs` is when it came. One request is under way at a time: `reload` waits.
  */
-export function useAnswer(path, everyS = 0) {
-  const [state, set] = useState({ path: null, data: null, error: null });
-  const [turn, setTurn] = useState(0);
-  const reload = useCallback(() => setTurn((n) => n + 1), []);
+export function useAnswer(path, everyS = 0, version = null) {
+  const [state, set] = useState({ path: null, ...NOTHING });
+  const again = useRef(() => {});
   useEffect(() => {
     if (path == null) return undefined;
     const stop = new AbortController();
-    let timer = 0;
-    const load = async () => {
-      if (!document.hidden || turn === 0) {
-        try {
-          const data = await (path === paths.glossary ? getGlossary() : get(path, stop.signal));
-          set({ path, data, error: null });
-        } catch (error) {
-          if (stop.signal.aborted) return;
-          set((old) => ({ path, data: old.path === path ? old.data : null, error }));
-        }
-      }
-      if (everyS && !report && !stop.signal.aborted) timer = setTimeout(load, everyS * 1000);
+    let [timer, begunMs, busy, wanted] = [0, 0, false, false];
+    const plan = (work, ms) => {
+      clearTimeout(timer);
+      timer = setTimeout(work, ms);
     };
+    const load = async () => {
+      [busy, wanted, begunMs] = [true, false, performance.now()];
+      try {
+        const data = await (path === paths.glossary ? getGlossary() : get(path, stop.signal));
+        set({ path, data, error: null, atMs: Date.now() });
+      } catch (error) {
+        if (stop.signal.aborted) return;
+        set((old) => ({ ...(old.path === path ? old : { path, ...NOTHING }), error }));
+      }
+      busy = false;
+      if (stop.signal.aborted) return;
+      if (wanted) reload();
+      else if (everyS && !report) plan(tick, everyS * 1000);
+    };
+    const tick = () => (document.hidden ? plan(tick, everyS * 1000) : load());
+    const reload = () => {
+      if (document.hidden) return;
+      wanted = true;
+      if (!busy) plan(load, Math.max(0, begunMs + RELOAD_MS - performance.now()));
+    };
+    again.current = reload;
     load();
     return () => {
       stop.abort();
       clearTimeout(timer);
     };
-  }, [path, everyS, turn]);
-  const current = state.path === path;
-  return { data: current ? state.data : null, error: current ? state.error : null, reload };
+  }, [path, everyS, version]);
+  const reload = useCallback(() => again.current(), []);
+  return { ...(state.path === path ? state : NOTHING), reload };
 }
 
 const FIRST_RETRY_MS = 500;

@@ -1,8 +1,8 @@
 // The page's frame: which view the address names, the navigation, the scheme, the read key.
 import { html, render, useEffect, useState } from "./html.js";
-import { readKey, setReadKey } from "./api.js";
-import { day, plural } from "./format.js";
-import { Fold } from "./parts.js";
+import { readKey, setReadKey, useLost } from "./api.js";
+import { clock, day, plural } from "./format.js";
+import { Fold, saveWithKey, Sign } from "./parts.js";
 import { report } from "./report.js";
 import { Cell } from "./views/cell.js";
 import { Compare } from "./views/compare.js";
@@ -24,10 +24,19 @@ const NAV = [
 
 const ICON = document.querySelector("link[rel=icon]").href;
 
+/** As it is where it is no percent-encoding: a name can be typed. */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
 /** `#/t/NAME?step=3` as {view: "t", parts: ["NAME"], query}. */
 function place() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  const [view, ...parts] = path.split("/").map(decodeURIComponent);
+  const [view, ...parts] = path.split("/").map(decoded);
   return { view, parts, query: new URLSearchParams(query ?? "") };
 }
 
@@ -93,6 +102,15 @@ function Made() {
   </aside>`;
 }
 
+/** Said on every page, so that nobody takes old numbers for live ones. */
+function Lost() {
+  const lostMs = useLost();
+  return html`<div role="status">${lostMs != null && html`<p class="lost">
+    <${Sign} />
+    <span><strong>The gateway has not answered since ${clock(lostMs * 1e6, true)}.</strong> What is shown is from then or before. This page tries again by itself.</span>
+  </p>`}</div>`;
+}
+
 function App() {
   const [at, setAt] = useState(place());
   const [locked, setLocked] = useState(false);
@@ -112,13 +130,16 @@ function App() {
   }, [title]);
   useEffect(() => window.scrollTo(0, 0), [at.view, at.parts.join("/")]);
   const current = IN_NAV[at.view] ?? at.view;
-  return html`<header class="top">
-      <a class="brand" href="#/"><img src=${ICON} alt="" width="20" height="20" />driftgate</a>
-      <nav aria-label="Views">
-        ${NAV.map(([key, text]) => html`<a href=${`#/${key}`} aria-current=${current === key ? "page" : undefined}>${text}</a>`)}
-      </nav>
-      <div class="top-end">${!report && html`<a href="/api/openapi.json">API</a>`}<${Scheme} /></div>
-    </header>
+  return html`<div class="head">
+      <header class="top">
+        <a class="brand" href="#/"><img src=${ICON} alt="" width="20" height="20" />driftgate</a>
+        <nav aria-label="Views">
+          ${NAV.map(([key, text]) => html`<a href=${`#/${key}`} aria-current=${current === key ? "page" : undefined}>${text}</a>`)}
+        </nav>
+        <div class="top-end">${!report && html`<a href="/api/openapi.json" onClick=${(event) => saveWithKey(event, "/api/openapi.json")}>API</a>`}<${Scheme} /></div>
+      </header>
+      <${Lost} />
+    </div>
     ${report && html`<${Made} />`}
     <main id="main" tabindex="-1">${locked ? html`<${KeyForm} onKey=${() => setLocked(false)} />` : html`<${View} at=${at} />`}</main>
     <footer><p>D = log p(trainer) − log p(engine) of a sampled token, in nats. <span class="nowrap">● within band, ▲ watch, ■ out of band.</span></p></footer>`;

@@ -47,16 +47,18 @@ export function Section({ title, raw, aside, children, id }) {
   </section>`;
 }
 
-/** The JSON behind what is shown. A browser's link cannot carry a read key: then it is saved. */
+/** A browser's link cannot carry a read key: then what it leads to is saved. */
+export function saveWithKey(event, href) {
+  if (!readKey()) return;
+  event.preventDefault();
+  save(href);
+}
+
+/** The JSON behind what is shown. */
 export function Raw({ href, what }) {
   const text = html`JSON<span class="sr"> behind ${what}</span>`;
   if (report) return html`<button type="button" class="raw link" onClick=${() => save(href)}>${text}</button>`;
-  const open = (event) => {
-    if (!readKey()) return;
-    event.preventDefault();
-    save(href);
-  };
-  return html`<a class="raw" href=${href} onClick=${open}>${text}</a>`;
+  return html`<a class="raw" href=${href} onClick=${(event) => saveWithKey(event, href)}>${text}</a>`;
 }
 
 export function Waiting({ what }) {
@@ -70,11 +72,19 @@ export function Failure({ error, retry }) {
   </div>`;
 }
 
-/** An answer's content, or why there is none. */
+/** An answer's content, or why there is none; what is old says so. */
 export function Show({ answer, what, children }) {
-  if (answer.data != null) return children(answer.data);
+  // That the gateway does not answer at all is said above every page.
+  const refused = answer.error?.status > 0;
+  if (answer.data != null) return html`${refused && html`<${Old} answer=${answer} what=${what} />`}${children(answer.data)}`;
   if (answer.error) return html`<${Failure} error=${answer.error} retry=${answer.reload} />`;
   return html`<${Waiting} what=${what} />`;
+}
+
+export const Sign = () => html`<span class="band red" aria-hidden="true">■</span>`;
+
+function Old({ answer, what }) {
+  return html`<p class="lost" role="status"><${Sign} /><span><strong>From ${clock(answer.atMs * 1e6, true)}: ${what}.</strong> Since then the gateway answers: ${answer.error.message} ${answer.error.fix}</span></p>`;
 }
 
 export function Empty({ children }) {
@@ -94,17 +104,18 @@ export function BandMark({ colour, words = false }) {
   >`;
 }
 
-/** A metric's value with its band's sign and its unit; a null says why it is one. */
-export function Metric({ glossary, name, measures, slack, unit = true, digits }) {
+/** A metric's value with its band's sign and its unit; a null says why it is one. What is not
+    comparable has no band: it does not measure engine against trainer. */
+export function Metric({ glossary, name, measures, verdict, slack, unit = true, digits }) {
   const value = measures?.metrics[name] ?? null;
   if (value == null) {
     const why = measures?.undefined?.[name] ?? "no numbers";
     return html`<span class="muted" title=${why}>–<span class="sr"> ${why}</span></span>`;
   }
-  const colour = band(glossary, name, value, { bad: measures.metrics.n_bad_tokens, slack });
+  const colour = verdict === "no" ? null : band(glossary, name, value, { bad: measures.metrics.n_bad_tokens, slack });
   const known = glossary?.metrics[name] ?? glossary?.router_metrics[name];
   const of = unit && known && known.unit !== "1" ? html` <span class="unit">${known.unit}</span>` : null;
-  return html`<span class="value"><${BandMark} colour=${colour} /> ${num(value, digits)}${of}</span>`;
+  return html`<span class=${verdict === "no" ? "value muted" : "value"}><${BandMark} colour=${colour} /> ${num(value, digits)}${of}</span>`;
 }
 
 const VERDICTS = {
@@ -124,7 +135,7 @@ export function Verdict({ verdict, short }) {
 export function Basis({ cell, metric }) {
   const interval = cell.verdict === "no" ? null : cell.intervals[metric];
   const wide = interval ? `95 % ${num(interval.low)} … ${num(interval.high)}` : "no interval";
-  return html`${wide} · ${count(cell.n_tokens)} tokens, ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? html` <abbr title="fewer than 30 trajectories: intervals come out too narrow">(few)</abbr>` : ""}`;
+  return html`${wide} · ${plural(cell.n_tokens, "token")}, ${plural(cell.trajectories, "trajectory", "trajectories")}${cell.few ? html` <abbr title="fewer than 30 trajectories: intervals come out too narrow">(few)</abbr>` : ""}`;
 }
 
 /** How many weight versions lie between sampling and scoring, in words; nothing of a noise floor. */
@@ -147,13 +158,25 @@ export function Time({ ns, seconds }) {
   return html`<time datetime=${date(ns).toISOString()} title=${date(ns).toISOString()}>${clock(ns, seconds)}</time>`;
 }
 
-/** The worst token between the words around it. */
+const LONG_NAME = 30;
+const LONG_TOKEN = 24;
+
+/** A name in a table by its two ends, for runs often differ at the last: the whole is its title. */
+export function Name({ of }) {
+  if (of.length <= LONG_NAME) return html`<span class="name">${of}</span>`;
+  const ends = `${of.slice(0, LONG_NAME / 2)}…${of.slice(1 - LONG_NAME / 2)}`;
+  return html`<span class="name" title=${of}><span aria-hidden="true">${ends}</span><span class="sr">${of}</span></span>`;
+}
+
+/** The worst token between the words around it; its page has the whole of a long one. */
 export function InContext({ worst, chars = 44 }) {
   const dim = (text) => text && html`<span class="dim">${visible(text)}</span>`;
   return html`<span class="context"
-    >${dim((worst.before ?? "").slice(-chars))}<mark>${visible(worst.text)}</mark>${dim((worst.after ?? "").slice(0, chars))}</span
+    >${dim((worst.before ?? "").slice(-chars))}<mark>${visible(shortened(worst.text))}</mark>${dim((worst.after ?? "").slice(0, chars))}</span
   >`;
 }
+
+const shortened = (text) => (text?.length > LONG_TOKEN ? `${text.slice(0, LONG_TOKEN)}…` : text);
 
 export function LogRatio({ value }) {
   if (value == null) return html`<span class="muted">–</span>`;

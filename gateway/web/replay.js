@@ -1,7 +1,7 @@
 // What routing replay would remove, where a trace or a cell was scored under the rollout's routes too.
 import { html } from "./html.js";
 import { Raw, Section } from "./parts.js";
-import { count, num, percent } from "./format.js";
+import { num, percent, plural } from "./format.js";
 
 const LINES = [
   ["mean |D|", "abs_log_ratio_mean"],
@@ -15,7 +15,7 @@ export function Replay({ of, raw }) {
   return html`<${Section} id="replay" title="Routing replay" raw=${raw}>
     <p class="muted small">
       The same tokens scored with the trainer's own routes and with the rollout's: what is gone is what routing replay (R3) would remove.
-      ${" "}${count(found.n_tokens)} tokens${found.coverage == null ? "" : `, ${percent(found.coverage)} of the routes replayed`}.
+      ${" "}${plural(found.n_tokens, "token")}${found.coverage == null ? "" : `, ${percent(found.coverage)} of the routes replayed`}.
     </p>
     <table class="rows">
       <thead><tr><th scope="col">metric</th><th scope="col" class="n">own routes, nats</th><th scope="col" class="n">rollout's routes, nats</th><th scope="col" class="n">removed</th></tr></thead>

@@ -13,19 +13,26 @@ export function band(glossary, name, value, { bad = 0, slack = 1 } = {}) {
   return green && !bad ? "green" : "amber";
 }
 
-/** What colours a score as a whole: the worst of these and of its routes, as driftgate.render.colour. */
-const GATED = ["kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2"];
+/** What colours a score or a cell as a whole, in words too: the worst, as driftgate.render.colour. */
+const GATED = [
+  ["kl_k3_rollout_train", "k3"],
+  ["abs_log_ratio_mean", "mean |D|"],
+  ["extreme_frac_tau2", "the share beyond ×2"],
+  ["router_set_disagree_rate", "routes"],
+];
 export const BAND_ORDER = ["green", "amber", "red"];
 
-/** Band of a score; null where it is not comparable. */
-export function scoreBand(glossary, score) {
-  if (score.comparable.verdict === "no" || !score.measures) return null;
-  const m = score.measures.metrics;
-  const found = GATED.map((name) => band(glossary, name, m[name], { bad: m.n_bad_tokens, slack: score.k3_slack }));
-  const routes = "router_set_disagree_rate";
-  if (score.router) found.push(band(glossary, routes, score.router.metrics[routes]));
-  return BAND_ORDER.findLast((level) => found.includes(level)) ?? null;
+/** The worst band of a score or of a cell, `{colour, by}`; both null where it is not comparable. */
+export function worstBand(glossary, of, verdict) {
+  const none = { colour: null, by: null };
+  if (verdict === "no" || !of.measures) return none;
+  const all = { ...of.router?.metrics, ...of.measures.metrics };
+  const found = GATED.map(([name, by]) => ({ by, colour: band(glossary, name, all[name], { bad: name.startsWith("router") ? 0 : all.n_bad_tokens, slack: of.k3_slack }) }));
+  const worst = BAND_ORDER.findLast((level) => found.some((f) => f.colour === level));
+  return found.find((f) => f.colour === worst) ?? none;
 }
+
+export const scoreBand = (glossary, score) => worstBand(glossary, score, score.comparable.verdict).colour;
 
 export const BAND_WORDS = {
   green: ["●", "within band"],

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from driftgate.codes import CODES, reason
+from driftgate.engine_views import EngineState
 from driftgate.gateway.alarms import alarms
 from driftgate.gateway.live import BLOCK_TOKENS, CellKey, Live, Sums, stretch
 from driftgate.listings import TrajectoryRow
@@ -132,6 +133,24 @@ def test_one_token_alone_is_no_alarm() -> None:
     assert codes(sums(0.0, 1)._replace(over_2=3)) == {"drift_amber": 1}
 
 
+def routed(rate: float, at: int, *, n: int = BLOCK_TOKENS) -> Sums:
+    """Of ``n`` tokens and 8 layers, without any other drift."""
+    return sums(0.0, at, n=n, cells=8 * n)._replace(cells=8 * n, disagree=round(8 * n * rate))
+
+
+def test_routes_out_of_band_sound_as_drift_does() -> None:
+    assert codes(routed(0.0, 1), routed(0.4, 2), routed(0.3, 3)) == {"drift_red": 2}
+    assert codes(routed(0.15, 1)) == {"drift_amber": 1}
+    assert codes(routed(0.05, 1)) == codes(routed(0.4, 1), routed(0.0, 2)) == {}
+    (alarm,) = alarms({KEY: [routed(0.4, 1)]}, [], QUIET, 10, now_ns=0)
+    assert "router_set_disagree_rate 0.4, the band's red begins at 0.2; 512 tokens" in alarm.text
+
+
+def test_layers_do_not_fill_a_block_of_routes() -> None:
+    assert codes(routed(0.4, 1, n=BLOCK_TOKENS - 1)) == {}
+    assert codes(routed(0.4, 1), sums(0.0, 2)) == {"drift_red": 1}, "no routes there"
+
+
 def test_the_alarm_of_an_fp8_engine_has_the_wider_band() -> None:
     meta = scores(1)[0].meta
     meta.engine = msgspec.structs.replace(meta.engine, settings={"quantization": "fp8"})
@@ -191,6 +210,40 @@ def test_bad_tokens_and_what_waits_are_said() -> None:
     assert codes(activity=waits, now_ns=5 + 61 * 10**9) == {"worker_behind": 5}
     lost = msgspec.structs.replace(QUIET, with_gaps=2, stale_calls=1)
     assert codes(activity=lost) == {"capture_gaps": None, "stale_calls": None}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(7140, "119 min"), (7200, "2 h"), (172_800, "2 d"), (46e6, "532 d")]
+)
+def test_what_waits_is_said_as_the_page_says_it(seconds: float, words: str) -> None:
+    waits = msgspec.structs.replace(QUIET, waiting=3, oldest_waiting_ns=0)
+    (alarm,) = alarms({}, [], waits, 1, now_ns=int(seconds * 1e9))
+    assert alarm.text == f"Answers that wait to be scored: 3, the oldest for {words}"
+
+
+def engine(url: str, **state: object) -> EngineState:
+    known = dict.fromkeys(("engine", "version", "error", "paused"))
+    rest = {"models": [], "weight_version": "0", "weights_from_ns": 0, "in_flight": 2}
+    return msgspec.convert({"upstream": url, **known, **rest, **state}, EngineState)
+
+
+def test_an_engine_that_is_away_is_said_first() -> None:
+    gone, well = engine("http://a", error="its /health did not answer"), engine("http://b")
+    lost = msgspec.structs.replace(QUIET, with_gaps=2)
+    first, *_ = alarms({KEY: [sums(0.1, 1)]}, [], lost, 3, now_ns=0, engines=[gone])
+    assert (first.severity, first.code) == ("red", "engine_away")
+    assert first.text == "Engine away: http://a: its /health did not answer"
+    (one,) = alarms({}, [], QUIET, 0, now_ns=0, engines=[gone, well])
+    assert (one.severity, one.fix) == ("amber", "other engines take its calls until it is back")
+    assert alarms({}, [], QUIET, 0, now_ns=0, engines=[well]) == []
+
+
+def test_an_engine_that_stays_paused_is_said() -> None:
+    paused = engine("http://a", paused="new weights", paused_ns=5)
+    assert alarms({}, [], QUIET, 0, now_ns=5 + 59 * 10**9, engines=[paused]) == []
+    (alarm,) = alarms({}, [], QUIET, 0, now_ns=5 + 60 * 10**9, engines=[paused])
+    assert (alarm.code, alarm.since_ns) == ("engine_paused", 5)
+    assert "http://a (new weights), calls still there: 2" in alarm.text
 
 
 def run(name: str) -> TrajectoryRow:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from driftgate.errors import RequestError
 from driftgate.gateway import sessions
 from driftgate.gateway.conversation import read_conversation
-from driftgate.gateway.sessions import Call, Place, Sessions
+from driftgate.gateway.sessions import TRAJECTORY_HEADER, Call, Place, Sessions
 
 BODY = "0123456789abcdef"
 HELLO = read_conversation(b'[{"role":"user","content":"hi"}]')
@@ -26,6 +29,21 @@ def test_failed_calls_of_a_group_are_retried_one_by_one() -> None:
     assert [c.place.trajectory for c in retried] == [c.place.trajectory for c in group]
     assert {(c.step, c.retry) for c in retried} == {(0, 1)}
     assert begin(memory).place.trajectory not in {c.place.trajectory for c in group}
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_dots_name_no_trajectory(name: str) -> None:
+    """Every client resolves them in an address: nobody could ask for such a run."""
+    memory = Sessions()
+    for url, headers in ((name, {}), (None, {TRAJECTORY_HEADER: name})):
+        with pytest.raises(RequestError, match=f"no '{re.escape(name)}'"):
+            memory.place(url=url, headers=headers, metadata=None, history=HELLO)
+    with pytest.raises(RequestError, match="another name"):
+        memory.mint(name)
+    own = {"session-id": name}  # the agent's own purposes: it names nothing
+    place = memory.place(url=None, headers=own, metadata={"trajectory_id": name}, history=HELLO)
+    assert place.attribution == "new"
+    assert memory.mint("...")[0] == "..."
 
 
 def test_a_retry_of_a_retry_counts_on() -> None:

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from driftgate.client import Client
 from driftgate.gateway import health
 from driftgate.gateway.config import GatewayConfig
 from driftgate.gateway.model_list import united
@@ -226,6 +227,10 @@ async def test_readiness_tells_of_each(agent: Agent, engines: list[StandIn]) -> 
     agent.gateway.upstreams.all[1].health.failed("this too")
     async with agent.http.get(agent.url + "/readyz") as answer:
         assert (answer.status, (await answer.json())["ready"]) == (503, False)
+    async with Client(agent.url) as client:
+        now = (await client.overview()).alarms
+    assert [(a.severity, a.code) for a in now] == [("red", "engine_away")] * 2
+    assert now[0].text == f"Engine away: {engines[0].url}: it was unplugged"
 
 
 async def test_the_models_of_all_engines_are_listed(agent: Agent) -> None:

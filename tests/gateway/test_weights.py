@@ -368,10 +368,13 @@ async def test_the_client_speaks_for_a_trainer(agent: Agent) -> None:
     async with Client(agent.url) as client:
         paused = await client.tell_weights(pause=True, upstream=agent.engine.url)
         assert [engine.paused for engine in paused.engines] == ["new weights"]
+        again = await client.tell_weights(pause=True)
+        assert again.engines[0].paused_ns == paused.engines[0].paused_ns
         await client.tell_weights("42", resume=True)
         (engine,) = (await client.engines()).engines
     assert (engine.upstream, engine.weight_version) == (agent.engine.url, "42")
     assert (engine.paused, engine.in_flight, engine.models) == (None, 0, ["tiny"])
+    assert engine.paused_ns is None
 
 
 @pytest.mark.parametrize(

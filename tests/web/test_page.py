@@ -156,6 +156,7 @@ def test_overview_says_what_is_wrong_in_words(make_page: MakePage) -> None:
     alarms = page.get_by_role("region", name="Alarms")
     expect(alarms).to_contain_text("Routes of tiny-shift misaligned: zero overlap")
     expect(alarms).to_contain_text("1 of 12 trajectories have a gap")
+    expect(alarms).to_contain_text("Engine away: no engine answers at http://127.0.0.1:9")
     expect(
         page.get_by_role("img", name=re.compile("kl_k3_rollout_train of tiny-moe")).first
     ).to_be_visible()

@@ -164,6 +164,10 @@ def test_a_gateways_report_is_the_stores(url: str, root: Path, tmp_path: Path) -
     written(tmp_path / "b", "--url", url, "--top", "2")
     steps = sorted(path.name for path in (tmp_path / "a/data").glob("*-*.js"))
     assert len(steps) == 8
+    for folder in "ab":  # the gateway's engine is away, which is nothing of the store's
+        said = (tmp_path / folder / "data/base.js").read_text()
+        assert "capture_gaps" in said
+        assert "engine_away" not in said
     for name in steps:
         assert (tmp_path / "a/data" / name).read_bytes() == (
             tmp_path / "b/data" / name

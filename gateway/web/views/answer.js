@@ -5,7 +5,7 @@ import { ResponseChart } from "../chart.js";
 import { Replay } from "../replay.js";
 import { report } from "../report.js";
 import { clock, count, num, percent, plural, probability, side, signed, visible } from "../format.js";
-import { Choice, Empty, LogRatio, Raw, Reasons, Scroll, Section, Show, Verdict } from "../parts.js";
+import { Choice, Empty, LogRatio, Name, Raw, Reasons, Scroll, Section, Show, Verdict } from "../parts.js";
 import { missShare, MODES } from "../scale.js";
 import { byDrift, Legend, Tokens } from "../tokens.js";
 import { Messages, Reply } from "./messages.js";
@@ -13,9 +13,9 @@ import { Break } from "./steps.js";
 
 const LISTED = 12;
 
-export function Answer({ name, step, choice, token, node, onToken }) {
+export function Answer({ name, step, choice, token, node, version, onToken }) {
   const path = paths.step(name, step);
-  const answer = useAnswer(path);
+  const answer = useAnswer(path, 0, version);
   return html`<${Show} answer=${answer} what=${`step ${step}`}>
     ${(detail) => {
       const all = detail.choices;
@@ -135,7 +135,7 @@ function Largest({ tokens, worst, chosen, onToken, raw }) {
           ${worst.map((i) => {
             const t = tokens[i];
             return html`<tr class=${i === chosen ? "chosen-row" : ""}>
-              <th scope="row"><button type="button" class="link" aria-pressed=${i === chosen} onClick=${() => onToken(i)}><code>${visible(t.text)}</code><span class="sr"> show token ${i}</span></button></th>
+              <th scope="row"><button type="button" class="link" aria-pressed=${i === chosen} onClick=${() => onToken(i)}><code><${Name} of=${visible(t.text)} /></code><span class="sr"> show token ${i}</span></button></th>
               <td class="n">${i}</td><td class="n">${signed(t.log_ratio)}</td><td class="n">${num(Math.exp(t.rollout_logprob))}</td><td class="n">${num(Math.exp(t.train_logprob))}</td>
             </tr>`;
           })}

@@ -29,7 +29,7 @@ function Whole({ cell, glossary }) {
     <//>
     <section class="card">
       <p class="headline">
-        <span class="big"><${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${cell.measures ?? cell.all_measures} slack=${cell.k3_slack} /></span>
+        <span class="big"><${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${cell.measures ?? cell.all_measures} verdict=${cell.verdict} slack=${cell.k3_slack} /></span>
         <${Verdict} verdict=${cell.verdict} />
         <span>k3, <${Basis} cell=${cell} metric="kl_k3_rollout_train" />, ${plural(cell.n_seqs, "answer")}</span>
       </p>
@@ -76,7 +76,7 @@ function Why({ cell }) {
 function ByLag({ cell, glossary }) {
   if (cell.by_lag.length < 2) return null;
   const moe = cell.router != null;
-  const value = (part, name, from = part.measures) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} slack=${cell.k3_slack} /></td>`;
+  const value = (part, name, from = part.measures) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} verdict=${cell.verdict} slack=${cell.k3_slack} /></td>`;
   return html`<${Section} id="by-lag" title="By weight lag" raw=${paths.cells}>
     <p class="muted small">Weight versions between sampling and scoring. What grows with them is the policy's own change, no drift of the engine.</p>
     <${Scroll} label="Drift by weight lag">
@@ -133,7 +133,7 @@ function Metrics({ cell, glossary }) {
             const known = glossary?.metrics[name] ?? glossary?.router_metrics[name];
             return html`<tr>
               <th scope="row"><code>${name}</code></th>
-              <td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} slack=${cell.k3_slack} /></td>
+              <td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${from} verdict=${cell.verdict} slack=${cell.k3_slack} /></td>
               <td class="n nowrap">${interval ? `${num(interval.low)} … ${num(interval.high)}` : "–"}</td>
               ${cell.floors.map((f) => html`<td class="n">${num(f.measures.metrics[name] ?? f.router?.metrics[name])}</td>`)}
               <td class="reads">${known && html`${known.formula}: ${known.reads}. ${known.trap && html`<span class="muted">Trap: ${known.trap}.</span>`}`}</td>

@@ -73,7 +73,7 @@ function SamePrompts({ cells }) {
       ${(p) => {
         const looked = `${count(p.a.looked)} and ${count(p.b.looked)} scored answers looked at, at most the newest ${count(p.limit)} of each engine`;
         if (!p.prompts) return html`<${Empty}>The two engines share no prompt (${looked}). Ask both the same, and compare again.<//>`;
-        return html`<p class="muted small">${plural(p.prompts, "prompt")} with the same token ids on both sides: ${count(p.a.answers)} answers of A, ${count(p.b.answers)} of B; ${looked}.</p>
+        return html`<p class="muted small">${plural(p.prompts, "prompt")} with the same token ids on both sides: ${plural(p.a.answers, "answer")} of A, ${count(p.b.answers)} of B; ${looked}.</p>
           <${Scroll} label="Metrics on the same prompts">
             <table class="rows">
               <thead><tr><th scope="col">metric</th><th scope="col" class="n">A</th><th scope="col" class="n">B</th><th scope="col" class="n">B − A</th></tr></thead>
@@ -126,7 +126,7 @@ function Table({ sides, id, raw }) {
             const [x, y] = [value(a, name), value(b, name)];
             return html`<tr>
               <th scope="row"><code>${name}</code></th>
-              ${[a, b].map((c) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${sourceOf(c, name)} slack=${c.k3_slack} /></td>`)}
+              ${[a, b].map((c) => html`<td class="n nowrap"><${Metric} glossary=${glossary} name=${name} measures=${sourceOf(c, name)} verdict=${c.verdict} slack=${c.k3_slack} /></td>`)}
               <td class="n">${x == null || y == null ? "–" : num(y - x)}</td>
               ${dated && html`<td class="muted">${apart(name)}</td>`}
             </tr>`;

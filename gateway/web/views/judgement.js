@@ -21,10 +21,11 @@ function Tier({ of }) {
   return html`<strong class=${`tier ${colour}`}><span aria-hidden="true">${sign} </span>${words}</strong>`;
 }
 
-export function Judgement({ name }) {
+/** `version`: of what is scored; another one is judged anew. */
+export function Judgement({ name, version }) {
   const [profile, setProfile] = useState("default");
   const path = paths.verdict(name, profile);
-  const verdict = useAnswer(path);
+  const verdict = useAnswer(path, 0, version);
   return html`<${Section}
     id="verdict"
     title="Train on it?"
@@ -35,7 +36,7 @@ export function Judgement({ name }) {
       ${(data) => html`${data.items.map((item) => html`<${Item} item=${item} many=${data.items.length > 1} />`)}
         ${data.groups.map((group) => html`<${Group} group=${group} />`)}`}
     <//>
-    <${Causes} name=${name} />
+    <${Causes} name=${name} version=${version} />
   <//>`;
 }
 
@@ -45,7 +46,7 @@ function Item({ item, many }) {
     <p>
       <${Tier} of=${v.verdict} />
       ${many && html` <span class="muted">by trainer ${item.trainer_digest}</span>`}
-      ${" "}<span class="muted">${v.why_null ?? `over ${count(item.n_tokens)} comparable tokens, ${count(item.scored)} of ${count(item.captured)} answers scored, weights ${item.weight_versions.join(", ") || "unknown"}`}</span>
+      ${" "}<span class="muted">${v.why_null ?? `over ${plural(item.n_tokens, "comparable token")}, ${count(item.scored)} of ${count(item.captured)} answers scored, weights ${item.weight_versions.join(", ") || "unknown"}`}</span>
     </p>
     <ul class="reasons">
       ${v.reasons.map(
@@ -80,9 +81,9 @@ function Group({ group }) {
   </div>`;
 }
 
-function Causes({ name }) {
+function Causes({ name, version }) {
   const path = paths.explain(name);
-  const answer = useAnswer(path);
+  const answer = useAnswer(path, 0, version);
   return html`<div>
     <div class="card-head"><h3>Why the two sides differ</h3><${Raw} href=${path} what="causes" /></div>
     <${Show} answer=${answer} what="the causes">
@@ -98,7 +99,7 @@ function Explained({ item, name }) {
   const first = item.first_divergent;
   return html`<div>
     <p class="muted small">
-      Shares of mean |D| ${num(item.abs_log_ratio_mean)} nats over ${count(item.n_tokens)} comparable tokens. Noise floor: ${num(item.noise_floor)} nats.
+      Shares of mean |D| ${num(item.abs_log_ratio_mean)} nats over ${plural(item.n_tokens, "comparable token")}. Noise floor: ${num(item.noise_floor)} nats.
       ${first && html` First token beyond ×2: <a href=${routeTo.token(first, name)}>step ${first.step}, token ${first.token_index}</a>.`}
     </p>
     ${item.set_aside.length > 0 && html`<ul class="reasons">
@@ -106,7 +107,7 @@ function Explained({ item, name }) {
         (a) => html`<li><code>${a.code}</code> set aside: ${plural(a.tokens, "token")}, ${percent(a.share_of_tokens)} of all and ${percent(a.share_of_drift)} of all |D|, in step ${a.steps.join(", ")}: ${a.detail}<span class="fix">→ ${a.fix}</span></li>`,
       )}
     </ul>`}
-    ${item.left_out_responses > 0 && html`<p class="muted small">A long run: ${plural(item.n_responses, "answer")} evenly over it were read, ${count(item.left_out_responses)} with ${count(item.left_out_tokens)} tokens were not.</p>`}
+    ${item.left_out_responses > 0 && html`<p class="muted small">A long run: ${plural(item.n_responses, "answer")} evenly over it were read, ${count(item.left_out_responses)} with ${plural(item.left_out_tokens, "token")} were not.</p>`}
     ${item.causes.length > 0 && html`<${Scroll} label="Causes">
       <table class="rows causes">
         <thead><tr><th scope="col">cause</th><th scope="col" class="n">share</th><th scope="col">how known</th><th scope="col">what is seen</th></tr></thead>

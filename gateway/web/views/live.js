@@ -2,7 +2,7 @@
 import { html, useEffect, useRef, useState } from "../html.js";
 import { paths, useAnswer, useScores } from "../api.js";
 import { count, plural } from "../format.js";
-import { BandMark, Choice, Empty, InContext, LogRatio, Metric, routeTo, Scroll, Section, Select, Time, Title, Verdict } from "../parts.js";
+import { BandMark, Choice, Empty, InContext, LogRatio, Metric, Name, routeTo, Scroll, Section, Select, Time, Title, Verdict } from "../parts.js";
 import { BAND_ORDER, scoreBand } from "../scale.js";
 
 const KEPT = 500;
@@ -103,14 +103,14 @@ function Rows({ events, glossary }) {
       <tbody>
         ${events.map(({ cursor, score: s }) => html`<tr key=${cursor}>
           <td class="nowrap"><span class="mark"><${BandMark} colour=${scoreBand(glossary, s)} /></span><${Time} ns=${s.scored_ns} seconds /></td>
-          <th scope="row"><a href=${routeTo.trajectory(s.trajectory, { step: s.step, choice: s.choice })}>${s.trajectory}</a></th>
+          <th scope="row"><a href=${routeTo.trajectory(s.trajectory, { step: s.step, choice: s.choice })}><${Name} of=${s.trajectory} /></a></th>
           <td class="n">${s.step}${s.choice ? `.${s.choice}` : ""}</td>
           <td class="n nowrap">${s.comparable.verdict === "no" ? html`<span class="muted">left out</span>` : html`<${Metric} glossary=${glossary} name="kl_k3_rollout_train" measures=${s.measures} slack=${s.k3_slack} />`}</td>
           <td class="nowrap" title=${s.comparable.reasons.map((r) => `${r.code}: ${r.detail}`).join("\n")}><${Verdict} verdict=${s.comparable.verdict} short /> ${s.comparable.verdict} <span class="muted">${s.comparable.reasons[0]?.code}</span></td>
           <td class="nowrap">${s.worst && html`<a class="token-link" href=${routeTo.token(s.worst, s.trajectory)}><${InContext} worst=${s.worst} chars=${16} /></a>`}</td>
           <td class=${s.comparable.verdict === "no" ? "n nowrap muted" : "n nowrap"}>${s.worst && html`<${LogRatio} value=${s.worst.log_ratio} />`}</td>
           <td class="n">${count(s.measures?.metrics.n_tokens ?? 0)}</td>
-          <td class="nowrap">${s.model}${s.kind === "noise_floor" ? html` <span class="tag">floor</span>` : ""}</td>
+          <td class="nowrap"><${Name} of=${s.model} />${s.kind === "noise_floor" ? html` <span class="tag">floor</span>` : ""}</td>
         </tr>`)}
       </tbody>
     </table>

@@ -92,7 +92,7 @@ function Cell({ cell, metric, glossary }) {
     .map((f) => [floorName(f), f.measures.metrics[metric] ?? f.router?.metrics[metric]])
     .filter(([, v]) => v != null);
   return html`<a class="cell" href=${routeTo.cell(cell)}>
-    <span class="cell-value"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(cell, metric)} slack=${cell.k3_slack} /></span>
+    <span class="cell-value"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(cell, metric)} verdict=${cell.verdict} slack=${cell.k3_slack} /></span>
     <span class="cell-line"><${Basis} cell=${cell} metric=${metric} /></span>
     <span class="cell-line">${floors.length ? `floor ${floors.map(([s, v]) => `${s} ${num(v)}`).join(", ")}` : "floor not measured"}</span>
     <span class="cell-line">${lagWords(cell)}</span>
@@ -152,7 +152,7 @@ function Floors({ cells, metric, glossary }) {
               <th scope="row"><a href=${routeTo.cell(c)}>${c.engine.side} ${side(c.engine)}</a></th>
               <td>${floorLabel(c)}</td>
               <td class="nowrap">${c.model}</td>
-              <td class="n nowrap"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(c, metric)} /></td>
+              <td class="n nowrap"><${Metric} glossary=${glossary} name=${metric} measures=${sourceOf(c, metric)} verdict=${c.verdict} slack=${c.k3_slack} /></td>
               <td class="n">${count(c.n_tokens)}</td>
               <td class="n">${count(c.trajectories)}</td>
             </tr>`,

@@ -12,6 +12,7 @@ import {
   InContext,
   LogRatio,
   Metric,
+  Name,
   Partial,
   routeTo,
   Scroll,
@@ -21,6 +22,7 @@ import {
   Title,
   Verdict,
 } from "../parts.js";
+import { BAND_ORDER, BAND_WORDS, worstBand } from "../scale.js";
 
 const EVERY_S = 5;
 
@@ -39,22 +41,34 @@ export function Overview() {
   useScores(0, () => overview.reload());
   return html`<${Title} note="Would the trainer see the policy that produced these rollouts?">Overview<//>
     <${Show} answer=${overview} what="what is live">
-      ${(now) => html`<${Alarms} now=${now} cells=${cells.data} />
+      ${(now) => html`<${Alarms} now=${now} cells=${cells.data} glossary=${glossary.data} />
         <${Now} now=${now} />
         <${OverTime} series=${series} cells=${cells.data} glossary=${glossary.data} />
         <${Worst} now=${now} />`}
     <//>`;
 }
 
-function Alarms({ now, cells }) {
-  const judged = cells?.items.filter((c) => c.kind === "drift" && c.verdict !== "no").length;
+/** An alarm judges the newest scores; a cell's bands all of them. Both are said. */
+function Calm({ cells, glossary }) {
+  const judged = cells.filter((c) => c.kind === "drift" && c.verdict !== "no").map((c) => worstBand(glossary, c, c.verdict).colour);
+  const of = (colour) => judged.filter((found) => found === colour).length;
+  const worst = BAND_ORDER.findLast(of) ?? null;
+  const beyond = of("amber") + of("red");
+  const each = BAND_ORDER.filter(of).map((colour) => `${plural(of(colour), "cell")} ${BAND_WORDS[colour][1]}`);
+  return html`<p class=${beyond ? "alarm past" : "alarm calm"}>
+    <${BandMark} colour=${worst ?? "green"} />
+    <span>${!judged.length
+      ? "Nothing to look at yet: nothing is scored."
+      : beyond
+        ? `Nothing new to look at, nothing lost. Over all of their scores: ${each.join(", ")}.`
+        : `Nothing to look at: ${each.join(", ")}, nothing lost.`}</span>
+  </p>`;
+}
+
+function Alarms({ now, cells, glossary }) {
   return html`<section aria-labelledby="alarms" class="alarms">
     <h2 id="alarms" class="sr">Alarms</h2>
-    ${now.alarms.length === 0 &&
-    html`<p class="alarm calm">
-      <${BandMark} colour="green" />
-      <span>${judged ? `Nothing to look at: ${plural(judged, "cell")} within band, nothing lost.` : "Nothing to look at yet: nothing is scored."}</span>
-    </p>`}
+    ${now.alarms.length === 0 && cells && glossary && html`<${Calm} cells=${cells.items} glossary=${glossary} />`}
     <ul>
       ${now.alarms.map(
         (a) => html`<li class=${`alarm ${a.severity}`}>
@@ -80,13 +94,15 @@ function Tile({ name, value, unit, note }) {
   </div>`;
 }
 
+const runs = (n) => (n === 1 ? "trajectory" : "trajectories");
+
 function Now({ now }) {
   const lag = now.oldest_waiting_ns == null ? null : (now.now_ns - now.oldest_waiting_ns) / 1e9;
   const share = now.scorable ? now.scored / now.scorable : null;
   return html`<section aria-labelledby="now">
     <h2 id="now" class="sr">Now</h2>
     <dl class="tiles">
-      <${Tile} name="Running" value=${count(now.running)} unit="trajectories" note=${`of ${count(now.trajectories)} · last call ${ago(now.last_call_ns, now.now_ns)}`} />
+      <${Tile} name="Running" value=${count(now.running)} unit=${runs(now.running)} note=${`of ${count(now.trajectories)} · last call ${ago(now.last_call_ns, now.now_ns)}`} />
       <${Tile} name="Steps" value=${num(now.steps_per_s)} unit="/ s" note=${`${num(now.response_tokens_per_s)} tokens / s · last ${duration(now.window_s)}`} />
       <${Tile}
         name="Scored"
@@ -95,7 +111,7 @@ function Now({ now }) {
         note=${html`<meter min="0" max="1" value=${share ?? 0} aria-label="share of scorable answers with a score">${percent(share)}</meter> ${percent(share)} · ${count(now.captured)} captured`}
       />
       <${Tile} name="Worker lag" value=${lag == null ? "0 s" : duration(lag)} note=${`${plural(now.waiting, "answer")} waiting · last score ${ago(now.last_score_ns, now.now_ns)}`} />
-      <${Tile} name="Gaps" value=${count(now.incomplete)} unit="trajectories" note=${now.incomplete ? html`<a href="#/trajectories?complete=false">incomplete capture</a>` : "capture is complete"} />
+      <${Tile} name="Gaps" value=${count(now.incomplete)} unit=${runs(now.incomplete)} note=${now.incomplete ? html`<a href="#/trajectories?complete=false">incomplete capture</a>` : "capture is complete"} />
     </dl>
   </section>`;
 }
@@ -145,7 +161,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
   return html`<figure class="chart">
     <figcaption>
       <a href=${routeTo.cell(line)}><strong>${line.model}</strong> <span class="muted">${name}</span></a>
-      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} slack=${cell?.k3_slack} /> <${Partial} cell=${cell} /></span>`}
+      ${source && html`<span class="chart-now"><${Metric} glossary=${glossary} name=${metric} measures=${source} verdict=${cell.verdict} slack=${cell?.k3_slack} /> <${Partial} cell=${cell} /></span>`}
     </figcaption>
     ${source && html`<p class="muted small"><${Basis} cell=${cell} metric=${metric} /></p>`}
     <${DriftChart}
@@ -157,7 +173,7 @@ function CellLine({ line, metric, cells, glossary, slot }) {
     />
     <p class="muted small">
       Noise floor: ${floorText}. ${limits ? `Bands from ${round(limits.green)} and ${round(limits.red)}${wide > 1 ? ` (×${wide} for MoE and FP8)` : ""}.` : ""}
-      ${zero ? ` ${plural(zero, "point")} at 0 not drawn.` : ""}${line.forgotten ? ` ${count(line.forgotten)} older scores not shown.` : ""}
+      ${zero ? ` ${plural(zero, "point")} at 0 not drawn.` : ""}${line.forgotten ? ` ${plural(line.forgotten, "older score")} not shown.` : ""}
     </p>
     <${Fold} summary=${`Table of ${plural(points.length, "point")}`}>
       <${Scroll} label=${`${metric} of ${line.model} over time`} tall>
@@ -191,8 +207,8 @@ function Worst({ now }) {
                   <th scope="row"><a class="token-link" href=${routeTo.token(w.worst, w.trajectory)}><${InContext} worst=${w.worst} chars=${28} /></a></th>
                   <td class="n">${num(Math.exp(w.worst.rollout_logprob))}</td>
                   <td class="n">${num(Math.exp(w.worst.train_logprob))}</td>
-                  <td class="nowrap"><a href=${routeTo.trajectory(w.trajectory)}>${w.trajectory}</a> step ${w.worst.step}, token ${w.worst.token_index}</td>
-                  <td class="nowrap">${w.model}</td>
+                  <td class="nowrap"><a href=${routeTo.trajectory(w.trajectory)}><${Name} of=${w.trajectory} /></a> step ${w.worst.step}, token ${w.worst.token_index}</td>
+                  <td class="nowrap"><${Name} of=${w.model} /></td>
                 </tr>`,
               )}
             </tbody>

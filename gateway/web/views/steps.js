@@ -3,7 +3,7 @@ import { html } from "../html.js";
 import { paths } from "../api.js";
 import { count, num, percent, plural, visible } from "../format.js";
 import { BandMark, Raw, Reasons, routeTo, Verdict } from "../parts.js";
-import { band } from "../scale.js";
+import { worstBand } from "../scale.js";
 
 export function Steps({ steps, tree, step, choice, name }) {
   return html`<nav class="steps card" aria-label="Steps">
@@ -15,7 +15,7 @@ export function Steps({ steps, tree, step, choice, name }) {
           ${s.answers.map(
             (a) => html`<a href=${routeTo.trajectory(name, { step: a.step, choice: a.choice })} aria-current=${a.step === step && a.choice === choice ? "true" : undefined}>
               <span class="step-name">${a.step}${s.answers.length > 1 ? `.${a.choice}` : ""}</span>
-              <span class="step-what">${count(a.tokens)} tokens${a.tool ? " · tool" : ""}</span>
+              <span class="step-what">${plural(a.tokens, "token")}${a.tool ? " · tool" : ""}</span>
               <span class="step-drift">${a.comparable ? html`<${BandMark} colour=${a.colour} /> ${num(a.k3)}` : a.score ? html`<${Verdict} verdict="no" short /> <span class="muted">left out</span>` : html`<span class="muted">…</span>`}</span>
             </a>`,
           )}
@@ -23,7 +23,7 @@ export function Steps({ steps, tree, step, choice, name }) {
         </li>`,
       )}
     </ol>
-    <p class="muted small">k3 of each answer, nats.</p>
+    <p class="muted small">k3 of each answer, nats; its sign is the worst band of k3, mean |D|, the share beyond ×2 and routes.</p>
     ${tree && html`<${Shape} tree=${tree} />`}
   </nav>`;
 }
@@ -102,17 +102,15 @@ export function Break({ node, name }) {
 
 function answerOf(choice, glossary) {
   const score = choice.scores.filter((s) => s.kind === "drift").at(-1) ?? null;
-  const m = score?.measures?.metrics;
-  const k3 = m?.kl_k3_rollout_train ?? null;
   return {
     step: choice.meta.step,
     choice: choice.meta.choice,
     tokens: choice.response_len,
     tool: choice.meta.finish_reason === "tool_calls",
     score,
-    k3,
+    k3: score?.measures?.metrics.kl_k3_rollout_train ?? null,
     comparable: score != null && score.measures != null && score.comparable.verdict !== "no",
-    colour: band(glossary, "kl_k3_rollout_train", k3, { bad: m?.n_bad_tokens, slack: score?.k3_slack }),
+    ...(score ? worstBand(glossary, score, score.comparable.verdict) : { colour: null, by: null }),
     worst: score?.worst ?? null,
   };
 }

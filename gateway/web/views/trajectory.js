@@ -12,16 +12,24 @@ import { Capture } from "./trajectories.js";
 export function Trajectory({ name, query, go }) {
   const path = paths.trajectory(name);
   const detail = useAnswer(path, 5);
-  const mismatch = useAnswer(paths.mismatch(name), 10);
   const tree = useAnswer(paths.tree(name), 10).data;
   const glossary = useAnswer(paths.glossary).data;
   if (detail.error && !detail.data) return html`<${Title}>${name}<//><${Failure} error=${detail.error} retry=${detail.reload} />`;
   return html`<${Show} answer=${detail} what=${`trajectory ${name}`}>
-    ${(data) => html`<${Whole} name=${name} data=${data} mismatch=${mismatch} tree=${tree} glossary=${glossary} query=${query} go=${go} path=${path} />`}
+    ${(data) => html`<${Whole} name=${name} data=${data} tree=${tree} glossary=${glossary} query=${query} go=${go} path=${path} />`}
   <//>`;
 }
 
-function Whole({ name, data, mismatch, tree, glossary, query, go, path }) {
+/** Changes with every answer and score of these steps. */
+function versionOf(steps) {
+  const choices = steps.flatMap((s) => s.choices);
+  const scores = choices.flatMap((c) => c.scores);
+  return `${choices.length} ${scores.length} ${Math.max(...scores.map((s) => s.scored_ns))}`;
+}
+
+function Whole({ name, data, tree, glossary, query, go, path }) {
+  const version = versionOf(data.steps);
+  const mismatch = useAnswer(paths.mismatch(name), 10, version);
   const steps = useMemo(() => outline(data, tree, glossary), [data, tree, glossary]);
   const answers = steps.flatMap((s) => s.answers);
   const worst = worstOf(answers);
@@ -37,21 +45,26 @@ function Whole({ name, data, mismatch, tree, glossary, query, go, path }) {
         Worst token${worst && html` <span class="muted">step ${worst.step}, |D| ${num(Math.abs(worst.worst.log_ratio))} nats${worst.comparable ? "" : ", not comparable"}</span>`}
       <//>
       <${Jump} to=${divergent && routeTo.trajectory(name, { step: divergent.step, choice: divergent.choice })}>
-        First divergent step <span class="muted">${divergent ? `step ${divergent.step}, ${divergent.colour} by k3` : "none: every comparable step is within band"}</span>
+        First divergent step <span class="muted">${glossary && (divergent ? `step ${divergent.step}, ${divergent.colour} by ${divergent.by}` : noneDiverges(answers))}</span>
       <//>
       <a class="button" href=${routeTo.compare(`t:${name}`, null)}>Compare</a>
     </nav>
     <${Cells} mismatch=${mismatch} glossary=${glossary} name=${name} />
-    <${Judgement} name=${name} />
+    <${Judgement} name=${name} version=${version} />
     <div class="split">
       <${Steps} steps=${steps} tree=${tree} step=${step} choice=${choice} name=${name} />
       <div class="main-column">
         ${step == null
           ? html`<${Empty}>No answer is stored yet.<//>`
-          : html`<${Answer} key=${`${step}`} name=${name} step=${step} choice=${choice} token=${token} node=${nodesOf(tree).get(`${step}.${choice}`)} onToken=${(i) => go(here({ token: i }), true)} />`}
+          : html`<${Answer} key=${`${step}`} name=${name} step=${step} choice=${choice} token=${token} version=${versionOf(data.steps.filter((s) => s.step === step))} node=${nodesOf(tree).get(`${step}.${choice}`)} onToken=${(i) => go(here({ token: i }), true)} />`}
       </div>
     </div>
     <${Exports} name=${name} />`;
+}
+
+function noneDiverges(answers) {
+  if (!answers.some((a) => a.score)) return "no step is scored";
+  return answers.some((a) => a.comparable) ? "none: every comparable step is within band" : "no comparable step";
 }
 
 function Summary({ row, reward }) {
@@ -82,7 +95,7 @@ function Cells({ mismatch, glossary, name }) {
                 <tbody>
                   ${data.cells.map(({ whole: c }) => {
                     const of = c.measures ?? c.all_measures;
-                    const value = (metric, from = of) => html`<${Metric} glossary=${glossary} name=${metric} measures=${from} slack=${c.k3_slack} />`;
+                    const value = (metric, from = of) => html`<${Metric} glossary=${glossary} name=${metric} measures=${from} verdict=${c.verdict} slack=${c.k3_slack} />`;
                     return html`<tr>
                       <th scope="row"><a href=${routeTo.cell(c)}>${side(c.engine)} → ${side(c.trainer)}</a></th>
                       <td><${Verdict} verdict=${c.verdict} /> <${Partial} cell=${c} />${c.comparable.no ? html` <span class="muted">${plural(c.comparable.no, "answer")} left out</span>` : ""}</td>
