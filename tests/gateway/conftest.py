@@ -463,6 +463,11 @@ async def start(app: web.Application) -> tuple[web.AppRunner, str]:
     return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
 
 
+TURNS_TO_CLOSE = 10
+"""Of the loop: a connection that its client left while it was being accepted is taken up, read to
+its end and closed within a few. Until then the server does not know it, and would not close it."""
+
+
 @asynccontextmanager
 async def standing_in() -> AsyncIterator[StandIn]:
     """An engine that serves."""
@@ -481,6 +486,8 @@ async def standing_in() -> AsyncIterator[StandIn]:
     yield stand_in
     if stand_in.hold is not None:
         stand_in.hold.set()
+    for _ in range(TURNS_TO_CLOSE):
+        await asyncio.sleep(0)
     await stand_in.runner.cleanup()
 
 
