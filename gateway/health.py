@@ -108,8 +108,11 @@ class Health:
     async def _pass(self) -> None:
         """Wait until it is time, and look once."""
         await self._wait()
-        asked_ns = time.time_ns()
-        was, self.error = self.error, await self._look()
+        asked_ns, was = time.time_ns(), self.error
+        found = await self._look()
+        if self.error is not was:
+            return  # a call failed meanwhile, perhaps after what was seen
+        self.error = found
         if self.error is not None:
             if was is None:
                 log.warning("%s gets no calls: %s", self._url, self.error)

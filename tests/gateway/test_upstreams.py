@@ -186,6 +186,25 @@ async def test_only_an_engine_that_was_away_is_taken_for_another(
     assert returned == [gone]
 
 
+@pytest.mark.usefixtures("quick")
+async def test_a_look_does_not_undo_a_failure_that_came_while_it_was_taken(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = agent.gateway.upstreams.all[0]
+    look, looks, returned_after = first.health._look, list[int](), list[int]()
+
+    async def failing() -> str | None:
+        looks.append(1)
+        if len(looks) == 1:
+            first.health.failed("the engine closed the connection without an answer")
+        return await look()
+
+    monkeypatch.setattr(first.health, "_returned", lambda _: returned_after.append(len(looks)))
+    monkeypatch.setattr(first.health, "_look", failing)
+    await until(lambda: bool(returned_after))
+    assert returned_after[0] == 2
+
+
 async def test_a_bug_in_a_look_is_not_the_last_one(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
