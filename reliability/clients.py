@@ -37,7 +37,6 @@ main()
 NAMES = {
     "a slash": "runs/2026/one",
     "dots": "../../etc/passwd",
-    "one dot": ".",
     "unicode": "лиса-🦊-é",
     "a percent sign": "100%25",
     "a quote": 'it\'s "quoted"; DROP TABLE calls',
@@ -228,7 +227,7 @@ async def finished_early(engine: Engine, gateway: Gateway, tries: int) -> Row:
 
 async def names(gateway: Gateway) -> Row:
     """Ids are names and never paths; what cannot be one is refused with a reason."""
-    row = Row("trajectory ids: slashes, dots, unicode, 4 kB", saw="200; 400 for 4 kB")
+    row = Row("trajectory ids: slashes, dots, unicode, 4 kB", saw="200; 400 for 4 kB and a dot")
     before = {path.name for path in gateway.store.parent.iterdir()}
     for what, trajectory in NAMES.items():
         body = request("well", what, stream=False)
@@ -237,9 +236,10 @@ async def names(gateway: Gateway) -> Row:
         row.tries += 1
         row.check(seen.answered, f"{what}: {seen.words}: {seen.body[:200]!r}")
         row.judge(gateway.store, [Call(say(what, asked=True), trajectory, body, seen)])
-    long = await ask(gateway.url, request("well", "long", stream=False), path=path_of("x" * 4096))
-    row.tries += 1
-    row.check(long.status == 400 and b"characters" in long.body, f"4 kB: {long.words}")
+    for what, trajectory, why in (("4 kB", "x" * 4096, b"characters"), ("a dot", ".", b"folder")):
+        seen = await ask(gateway.url, request("well", what, stream=False), path=path_of(trajectory))
+        row.tries += 1
+        row.check(seen.status == 400 and why in seen.body, f"{what}: {seen.words}")
     after = {path.name for path in gateway.store.parent.iterdir()}
     row.check(before == after, f"files outside the store: {after - before}")
     return row

@@ -153,4 +153,4 @@ def _report(manifest: Manifest, output: Path) -> None:
             err=True,
         )
     for code, count in manifest.left_out.items():
-        typer.echo(f"left out: {count} traces, {code}: {REASONS[code]}", err=True)
+        typer.echo(f"left out: {counted(count, 'trace')}, {code}: {REASONS[code]}", err=True)

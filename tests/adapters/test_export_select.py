@@ -278,8 +278,8 @@ def test_a_damaged_trace_is_named_and_the_rest_is_exported(damaged: Path, tmp_pa
     out = tmp_path / "out"
     result = run("--format", "trl", "--store", damaged, "-o", out)
     assert result.exit_code == 1
-    assert "2 samples, 10 sampled tokens, 1 shards" in result.stderr
-    assert "left out: 1 traces, damaged: could not be read" in result.stderr
+    assert "2 samples, 10 sampled tokens, 1 shard in" in result.stderr
+    assert "left out: 1 trace, damaged: could not be read" in result.stderr
     assert "damaged: trace b-0.0: " in result.stderr
     found = read_export(out, formats.load("trl"))
     assert [sample.meta.trajectory for sample in found] == ["a", "c"]
