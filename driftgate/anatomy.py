@@ -19,6 +19,7 @@ from driftgate.tokenclass import CLASSES, TokenClass, classify
 from driftgate.trace import F32, Score, ScoreMeta, Trace, TraceMeta
 
 __all__ = [
+    "DIVERGENT",
     "Growth",
     "Place",
     "Response",

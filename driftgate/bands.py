@@ -11,7 +11,7 @@ import msgspec
 
 from driftgate.trace import Engine, Trainer
 
-__all__ = ["BANDS", "MOE_FP8_SLACK", "Band", "Colour", "band", "slack_of"]
+__all__ = ["BANDS", "GATED", "MOE_FP8_SLACK", "ROUTES", "Band", "Colour", "band", "slack_of"]
 
 Colour = Literal["green", "amber", "red"]
 
@@ -36,13 +36,18 @@ class Band(msgspec.Struct, frozen=True):
     ascending: bool = True
 
 
+ROUTES = "router_set_disagree_rate"
+
 BANDS: dict[str, Band] = {
     "kl_k3_rollout_train": Band(1e-3, 5e-3, 1e-2),
     "abs_log_ratio_mean": Band(0.02, 0.05, 0.1),
     "extreme_frac_tau2": Band(1e-3, 1e-2, 0.1),
-    "router_set_disagree_rate": Band(0.10, 0.20, 0.20),
+    ROUTES: Band(0.10, 0.20, 0.20),
     "ess_kish_response": Band(0.99, 0.95, 0.95, ascending=False),
 }
+
+GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2", ROUTES)
+"""Whose bands colour a score and sound an alarm, by the headline first."""
 
 
 def band(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from driftgate.bands import Colour, band, slack_of
+from driftgate.bands import GATED, ROUTES, Colour, band, slack_of
 from driftgate.views import CellView, ScoreView
 
 __all__ = ["ORDER", "STYLES", "VERDICTS", "colour"]
@@ -18,9 +18,6 @@ VERDICTS = {"yes": "green", "converted": "yellow", "no": "red"}
 
 ORDER: tuple[Colour, ...] = ("green", "amber", "red")
 
-GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2")
-"""Metrics whose bands colour a line; a router's set-disagree is the fourth."""
-
 
 def colour(item: ScoreView | CellView) -> Colour | None:
     """The worst band of the gated metrics; None where no valid comparison stands behind them."""
@@ -31,8 +28,11 @@ def colour(item: ScoreView | CellView) -> Colour | None:
     values = item.measures.metrics
     bad = int(values.get("n_bad_tokens") or 0)
     slack = slack_of(item.engine, routed=item.router is not None)
-    found = [band(name, values.get(name), n_bad_tokens=bad, slack=slack) for name in GATED]
+    found = [
+        band(name, values.get(name), n_bad_tokens=bad, slack=slack)
+        for name in GATED
+        if name != ROUTES
+    ]
     if item.router is not None:
-        name = "router_set_disagree_rate"
-        found.append(band(name, item.router.metrics.get(name)))
+        found.append(band(ROUTES, item.router.metrics.get(ROUTES)))
     return max((level for level in found if level), key=ORDER.index, default=None)

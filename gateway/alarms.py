@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
-from driftgate.bands import BANDS, Colour, band, slack_of
+from driftgate.bands import BANDS, GATED, ROUTES, Colour, band, slack_of
 from driftgate.codes import CODES, SEVERITY
 from driftgate.engine_views import EngineState
 from driftgate.gateway.live import BLOCK_TOKENS, CellKey, Sums, stretch
@@ -33,10 +33,6 @@ PAUSE_S = 60.0
 
 OF_NOW = frozenset({"engine_away", "engine_paused"})
 """Of a gateway that runs, not of what is stored: no part of a report."""
-
-ROUTES = "router_set_disagree_rate"
-GATED = ("kl_k3_rollout_train", "abs_log_ratio_mean", "extreme_frac_tau2", ROUTES)
-"""Bands that sound an alarm, by the headline first: those that colour a score."""
 
 COLOURS: tuple[tuple[Literal["red", "amber"], tuple[Colour, ...]], ...] = (
     ("red", ("red",)),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from driftgate.bands import BANDS, Colour, band, slack_of
+from driftgate.bands import BANDS, Colour, band
 from driftgate.errors import DriftgateError
 from driftgate.gateway.answers import Answers
 from driftgate.storage import Counts
@@ -142,8 +142,7 @@ def _headlines(cell: CellView) -> dict[str, float]:
 def _band(cell: CellView, metric: str, number: float) -> Colour | None:
     """As the dashboard colours it."""
     bad = (cell.measures.metrics.get("n_bad_tokens") or 0) if cell.measures else 0
-    slack = slack_of(cell.engine, routed=cell.router is not None)
-    return band(metric, number, n_bad_tokens=int(bad), slack=slack)
+    return band(metric, number, n_bad_tokens=int(bad), slack=cell.k3_slack)
 
 
 def _side(side: Engine | Trainer) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from driftgate.anatomy import DIVERGENT
 from driftgate.codes import SPOILS_ROUTES
 from driftgate.listings import RunDrift, TrajectoryRow
 from driftgate.live_views import CellSeries, SeriesPoint
@@ -41,9 +42,6 @@ PAGE = 1000
 BLOCK_TOKENS = 512
 """Tokens, or (token, layer) pairs where routes are asked about, that are judged together when a
 stretch is dated: single answers are too short to tell drift from chance."""
-
-RATIO_2 = math.log(2.0)
-"""nats; beyond it a token's ratio leaves [1/2, 2]."""
 
 CellKey = tuple[str, str, str, Kind]
 """Engine digest, trainer digest, model, kind."""
@@ -142,7 +140,7 @@ class Sums(NamedTuple):
             n_tokens=self.n_tokens - 1,
             k3=None if self.k3 is None else self.k3 - (math.expm1(d) - d),
             abs_log_ratio=self.abs_log_ratio - abs(d),
-            over_2=self.over_2 - (abs(d) > RATIO_2),
+            over_2=self.over_2 - (abs(d) > DIVERGENT),
             worst=0.0,
         )
 

@@ -107,7 +107,8 @@ def diff(
 
     ValueError for a trace that ``resolve`` would not give back, however little of it is stored.
     """
-    if (count := len(_ids(trace))) > MAX_IDS:
+    sides = (trace.prompt_ids, trace.response_ids)
+    if (count := sum(len(side) for side in sides if side is not None)) > MAX_IDS:
         raise ValueError(f"a trace has at most {MAX_IDS} ids, not {count}")
     if trace.routes is not None and trace.routes.nbytes > MAX_ROUTES_BYTES:
         raise ValueError(

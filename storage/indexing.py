@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from driftgate.errors import FormatError
 from driftgate.storage.delta import TraceHead
-from driftgate.storage.inserts import Place, add_score, add_small, add_trace
+from driftgate.storage.inserts import Place, add_score, add_small, add_trace, score_key
 from driftgate.storage.records import Kind, ScoreHead, decode_small, head_of
 from driftgate.storage.segments import Entry, scan
 
@@ -56,16 +56,29 @@ def entries(path: Path, start: int | None, found: Found) -> Iterator[Entry]:
         found.skip(str(error))
 
 
-def index_entry(connection: sqlite3.Connection, segment: str, entry: Entry, found: Found) -> str:
-    """Insert one record; ``seq_taken`` for a score whose number another score has."""
+def index_entry(
+    connection: sqlite3.Connection,
+    segment: str,
+    entry: Entry,
+    found: Found,
+    owner: Callable[[int], tuple[str, ...] | None] = lambda seq: None,
+) -> str:
+    """Insert one record; ``seq_taken`` for a score whose number another score has, or had by
+    ``owner``, which gives the key of a number's score."""
+    place = Place(segment, entry.offset, entry.header.record_bytes)
     try:
-        return _insert(connection, Place(segment, entry.offset, entry.header.record_bytes), entry)
+        return _insert(connection, place, entry, owner)
     except (FormatError, OverflowError) as error:  # SQLite's integers have 64 bits, JSON's any
         found.skip(f"{segment} at {entry.offset}: {error}")
         return "skipped"
 
 
-def _insert(connection: sqlite3.Connection, place: Place, entry: Entry) -> str:
+def _insert(
+    connection: sqlite3.Connection,
+    place: Place,
+    entry: Entry,
+    owner: Callable[[int], tuple[str, ...] | None],
+) -> str:
     payload, kind = entry.payload(), entry.header.kind
     if kind == Kind.TRACE:
         columns = payload.columns
@@ -78,6 +91,9 @@ def _insert(connection: sqlite3.Connection, place: Place, entry: Entry) -> str:
         )
         return "added"
     if kind == Kind.SCORE:
-        return add_score(connection, head_of(payload, ScoreHead), place)
+        head = head_of(payload, ScoreHead)
+        if owner(head.seq) not in (None, score_key(head)):
+            return "seq_taken"
+        return add_score(connection, head, place)
     add_small(connection, decode_small(kind, payload), place.segment)
     return "added"

@@ -20,7 +20,7 @@ from driftgate.storage.segments import series_of
 from driftgate.trace import CallIntent, CallOutcome, Reward, ScoreMeta
 
 __all__ = [
-    "LOST",
+    "SCORE_KEY",
     "Place",
     "add_intent",
     "add_outcome",
@@ -33,8 +33,13 @@ __all__ = [
     "is_passing",
     "mark_baseless",
     "next_seq",
+    "score_key",
     "set_indexed",
 ]
+
+
+SCORE_KEY = "trace_id = ? AND engine = ? AND trainer = ? AND kind = ?"
+"""In SQL, of what `score_key` gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +193,18 @@ def add_trace(
     _settle(connection, meta.call_id)
 
 
+_LOST = (
+    "WITH RECURSIVE lost (trace_id) AS ("
+    "  SELECT trace_id FROM traces WHERE base NOT IN (SELECT trace_id FROM traces) "
+    "  UNION SELECT t.trace_id FROM traces t JOIN lost ON t.base = lost.trace_id)"
+)
+"""Traces that nobody can read: one that they are built on is not there."""
+
+
 def mark_baseless(connection: sqlite3.Connection) -> None:
     """Say of each trace whether all that it is built on is there; its call is a gap where not."""
     changed = connection.execute(
-        f"{LOST} UPDATE traces SET baseless = NOT baseless "
+        f"{_LOST} UPDATE traces SET baseless = NOT baseless "
         "WHERE baseless <> (trace_id IN (SELECT trace_id FROM lost)) RETURNING call_id"
     ).fetchall()
     for (call_id,) in set(changed):
@@ -203,14 +216,6 @@ def mark_baseless(connection: sqlite3.Connection) -> None:
         _settle(connection, call_id)
 
 
-LOST = (
-    "WITH RECURSIVE lost (trace_id) AS ("
-    "  SELECT trace_id FROM traces WHERE base NOT IN (SELECT trace_id FROM traces) "
-    "  UNION SELECT t.trace_id FROM traces t JOIN lost ON t.base = lost.trace_id)"
-)
-"""Traces that nobody can read: one that they are built on is not there."""
-
-
 def next_seq(connection: sqlite3.Connection) -> int:
     """The number of the next score, above all that were ever given; stable only inside a
     ``transaction``."""
@@ -218,9 +223,17 @@ def next_seq(connection: sqlite3.Connection) -> int:
     return int(given[0]) + 1 if given else 1
 
 
+def score_key(head: ScoreHead) -> tuple[str, str, str, str]:
+    """What stands once in the index: (trace id, engine, trainer, kind)."""
+    meta = head.meta
+    return meta.trace_id, meta.engine.digest, meta.trainer.digest, meta.kind
+
+
 def has_score(connection: sqlite3.Connection, head: ScoreHead) -> bool:
     """Whether the index has a score for this (trace, engine, trainer, kind) that stands."""
-    row = connection.execute(f"SELECT passing FROM scores WHERE {_KEY}", _key(head)).fetchone()
+    row = connection.execute(
+        f"SELECT passing FROM scores WHERE {SCORE_KEY}", score_key(head)
+    ).fetchone()
     return row is not None and not row[0]
 
 
@@ -285,20 +298,14 @@ def add_small(
         add_reward(connection, record)
 
 
-_KEY = "trace_id = ? AND engine = ? AND trainer = ? AND kind = ?"
-
-
-def _key(head: ScoreHead) -> tuple[str, str, str, str]:
-    meta = head.meta
-    return meta.trace_id, meta.engine.digest, meta.trainer.digest, meta.kind
-
-
 def _json(value: msgspec.Struct) -> str:
     return msgspec.json.encode(value).decode()
 
 
 def _seq_of_key(connection: sqlite3.Connection, head: ScoreHead) -> int | None:
-    row = connection.execute(f"SELECT seq FROM scores WHERE {_KEY}", _key(head)).fetchone()
+    row = connection.execute(
+        f"SELECT seq FROM scores WHERE {SCORE_KEY}", score_key(head)
+    ).fetchone()
     return int(row[0]) if row else None
 
 

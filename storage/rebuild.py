@@ -15,15 +15,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from driftgate.errors import FormatError, StorageError
+from driftgate.errors import StorageError
 from driftgate.storage.index import INDEX_NAME, open_index, transaction
 from driftgate.storage.indexing import Found, entries, index_entry
-from driftgate.storage.inserts import Place, add_score, mark_baseless, next_seq, set_indexed
-from driftgate.storage.records import Kind, ScoreHead, head_of
+from driftgate.storage.inserts import (
+    SCORE_KEY,
+    Place,
+    add_score,
+    mark_baseless,
+    next_seq,
+    score_key,
+    set_indexed,
+)
+from driftgate.storage.records import ScoreHead, head_of
 from driftgate.storage.recovery import StoreLock, damaged_calls
 from driftgate.storage.rows import RebuildReport
 from driftgate.storage.segments import (
-    Entry,
     fsync_dir,
     read_entry,
     records_start,
@@ -32,9 +39,6 @@ from driftgate.storage.segments import (
 )
 
 __all__ = ["rebuild_index"]
-
-Key = tuple[str, str, str, str]
-"""(trace id, engine, trainer, kind) of a score."""
 
 
 def rebuild_index(root: Path) -> RebuildReport:
@@ -81,17 +85,15 @@ class _Replaced:
         except sqlite3.Error:
             return
 
-    def owner(self, seq: int) -> Key | None:
-        """The score that has a number."""
+    def owner(self, seq: int) -> tuple[str, ...] | None:
+        """The key of the score that has a number."""
         sql = "SELECT trace_id, engine, trainer, kind FROM scores WHERE seq = ?"
         return next(self.rows(sql, seq), None)
 
-    def number(self, key: Key) -> int | None:
-        """Of a score."""
-        sql = (
-            "SELECT seq FROM scores WHERE trace_id = ? AND engine = ? AND trainer = ? AND kind = ?"
-        )
-        return next((seq for (seq,) in self.rows(sql, *key)), None)
+    def number(self, key: tuple[str, ...]) -> int | None:
+        """Of a score, by its key."""
+        rows = self.rows(f"SELECT seq FROM scores WHERE {SCORE_KEY}", *key)
+        return next((seq for (seq,) in rows), None)
 
 
 class _Taken(NamedTuple):
@@ -111,9 +113,7 @@ def _index_all(root: Path, connection: sqlite3.Connection, old: _Replaced) -> Re
     for path in paths:
         start = end = records_start(path)
         for entry in entries(path, None, found):
-            if _is_another(entry, old) or (
-                index_entry(connection, path.name, entry, found) == "seq_taken"
-            ):
+            if index_entry(connection, path.name, entry, found, old.owner) == "seq_taken":
                 taken.append(_Taken(entry.header.time_ns, path, entry.offset))
             end = entry.end
         once = max(start, old.ends.get(path.name, 0))
@@ -137,29 +137,13 @@ def _index_all(root: Path, connection: sqlite3.Connection, old: _Replaced) -> Re
     )
 
 
-def _is_another(entry: Entry, old: _Replaced) -> bool:
-    """Whether a record is a score whose number the old index gave to another one."""
-    if entry.header.kind != Kind.SCORE:
-        return False
-    try:
-        head = head_of(entry.payload(), ScoreHead)
-    except FormatError:
-        return False  # said where it is indexed
-    return old.owner(head.seq) not in (None, _key(head))
-
-
 def _number_anew(connection: sqlite3.Connection, one: _Taken, old: _Replaced) -> None:
     """The number that the old index gave it, else the next."""
     entry = read_entry(one.path, one.offset)
     head = head_of(entry.payload(), ScoreHead)
-    seq = old.number(_key(head)) or next_seq(connection)
+    seq = old.number(score_key(head)) or next_seq(connection)
     place = Place(one.path.name, one.offset, entry.header.record_bytes)
     add_score(connection, ScoreHead(meta=head.meta, seq=seq), place)
-
-
-def _key(head: ScoreHead) -> Key:
-    meta = head.meta
-    return meta.trace_id, meta.engine.digest, meta.trainer.digest, meta.kind
 
 
 _KNOWN = {

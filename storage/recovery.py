@@ -81,6 +81,7 @@ def recover(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutc
     calls ended that were open when their writer died.
     """
     again: list[Score | CallOutcome] = []
+    before = connection.total_changes
     for path in segment_paths(root):
         try:
             fd = take_over(path)
@@ -94,8 +95,9 @@ def recover(root: Path, connection: sqlite3.Connection) -> list[Score | CallOutc
                 again += _catch_up(path, fd, connection)
         finally:
             os.close(fd)
-    with transaction(connection):
-        mark_baseless(connection)
+    if connection.total_changes > before:  # else no base has come, or gone
+        with transaction(connection):
+            mark_baseless(connection)
     _say_missing(root, connection)
     return again + _lost_calls(root, connection)
 

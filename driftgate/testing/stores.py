@@ -11,7 +11,14 @@ from driftgate.storage import Record, Writer
 from driftgate.testing.traces import ENGINE, TRAINER, make_intent, make_score, make_trajectory
 from driftgate.trace import Comparable, Reason, Reward, Score, Trace
 
-__all__ = ["BAD_TRAINER", "SLASHED", "example_records", "make_scores", "write_store"]
+__all__ = [
+    "BAD_TRAINER",
+    "SLASHED",
+    "example_records",
+    "flip",
+    "make_scores",
+    "write_store",
+]
 
 SLASHED = "runs/one é"
 """A trajectory whose name needs percent-encoding."""
@@ -55,3 +62,10 @@ def _called(traces: Iterable[Trace]) -> Iterator[Record]:
     for trace in traces:
         yield make_intent(trace)
         yield trace
+
+
+def flip(segment: Path, record: int) -> None:
+    """Damage the record at offset ``record``: one bit of its frame."""
+    data = bytearray(segment.read_bytes())
+    data[record + 40] ^= 1
+    segment.write_bytes(data)

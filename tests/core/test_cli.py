@@ -37,7 +37,7 @@ from driftgate.gateway.report import Limits, Written, write_report
 from driftgate.gateway.report_source import StoreSource
 from driftgate.storage import Reader, read_segment
 from driftgate.storage.records import Kind
-from driftgate.testing.stores import SLASHED, example_records, write_store
+from driftgate.testing.stores import SLASHED, example_records, flip, write_store
 from driftgate.trace import Trace
 from driftgate.views import Cells, DriftEvent, StepDetail, TrajectoryDetail
 
@@ -423,9 +423,7 @@ def damaged(tmp_path: Path) -> Path:
         for entry in read_segment(path)
         if entry.header.kind == Kind.TRACE
     )
-    data = bytearray(segment.read_bytes())
-    data[entry.offset + 40] ^= 1
-    segment.write_bytes(data)
+    flip(segment, entry.offset)
     return store
 
 

@@ -16,7 +16,7 @@ import pytest
 from driftgate.adapters.jsonl import Row, rows, trace_of
 from driftgate.errors import NotFoundError
 from driftgate.storage import Reader, Record, read_segment
-from driftgate.testing.stores import BAD_TRAINER, SLASHED, example_records, write_store
+from driftgate.testing.stores import BAD_TRAINER, SLASHED, example_records, flip, write_store
 from driftgate.testing.traces import (
     TRAINER,
     assert_same_trace,
@@ -117,9 +117,7 @@ def test_a_damaged_score_costs_no_trace(tmp_path: Path) -> None:
     store = write_store(tmp_path, [trace := make_trace(), make_score(trace)])
     (segment,) = store.glob("segments/*.dgs")
     *_, score = read_segment(segment)
-    data = bytearray(segment.read_bytes())
-    data[score.offset + 40] ^= 1
-    segment.write_bytes(data)
+    flip(segment, score.offset)
     damaged: list[str] = []
     with closing(Reader(store)) as reader:
         (row,) = rows(reader, damaged=damaged)

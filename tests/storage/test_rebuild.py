@@ -27,6 +27,7 @@ from driftgate.storage.index import OWNER_GONE, open_index, transaction
 from driftgate.storage.inserts import add_intent, add_outcome
 from driftgate.storage.records import Kind, encode_score, encode_small
 from driftgate.storage.segments import header_bytes, records_start
+from driftgate.testing.stores import flip
 from driftgate.testing.traces import make_intent, make_score, make_trace, make_trajectory
 from driftgate.trace import CallOutcome, Reward
 
@@ -43,12 +44,6 @@ def write(root: Path, *records: Record, name: str = "gateway") -> Path:
     return segment
 
 
-def flip(segment: Path, at: int) -> None:
-    data = bytearray(segment.read_bytes())
-    data[at] ^= 1
-    segment.write_bytes(data)
-
-
 def away(segment: Path) -> None:
     segment.rename(segment.with_suffix(".away"))
 
@@ -59,7 +54,7 @@ def cut(segment: Path) -> None:
 
 
 def damage(segment: Path) -> None:
-    flip(segment, records_start(segment) + 40)
+    flip(segment, records_start(segment))
 
 
 @pytest.mark.parametrize(("harm", "how"), [(away, "away"), (cut, "damaged"), (damage, "damaged")])

@@ -22,6 +22,7 @@ from driftgate.storage.codec import pack_payload, pack_record
 from driftgate.storage.index import OWNER_GONE
 from driftgate.storage.records import Kind, encode_score, encode_small
 from driftgate.storage.segments import MAGIC
+from driftgate.testing.stores import flip
 from driftgate.testing.traces import (
     assert_same_trace,
     make_intent,
@@ -114,13 +115,6 @@ def test_calls_of_a_dead_writer_are_ended_and_those_of_a_living_one_are_not(
     assert first.outcome is not None
     assert "the gateway ended before the call did" in first.outcome.reason
     living.close()
-
-
-def flip(segment: Path, offset: int) -> None:
-    """One bit of a record's frame."""
-    data = bytearray(segment.read_bytes())
-    data[offset + 40] ^= 1
-    segment.write_bytes(data)
 
 
 def three_calls(root: Path) -> Path:
@@ -395,9 +389,7 @@ def test_damage_inside_a_segment_is_reported_and_takes_its_dependants_only(tmp_p
     fill(tmp_path)
     (segment,) = tmp_path.glob("segments/gateway-*.dgs")
     entries = [entry for entry in read_segment(segment) if entry.header.kind == Kind.TRACE]
-    data = bytearray(segment.read_bytes())
-    data[entries[0].offset + 40] ^= 1
-    segment.write_bytes(data)
+    flip(segment, entries[0].offset)
     report = rebuild_index(tmp_path)
     assert report.damaged_bytes == entries[0].header.record_bytes
     reader = Reader(tmp_path)
